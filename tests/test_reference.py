@@ -21,7 +21,7 @@ SPECS = [
 
 
 def scatter(spec, input, weight, bias):
-    """The definition, on exact fractions: every input times every tap, added where it lands; and the number of products."""
+    """The definition, on exact fractions: every input times every tap, added where it lands; and how many."""
     per_group = spec.co // spec.groups
     total = {}
     count = {}
@@ -126,7 +126,7 @@ def test_bound_is_gamma_times_the_magnitudes_for_each_output():
         terms = count[at] + 1
         unit, exact_unit = Fraction(1, 2**24), Fraction(1, 2**53)
         expected = sum(terms * u / (1 - terms * u) for u in (unit, exact_unit)) * total + count[at] * Fraction(
-            1, 2**150
+            1, 2**149
         )
         assert bound[at].item() == pytest.approx(float(expected), rel=1e-12)
 

@@ -1,0 +1,94 @@
+"""Timing functions against each other in one process."""
+
+import gc
+from collections.abc import Callable, Mapping
+from statistics import median
+from time import perf_counter
+
+__all__ = ["interleaved", "medians"]
+
+_LONGEST_LOOP = 1_000_000
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    min_sample_secs: float = 0.005,
+    settle_secs: float = 0.005,
+    clock: Callable[[], float] = perf_counter,
+) -> dict[str, list[float]]:
+    """Microseconds per call of each function: `rounds` raw samples each, taken by turns.
+
+    Every round visits all functions once, in the opposite order of the round before, so that a drift of the machine
+    falls on all of them alike. A sample is the mean over a loop of calls.
+
+    Parameters
+    ----------
+    functions
+        Called without arguments; the results are dropped.
+    rounds
+        At least 1.
+    min_sample_secs
+        Each loop makes as many calls as fill this time, found out beforehand; a longer call is a loop of one.
+    settle_secs
+        Before each sample the function runs untimed for this long, at least once: its thread pool wakes up, its data
+        returns to the caches, and the workers of the function before it, which spin for a few milliseconds waiting for
+        more, have gone to sleep.
+    clock
+        Seconds, for tests.
+
+    Raises
+    ------
+    ValueError
+        if `rounds` is below 1.
+    Exception
+        whatever a function raises.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds={rounds} must be at least 1.")
+
+    def run(function: Callable[[], object], calls: int) -> float:
+        start = clock()
+        for _ in range(calls):
+            function()
+        return clock() - start
+
+    def settle(function: Callable[[], object]) -> None:
+        start = clock()
+        function()
+        while clock() - start < settle_secs:
+            function()
+
+    def loop_length(function: Callable[[], object]) -> int:
+        settle(function)
+        calls = 1
+        while (elapsed := run(function, calls)) < min_sample_secs and calls < _LONGEST_LOOP:
+            # Past a tenth of the goal the estimate is good enough to be the last one.
+            sure = elapsed > min_sample_secs / 10
+            wanted = int(calls * min_sample_secs / elapsed) + 1 if sure else calls * 10
+            calls = min(wanted, _LONGEST_LOOP)
+            if sure:
+                break
+        return calls
+
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        loops = {name: loop_length(function) for name, function in functions.items()}
+        samples: dict[str, list[float]] = {name: [] for name in functions}
+        order = list(functions)
+        for _ in range(rounds):
+            for name in order:
+                settle(functions[name])
+                samples[name].append(run(functions[name], loops[name]) / loops[name] * 1e6)
+            order.reverse()
+        return samples
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def medians(samples: Mapping[str, list[float]]) -> dict[str, float]:
+    """The median of each list of `interleaved`."""
+    return {name: median(values) for name, values in samples.items()}
