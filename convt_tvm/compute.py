@@ -1,0 +1,370 @@
+"""The operator in TVM TE: the one place that states the arithmetic.
+
+Two declarations of the same function:
+
+`declare_reference`
+    The text-book form. ``data_dilated`` has ``stride - 1`` zeros between input points; padded by
+    ``dilation*(kernel-1) - padding`` it is gathered by every kernel tap. It is the definition and the oracle inside TVM.
+    It multiplies ``stride_h * stride_w`` times too often, so it never runs in a kernel.
+
+`declare_phases`
+    The same gather with the zeros skipped, from the integers of `convt_tvm.phases`. Every index in it is a sum of loop
+    variables and constants of a phase: no division or remainder by the stride appears, because TVM 0.27 simplifies
+    ``(n % 4 + 2) // 4`` to 0 when a schedule splits or fuses such an index (``iter_map_simplify``; the workaround may go
+    when ``convt-tvm doctor`` reports that case as fixed).
+
+A declaration in phase form computes, for each *row band* (all row phases with the same number of taps and of rows),
+
+    acc[n, g, b, ph, qh, ob, pw, qw] += window[n, g*I + ic, qh + base(ph) - th*step, qw + base(pw) - tw*step]
+                                        * packed[g, b, tap(ph, th), column(pw, ic, tw), ob]
+
+over ``th``, ``ic``, ``tw``, and an output stage ``band = acc + bias`` whose elements are in the order of the output's
+memory. ``ph``/``pw`` number phases, ``qh``/``qw`` positions in a phase, ``b``/``ob`` blocks of output channels and channels in
+a block, ``I`` is ``ci/groups``. Column extents and channel blocks are rounded up to what the schedule's tiles divide, so
+that no loop carries a predicate; `convt_tvm.lower` then turns stores to bands into stores to the output and drops the
+surplus. Sums are kept in `ConvTranspose2dSpec.accumulator_dtype`; each output element is summed by one thread in one order.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from typing import Any, Literal
+
+from tvm import DataType, ir, te, tirx
+
+from convt_tvm.phases import Phase
+from convt_tvm.spec import ConvTranspose2dSpec
+
+__all__ = ["Band", "Layout", "bands", "column_starts",
+    "kernel_columns", "declare_pack", "declare_phases", "declare_reference"]
+
+Expr = Any
+"""A TVM expression; the wheel ships no types."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a phase form is laid out for its schedule.
+
+    Parameters
+    ----------
+    lanes
+        The axis that vector lanes run along, innermost in the accumulators: output channels (``co``) or output columns
+        (``ow``).
+    co_block
+        Output channels in a block of packed weights. The last block of a group is filled up with zeros.
+    column_block
+        Columns of a phase are computed in multiples of this.
+    """
+
+    lanes: Literal["co", "ow"]
+    co_block: int
+    column_block: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return asdict(self)
+
+    def blocks(self, spec: ConvTranspose2dSpec) -> int:
+        """Number of channel blocks in a group."""
+        return -(-(spec.co // spec.groups) // self.co_block)
+
+    def columns(self, spec: ConvTranspose2dSpec) -> int:
+        """Number of columns computed in each column phase."""
+        widest = max(phase.count for phase in spec.axes[1].phases)
+        return -(-widest // self.column_block) * self.column_block
+
+    def packed_shape(self, spec: ConvTranspose2dSpec) -> tuple[int, int, int, int, int]:
+        """Shape of the packed weight: ``(groups, blocks, kh, kw * ci/groups, co_block)``."""
+        kh, kw = spec.kernel_size
+        return spec.groups, self.blocks(spec), kh, kw * (spec.ci // spec.groups), self.co_block
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """Row phases that have the same number of taps and of rows, and so share one loop nest."""
+
+    index: int
+    phases: tuple[Phase, ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows in each phase."""
+        return self.phases[0].count
+
+    @property
+    def taps(self) -> int:
+        """Row taps of each phase; 0 where no tap reaches these rows and they hold the bias alone."""
+        return self.phases[0].taps
+
+
+def bands(spec: ConvTranspose2dSpec) -> tuple[Band, ...]:
+    """Row bands of `spec`, in the order of their first row; together they hold every output row once.
+
+    At most two tap counts other than zero and two row counts occur, so there are at most six.
+    """
+    grouped: dict[tuple[int, int], list[Phase]] = {}
+    for phase in spec.axes[0].phases:
+        grouped.setdefault((phase.taps, phase.count), []).append(phase)
+    return tuple(Band(index, tuple(phases)) for index, phases in enumerate(grouped.values()))
+
+
+def column_starts(spec: ConvTranspose2dSpec) -> tuple[int, ...]:
+    """For each column phase, how many kernel columns the phases before it have."""
+    return tuple(accumulate((phase.taps for phase in spec.axes[1].phases), initial=0))[:-1]
+
+
+def kernel_columns(spec: ConvTranspose2dSpec) -> tuple[tuple[int, int, int], ...]:
+    """For each kernel column ``(start, taps, u)``: it is tap ``u`` of the ``taps`` that follow ``start`` in packed order.
+
+    Columns that reach no output (an output narrower than the stride has fewer phases than the stride) come last.
+    """
+    found: dict[int, tuple[int, int, int]] = {}
+    for phase, start in zip(spec.axes[1].phases, column_starts(spec), strict=True):
+        found |= {column: (start, phase.taps, u) for u, column in enumerate(phase.kernel_indices)}
+    for column in range(spec.kernel_size[1]):
+        found.setdefault(column, (len(found), 1, 0))
+    return tuple(found[column] for column in range(spec.kernel_size[1]))
+
+
+def lookup(values: Sequence[int], index: Expr) -> Expr:
+    """``values[index]`` as an expression: a constant or nested selects, which fold where `index` is unrolled.
+
+    Select and not a table in memory: a schedule may unroll `index`, and what it selects must then become a constant. It is
+    also the form in which this TVM schedules a phase's offset correctly.
+    """
+    if all(value == values[0] for value in values):
+        return tirx.const(values[0], "int32")
+    change = next(i for i in range(len(values) - 1, 0, -1) if values[i] != values[i - 1])
+    return tirx.Select(index >= change, tirx.const(values[change], "int32"), lookup(values[:change], index))
+
+
+def _create_function(arguments: list[Any]) -> tirx.PrimFunc:
+    """A PrimFunc of TE tensors whose parameters may start at any multiple of an element.
+
+    TE declares every buffer as aligned to 64 bytes, the calling convention does not check it, and aligned loads of a torch
+    slice would crash. TE has no way to say otherwise, so the alignment is set in the function's JSON form.
+    """
+    function = te.create_prim_func(arguments)
+    graph = json.loads(ir.save_json(function))
+    nodes = graph["nodes"]
+    root = nodes[graph["root_index"]]["data"]
+    for parameter, buffer in zip(nodes[root["params"]]["data"], function.params, strict=True):
+        nodes[nodes[parameter]["data"]["ty"]]["data"]["data_alignment"] = DataType(buffer.dtype).itemsize
+    return ir.load_json(json.dumps(graph)).with_attr("global_symbol", "main")
+
+
+def _within(phases: Iterable[Phase], positions: Sequence[int]) -> tuple[int, int]:
+    """First and last input index that the taps of `phases` read, where phase j has ``positions[j]`` positions."""
+    reads = [
+        (phase.base - (phase.taps - 1) * phase.input_step, count - 1 + phase.base)
+        for phase, count in zip(phases, positions, strict=True)
+        if phase.taps
+    ]
+    return min((low for low, _ in reads), default=0), max((high for _, high in reads), default=0)
+
+
+def declare_phases(spec: ConvTranspose2dSpec, layout: Layout) -> tirx.PrimFunc:
+    """The phase form of `spec` as a PrimFunc to schedule.
+
+    Parameters are ``input`` (NCHW), ``packed`` (see `Layout.packed_shape`, in the accumulator's dtype), ``bias`` where the
+    spec has one, and ``band0``, ``band1``, ... of shape ``(n, groups, blocks, co_block, row phases, rows, columns, column
+    phases)``. Blocks are named ``window``, ``acc<k>`` and ``band<k>``.
+    """
+    columns = layout.columns(spec)
+    row_phases, column_phases = spec.axes[0].phases, spec.axes[1].phases
+
+    data = te.placeholder(spec.input_shape, spec.dtype, name="input")
+    packed = te.placeholder(layout.packed_shape(spec), spec.accumulator_dtype, name="packed")
+    bias = te.placeholder(spec.bias_shape, spec.dtype, name="bias")
+
+    top, bottom = _within(row_phases, [phase.count for phase in row_phases])
+    left, right = _within(column_phases, [columns] * len(column_phases))
+    if top >= 0 and left >= 0 and bottom < spec.ih and right < spec.iw and spec.dtype == spec.accumulator_dtype:
+        window, top, left = data, 0, 0
+    else:
+        window = _window(spec, data, (top, left), (bottom, right))
+
+    outputs = []
+    for band in bands(spec):
+        acc = None
+        if band.taps and any(phase.taps for phase in column_phases):
+            acc = _accumulate(spec, layout, band, window, packed, (top, left), columns)
+        outputs.append(_finish(spec, layout, band, acc, bias, columns))
+
+    function = _create_function([data, packed, *([bias] if spec.bias else []), *outputs])
+    return function.with_attrs({"convt.spec": spec.name, "convt.layout": layout.to_json()})
+
+
+def _window(spec: ConvTranspose2dSpec, data: Any, low: tuple[int, int], high: tuple[int, int]) -> Any:
+    """Rows ``low[0]..high[0]`` and columns ``low[1]..high[1]`` of the input, zero outside it, to be read without a check."""
+    zero = tirx.const(0, spec.accumulator_dtype)
+
+    def read(n: Expr, c: Expr, h: Expr, w: Expr) -> Expr:
+        row, column = h + low[0], w + low[1]
+        value = data[n, c, row, column].astype(spec.accumulator_dtype)
+        return tirx.if_then_else(tirx.all(row >= 0, row < spec.ih, column >= 0, column < spec.iw), value, zero)
+
+    return te.compute((spec.n, spec.ci, high[0] - low[0] + 1, high[1] - low[1] + 1), read, name="window")
+
+
+def _accumulate(
+    spec: ConvTranspose2dSpec,
+    layout: Layout,
+    band: Band,
+    window: Any,
+    packed: Any,
+    origin: tuple[int, int],
+    columns: int,
+) -> Any:
+    """The gathered reduction of one band, lanes innermost."""
+    in_channels = spec.ci // spec.groups
+    column_phases = spec.axes[1].phases
+    column_taps = [phase.taps for phase in column_phases]
+    column_start = [start * in_channels for start in column_starts(spec)]
+    step_h, step_w = band.phases[0].input_step, column_phases[0].input_step
+    tap_step = band.phases[0].tap_step
+    row_base = [phase.base - origin[0] for phase in band.phases]
+    row_tap = [phase.first_tap for phase in band.phases]
+    column_base = [phase.base - origin[1] if phase.taps else 0 for phase in column_phases]
+
+    th = te.reduce_axis((0, band.taps), name="th")
+    ic = te.reduce_axis((0, in_channels), name="ic")
+    tw = te.reduce_axis((0, max(column_taps)), name="tw")
+
+    def product(n: Expr, g: Expr, b: Expr, ph: Expr, qh: Expr, pw: Expr, qw: Expr, ob: Expr) -> Expr:
+        taps = lookup(column_taps, pw)
+        value = window[
+            n, g * in_channels + ic, qh + lookup(row_base, ph) - th * step_h, qw + lookup(column_base, pw) - tw * step_w
+        ]
+        weight = packed[
+            g, b, lookup(row_tap, ph) + th * tap_step, lookup(column_start, pw) + ic * taps + tw, ob
+        ]
+        if min(column_taps) == max(column_taps):
+            return value * weight
+        return tirx.if_then_else(tw < taps, value * weight, tirx.const(0, spec.accumulator_dtype))
+
+    lead = (spec.n, spec.groups, layout.blocks(spec), len(band.phases), band.rows)
+    name, axes = f"acc{band.index}", [th, ic, tw]
+    if layout.lanes == "co":
+        return te.compute(
+            (*lead, len(column_phases), columns, layout.co_block),
+            lambda n, g, b, ph, qh, pw, qw, ob: te.sum(product(n, g, b, ph, qh, pw, qw, ob), axis=axes),
+            name=name,
+        )
+    return te.compute(
+        (*lead, layout.co_block, len(column_phases), columns),
+        lambda n, g, b, ph, qh, ob, pw, qw: te.sum(product(n, g, b, ph, qh, pw, qw, ob), axis=axes),
+        name=name,
+    )
+
+
+def _finish(spec: ConvTranspose2dSpec, layout: Layout, band: Band, acc: Any, bias: Any, columns: int) -> Any:
+    """Sums plus bias in the output's dtype, in the order of the output's memory; `acc` is None where no tap reaches."""
+    channels = spec.co // spec.groups
+
+    def finish(n: Expr, g: Expr, b: Expr, ob: Expr, ph: Expr, qh: Expr, qw: Expr, pw: Expr) -> Expr:
+        total = tirx.const(0, spec.accumulator_dtype)
+        if acc is not None:
+            total = acc[n, g, b, ph, qh, pw, qw, ob] if layout.lanes == "co" else acc[n, g, b, ph, qh, ob, pw, qw]
+        if spec.bias:
+            channel = b * layout.co_block + ob
+            if channels % layout.co_block:
+                channel = tirx.min(channel, channels - 1)
+            total = total + bias[g * channels + channel].astype(spec.accumulator_dtype)
+        return total.astype(spec.dtype)
+
+    lead = (spec.n, spec.groups, layout.blocks(spec), layout.co_block, len(band.phases), band.rows)
+    return te.compute((*lead, columns, len(spec.axes[1].phases)), finish, name=f"band{band.index}")
+
+
+def declare_pack(spec: ConvTranspose2dSpec, layout: Layout) -> tirx.PrimFunc:
+    """The packing of a plain weight: ``weight`` (ci, co/groups, kh, kw) to ``ordered``.
+
+    ``ordered[g, b, kh, kw, ic, ob]`` is stored by `convt_tvm.lower` as ``packed[g, b, kh, column, ob]``: kernel columns of one
+    column phase side by side, and zeros for channels that fill up a block.
+    """
+    in_channels, out_channels = spec.ci // spec.groups, spec.co // spec.groups
+    weight = te.placeholder(spec.weight_shape, spec.dtype, name="weight")
+    kh, kw = spec.kernel_size
+
+    def order(g: Expr, b: Expr, y: Expr, x: Expr, ic: Expr, ob: Expr) -> Expr:
+        channel = b * layout.co_block + ob
+        value = weight[g * in_channels + ic, channel, y, x].astype(spec.accumulator_dtype)
+        if out_channels % layout.co_block == 0:
+            return value
+        return tirx.if_then_else(channel < out_channels, value, tirx.const(0, spec.accumulator_dtype))
+
+    shape = (spec.groups, layout.blocks(spec), kh, kw, in_channels, layout.co_block)
+    function = _create_function([weight, te.compute(shape, order, name="ordered")])
+    return function.with_attrs({"convt.spec": spec.name, "convt.layout": layout.to_json()})
+
+
+def declare_reference(spec: ConvTranspose2dSpec) -> tirx.PrimFunc:
+    """The text-book form of `spec` as a PrimFunc: ``input``, ``weight``, ``bias`` where there is one, ``output``."""
+    acc_dtype = spec.accumulator_dtype
+    in_channels, out_channels = spec.ci // spec.groups, spec.co // spec.groups
+    (stride_h, stride_w), (dil_h, dil_w) = spec.stride, spec.dilation
+    zero = tirx.const(0, acc_dtype)
+    data = te.placeholder(spec.input_shape, spec.dtype, name="input")
+    weight = te.placeholder(spec.weight_shape, spec.dtype, name="weight")
+    bias = te.placeholder(spec.bias_shape, spec.dtype, name="bias")
+    dilated_h, dilated_w = ((spec.ih - 1) * stride_h + 1, (spec.iw - 1) * stride_w + 1)
+
+    data_dilated = te.compute(
+        (spec.n, spec.ci, dilated_h, dilated_w),
+        lambda n, c, h, w: tirx.if_then_else(
+            tirx.all(tirx.indexmod(h, stride_h) == 0, tirx.indexmod(w, stride_w) == 0),
+            data[n, c, tirx.indexdiv(h, stride_h), tirx.indexdiv(w, stride_w)].astype(acc_dtype),
+            zero,
+        ),
+        name="data_dilated",
+    )
+    before = [d * (k - 1) - p for d, k, p in zip(spec.dilation, spec.kernel_size, spec.padding, strict=True)]
+    padded = te.compute(
+        (spec.n, spec.ci, spec.oh + dil_h * (spec.kernel_size[0] - 1), spec.ow + dil_w * (spec.kernel_size[1] - 1)),
+        lambda n, c, h, w: tirx.if_then_else(
+            tirx.all(h >= before[0], h < before[0] + dilated_h, w >= before[1], w < before[1] + dilated_w),
+            data_dilated[n, c, h - before[0], w - before[1]],
+            zero,
+        ),
+        name="padded",
+    )
+    ic = te.reduce_axis((0, in_channels), name="ic")
+    kh = te.reduce_axis((0, spec.kernel_size[0]), name="kh")
+    kw = te.reduce_axis((0, spec.kernel_size[1]), name="kw")
+    acc = te.compute(
+        spec.output_shape,
+        lambda n, c, h, w: te.sum(
+            padded[
+                n,
+                tirx.indexdiv(c, out_channels) * in_channels + ic,
+                h + (spec.kernel_size[0] - 1 - kh) * dil_h,
+                w + (spec.kernel_size[1] - 1 - kw) * dil_w,
+            ]
+            * weight[tirx.indexdiv(c, out_channels) * in_channels + ic, tirx.indexmod(c, out_channels), kh, kw].astype(acc_dtype),
+            axis=[ic, kh, kw],
+        ),
+        name="acc",
+    )
+    output = te.compute(
+        spec.output_shape,
+        lambda n, c, h, w: (
+            acc[n, c, h, w] + bias[c].astype(acc_dtype) if spec.bias else acc[n, c, h, w]
+        ).astype(spec.dtype),
+        name="output",
+    )
+    function = _create_function([data, weight, *([bias] if spec.bias else []), output])
+    return function.with_attr("convt.spec", spec.name)
+
+
+def spec_of(function: ir.BaseFunc) -> ConvTranspose2dSpec:
+    """The spec that `function` was declared from."""
+    return ConvTranspose2dSpec.from_name(str(function.attrs["convt.spec"]))
+
+
+def layout_of(function: ir.BaseFunc) -> Layout:
+    """The layout that `function` was declared with."""
+    values = function.attrs["convt.layout"]
+    return Layout(lanes=str(values["lanes"]), co_block=int(values["co_block"]), column_block=int(values["column_block"]))
