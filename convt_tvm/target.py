@@ -1,0 +1,327 @@
+"""What code is compiled for, and which machine this is.
+
+Neither TVM nor torch is imported, except by `Target.to_tvm`.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from convt_tvm.errors import TargetError
+
+if TYPE_CHECKING:
+    import tvm.target
+
+__all__ = ["LEVELS", "Machine", "Target", "host_architecture", "host_features", "machine", "package_versions"]
+
+# What each LLVM feature implies, so that a target names everything that its code may use.
+_IMPLIES: dict[str, dict[str, tuple[str, ...]]] = {
+    "x86_64": {
+        "popcnt": (),
+        "sse4.2": (),
+        "lzcnt": (),
+        "movbe": (),
+        "bmi": (),
+        "bmi2": (),
+        "avx": ("sse4.2",),
+        "avx2": ("avx",),
+        "f16c": ("avx",),
+        "fma": ("avx",),
+        "avx512f": ("avx2", "f16c", "fma"),
+        "avx512bw": ("avx512f",),
+        "avx512cd": ("avx512f",),
+        "avx512dq": ("avx512f",),
+        "avx512vl": ("avx512f",),
+        "avx512vnni": ("avx512f",),
+        "avx512bf16": ("avx512bw",),
+        "avx512fp16": ("avx512bw", "avx512dq", "avx512vl"),
+    },
+    "aarch64": {
+        "fp-armv8": (),
+        "neon": ("fp-armv8",),
+        "fullfp16": ("fp-armv8",),
+        "dotprod": ("neon",),
+        "bf16": ("neon",),
+    },
+}
+
+# What Linux calls them in /proc/cpuinfo, where that is another name.
+_LINUX_FLAGS = {
+    "sse4.2": "sse4_2",
+    "lzcnt": "abm",
+    "bmi": "bmi1",
+    "avx512vnni": "avx512_vnni",
+    "avx512bf16": "avx512_bf16",
+    "avx512fp16": "avx512_fp16",
+    "fp-armv8": "fp",
+    "neon": "asimd",
+    "fullfp16": "asimdhp",
+    "dotprod": "asimddp",
+}
+
+_V2 = ("popcnt", "sse4.2")
+_V3 = (*_V2, "avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe")
+_V4 = (*_V3, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl")
+
+LEVELS: dict[str, tuple[str, ...]] = {
+    "x86-64-v2": tuple(sorted(_V2)),
+    "x86-64-v3": tuple(sorted(_V3)),
+    "x86-64-v4": tuple(sorted(_V4)),
+}
+"""The micro-architecture levels of the x86-64 psABI, by the features that generated code uses."""
+
+_CPUINFO = Path("/proc/cpuinfo")
+_PACKAGES = ("apache-tvm", "apache-tvm-ffi", "torch", "numpy")
+_FORMS = "write llvm, llvm:x86-64-v2, llvm:x86-64-v3, llvm:x86-64-v4 or llvm:ARCH+FEATURE+FEATURE"
+
+
+def _with_implied(features: Iterable[str], arch: str) -> tuple[str, ...]:
+    known = _IMPLIES[arch]
+    closed: set[str] = set()
+    pending = list(features)
+    while pending:
+        feature = pending.pop()
+        if feature not in known:
+            raise TargetError(f"{feature!r} is not a known feature of {arch}; use any of {', '.join(sorted(known))}.")
+        if feature not in closed:
+            closed.add(feature)
+            pending.extend(known[feature])
+    return tuple(sorted(closed))
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The first value of each key of /proc/cpuinfo; empty where there is no such file."""
+    try:
+        text = _CPUINFO.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    values: dict[str, str] = {}
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        values.setdefault(key.strip(), value.strip())
+    return values
+
+
+def host_architecture() -> str:
+    """``x86_64`` or ``aarch64``; raises TargetError on any other processor."""
+    name = platform.machine().lower()
+    arch = {"amd64": "x86_64", "x86_64": "x86_64", "arm64": "aarch64", "aarch64": "aarch64"}.get(name)
+    if arch is None:
+        raise TargetError(f"this machine's processor, {name!r}, is not supported; use an x86_64 or aarch64 one.")
+    return arch
+
+
+@functools.cache
+def host_features() -> frozenset[str]:
+    """LLVM names of the features that this processor and its kernel offer, of those that a `Target` can name.
+
+    Read once, from /proc/cpuinfo. A virtual machine that masks a feature is taken at its word. Elsewhere than on Linux
+    the set is empty, which makes a host target the architecture's baseline.
+    """
+    values = _cpuinfo()
+    flags = set(values.get("flags", values.get("Features", "")).split())
+    known = _IMPLIES[host_architecture()]
+    found = {feature for feature in known if _LINUX_FLAGS.get(feature, feature) in flags}
+    # A feature whose prerequisite is masked cannot be used: generated code would use the prerequisite as well.
+    while incomplete := {feature for feature in found if not found.issuperset(known[feature])}:
+        found -= incomplete
+    return frozenset(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A compiler back end, an architecture and the CPU features that generated code may use.
+
+    Parameters
+    ----------
+    kind
+        ``llvm``.
+    arch
+        ``x86_64`` or ``aarch64``.
+    features
+        LLVM feature names. Stored sorted, with everything they imply: ``avx2`` brings ``avx`` and ``sse4.2``. A machine
+        runs the code if `host_features` there contains all of them.
+
+    Raises
+    ------
+    TargetError
+        If the kind, the architecture or a feature is unknown.
+
+    Examples
+    --------
+    >>> Target("llvm", "x86_64", ("fma", "avx2"))
+    Target(kind='llvm', arch='x86_64', features=('avx', 'avx2', 'fma', 'sse4.2'))
+    >>> Target.parse("llvm:x86-64-v4").vector_bytes
+    64
+    """
+
+    kind: str
+    arch: str
+    features: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Validate, and close the features under implication."""
+        if self.kind != "llvm":
+            raise TargetError(f"target kind {self.kind!r} is not supported; {_FORMS}.")
+        if self.arch not in _IMPLIES:
+            raise TargetError(f"architecture {self.arch!r} is not supported; use one of {', '.join(sorted(_IMPLIES))}.")
+        object.__setattr__(self, "features", _with_implied(self.features, self.arch))
+
+    @classmethod
+    def parse(cls, text: "str | Target") -> "Target":
+        """The target that a string names.
+
+        ``llvm`` is this machine with all its features. ``llvm:x86-64-v2``, ``-v3`` and ``-v4`` are the psABI's levels
+        (`LEVELS`). ``llvm:x86_64+avx2+fma`` names every feature, as `name` does; ``llvm:x86_64`` alone is the baseline.
+        A target is returned as it is.
+
+        Raises
+        ------
+        TargetError
+            If the text has none of these forms.
+        """
+        if isinstance(text, Target):
+            return text
+        kind, colon, rest = str(text).strip().partition(":")
+        if kind != "llvm" or (colon and not rest):
+            raise TargetError(f"target {text!r} is not understood; {_FORMS}.")
+        if not colon:
+            return cls(kind, host_architecture(), tuple(host_features()))
+        if rest in LEVELS:
+            return cls(kind, "x86_64", LEVELS[rest])
+        arch, *features = rest.split("+")
+        if arch not in _IMPLIES:
+            raise TargetError(f"target {text!r} is not understood; {_FORMS}.")
+        return cls(kind, arch, tuple(features))
+
+    @property
+    def name(self) -> str:
+        """The canonical text, which `parse` takes back; equal targets have equal names."""
+        return f"{self.kind}:{'+'.join((self.arch, *self.features))}"
+
+    @property
+    def level(self) -> str | None:
+        """The highest of `LEVELS` whose features this target has all of."""
+        if self.arch != "x86_64":
+            return None
+        return max((level for level, needed in LEVELS.items() if set(needed) <= set(self.features)), default=None)
+
+    @property
+    def key(self) -> str:
+        """A short name that is safe as a directory's; equal targets have equal keys.
+
+        The level alone where the features are exactly a level's (``llvm-x86-64-v3``), otherwise with eight digits of a
+        hash of `name`.
+        """
+        base = f"{self.kind}-{self.level or self.arch}"
+        if self.level is not None and self.features == LEVELS[self.level]:
+            return base
+        return f"{base}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}"
+
+    @property
+    def vector_bytes(self) -> int:
+        """Width of a vector register: 64 with AVX-512, 32 with AVX, 16 with SSE and NEON."""
+        if "avx512f" in self.features:
+            return 64
+        return 32 if "avx" in self.features else 16
+
+    @property
+    def vector_registers(self) -> int:
+        """Number of vector registers: 32 with AVX-512 and on aarch64, otherwise 16."""
+        return 32 if self.arch == "aarch64" or "avx512f" in self.features else 16
+
+    @property
+    def missing_features(self) -> tuple[str, ...]:
+        """Features that this machine lacks, sorted; empty if it can run the code (of its own architecture)."""
+        return tuple(sorted(set(self.features) - host_features()))
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return {"kind": self.kind, "arch": self.arch, "features": list(self.features)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """The target that `to_json` wrote; raises TargetError for missing, unknown or ill-typed fields."""
+        known = {field.name for field in fields(cls)}
+        if not isinstance(values, Mapping) or set(values) != known:
+            raise TargetError(f"a target has the fields {sorted(known)}; found {values!r}.")
+        features = values["features"]
+        if not isinstance(features, list) or not all(isinstance(name, str) for name in features):
+            raise TargetError(f"a target's features are a list of names; found {features!r}.")
+        return cls(str(values["kind"]), str(values["arch"]), tuple(features))
+
+    def to_tvm(self) -> "tvm.target.Target":
+        """Build the same target for TVM, which this imports.
+
+        Features are spelled out, and ``mcpu`` is no more than a psABI level whose features are all present: a
+        processor's own name would let LLVM use what a virtual machine masks. The level matters for LLVM's instruction
+        costs only. The triple is fixed on Linux, so that two builds of TVM write the same target into tuning records.
+        ``num-cores`` is 1 because tuning demands a number there; nothing generated depends on it.
+        """
+        import tvm.target
+
+        config: dict[str, Any] = {"kind": self.kind, "num-cores": 1}
+        if self.level is not None:
+            config["mcpu"] = self.level
+        elif self.arch == "x86_64":
+            config["mcpu"] = "x86-64"
+        if sys.platform == "linux":
+            config["mtriple"] = f"{self.arch}-unknown-linux-gnu"
+        if self.features:
+            config["mattr"] = [f"+{feature}" for feature in self.features]
+        return tvm.target.Target(config)
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The machine and the library versions that a measurement or an artifact comes from."""
+
+    cpu: str
+    cores: int
+    features: tuple[str, ...]
+    os: str
+    python: str
+    versions: dict[str, str | None]
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return {**asdict(self), "features": list(self.features)}
+
+
+def package_versions(names: Iterable[str] = _PACKAGES) -> dict[str, str | None]:
+    """Installed versions by distribution name, None where there is none; imports nothing of them."""
+    found: dict[str, str | None] = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def machine() -> Machine:
+    """Describe this machine: processor, cores this process may use, features, system and library versions."""
+    values = _cpuinfo()
+    cpu = values.get("model name") or values.get("CPU part") or platform.processor() or platform.machine()
+    return Machine(
+        cpu=re.sub(r"\s+", " ", cpu),
+        cores=_usable_cores(),
+        features=tuple(sorted(host_features())),
+        os=platform.platform(),
+        python=platform.python_version(),
+        versions=package_versions(),
+    )
