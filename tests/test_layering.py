@@ -1,0 +1,222 @@
+"""Imports point one way, and only the compiling half of the package imports the compiler."""
+
+import ast
+import subprocess
+import sys
+from importlib.util import resolve_name
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Module and what it may import of the package, anywhere in its text: itself a part of the plan, so a new module needs a
+# row. A row names earlier rows only. "schedules" stands for every file of schedules/.
+MAY_IMPORT = {
+    "errors": "",
+    "phases": "",
+    "spec": "errors phases",
+    "workloads": "errors spec",
+    "target": "errors",
+    "artifact": "errors spec target",
+    "runtime": "errors spec target artifact",
+    "compute": "errors phases spec target",
+    "schedules": "errors phases spec target compute",
+    "space": "errors phases spec target compute schedules",
+    "lower": "errors phases spec target compute",
+    "build": "errors phases spec target artifact runtime compute space lower",
+    "cache": "errors spec target artifact runtime build",
+    "functional": "errors spec target runtime cache",
+    "nn": "errors spec target runtime cache functional",
+    "reference": "errors phases spec",
+    "measure": "errors spec",
+    "check": "errors phases spec workloads target artifact runtime build reference measure",
+    "doctor": "errors target runtime",
+    "__init__": "errors spec target artifact runtime build cache functional nn",
+    "cli": "__init__ errors phases spec workloads target artifact runtime build cache check doctor measure",
+    "__main__": "cli",
+}
+
+# These import tvm when they are imported; the others may do so inside a function only.
+COMPILING = {"compute", "schedules", "space", "lower", "build"}
+
+# What runs where no compiler is installed.
+SERVING = ["__init__", "artifact", "runtime", "cache", "functional", "nn", "cli"]
+
+
+def read_sources():
+    sources = {}
+    for package, folder in (("convt_tvm", ROOT / "convt_tvm"), ("convt_tvm.schedules", ROOT / "schedules")):
+        for path in folder.rglob("*.py"):
+            name = ".".join([package, *path.relative_to(folder).with_suffix("").parts])
+            sources[name] = path.read_text(encoding="utf-8")
+    return sources
+
+
+def row_of(module):
+    """`spec` for convt_tvm.spec, `__init__` for convt_tvm itself, `schedules` for all below convt_tvm.schedules."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def imports_of(source, module):
+    """Triples (imported module, line, whether it is imported as soon as `module` is)."""
+    found = []
+
+    def visit(node, at_import):
+        if isinstance(node, ast.Import):
+            found.extend((alias.name, node.lineno, at_import) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = module.rpartition(".")[0]
+            origin = resolve_name("." * node.level + (node.module or ""), package) if node.level else node.module
+            if origin == "convt_tvm":
+                submodules = {alias.name for alias in node.names} & MAY_IMPORT.keys()
+                found.extend((f"convt_tvm.{name}", node.lineno, at_import) for name in sorted(submodules))
+                if len(submodules) == len(node.names):
+                    return
+            found.append((origin, node.lineno, at_import))
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            at_import = False
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for child in node.body:
+                visit(child, False)
+            for child in node.orelse:
+                visit(child, at_import)
+            return
+        for child in ast.iter_child_nodes(node):
+            visit(child, at_import)
+
+    visit(ast.parse(source), True)
+    return found
+
+
+def violations(sources):
+    """One line for each import that the table does not allow."""
+    found = []
+    for module, source in sources.items():
+        row = row_of(module)
+        if row not in MAY_IMPORT:
+            found.append(f"{module} has no row in MAY_IMPORT")
+            continue
+        allowed = {row, *MAY_IMPORT[row].split()}
+        for name, line, at_import in imports_of(source, module):
+            if name.split(".")[0] == "convt_tvm" and row_of(name) not in allowed:
+                found.append(f"{module}:{line} imports {name}")
+            if name.split(".")[0] == "tvm" and at_import and row not in COMPILING:
+                found.append(f"{module}:{line} imports {name} when it is imported")
+    return found
+
+
+def reached(sources, start):
+    """Rows whose import `start` brings about, its packages' included, and what it was that led there."""
+    graph = {}
+    for module, source in sources.items():
+        names = {name for name, _, at_import in imports_of(source, module) if at_import}
+        graph.setdefault(row_of(module), set()).update(
+            "tvm" if name.split(".")[0] == "tvm" else row_of(name)
+            for name in names
+            if name.split(".")[0] in ("tvm", "convt_tvm")
+        )
+    via = {start: None}
+    queue = [start]
+    for row in queue:
+        for following in sorted(graph.get(row, set()) | ({"__init__"} if row != "tvm" else set())):
+            if following not in via:
+                via[following] = row
+                queue.append(following)
+    return via
+
+
+def test_the_table_itself_points_one_way():
+    seen = set()
+    for row, allowed in MAY_IMPORT.items():
+        assert set(allowed.split()) <= seen, row
+        seen.add(row)
+
+
+def test_imports_follow_the_table():
+    assert violations(read_sources()) == []
+
+
+def test_every_row_of_the_table_is_a_module():
+    assert {row_of(name) for name in read_sources()} == MAY_IMPORT.keys()
+
+
+@pytest.mark.parametrize("row", SERVING)
+def test_serving_does_not_reach_the_compiler(row):
+    assert "tvm" not in reached(read_sources(), row)
+
+
+@pytest.mark.parametrize(
+    ("module", "planted", "complaint"),
+    [
+        ("convt_tvm.spec", "from convt_tvm.build import build", "convt_tvm.spec:1 imports convt_tvm.build"),
+        ("convt_tvm.spec", "from convt_tvm import build", "convt_tvm.spec:1 imports convt_tvm.build"),
+        ("convt_tvm.spec", "from . import build", "convt_tvm.spec:1 imports convt_tvm.build"),
+        ("convt_tvm.spec", "from .build import build", "convt_tvm.spec:1 imports convt_tvm.build"),
+        ("convt_tvm.spec", "import convt_tvm.build as b", "convt_tvm.spec:1 imports convt_tvm.build"),
+        ("convt_tvm.spec", "from convt_tvm import load", "convt_tvm.spec:1 imports convt_tvm"),
+        (
+            "convt_tvm.runtime",
+            "def f():\n    from convt_tvm import compute",
+            "convt_tvm.runtime:2 imports convt_tvm.compute",
+        ),
+        ("convt_tvm.runtime", "import tvm", "convt_tvm.runtime:1 imports tvm when it is imported"),
+        (
+            "convt_tvm.runtime",
+            "try:\n    from tvm import te\nexcept ImportError: pass",
+            "convt_tvm.runtime:2 imports tvm when",
+        ),
+        ("convt_tvm.runtime", "class A:\n    import tvm.ir", "convt_tvm.runtime:2 imports tvm.ir when it is imported"),
+        ("convt_tvm.schedules.llvm_new", "from convt_tvm.build import build", "convt_tvm.schedules.llvm_new:1 imports"),
+        ("convt_tvm.helpers", "", "convt_tvm.helpers has no row in MAY_IMPORT"),
+    ],
+)
+def test_a_planted_import_is_found(module, planted, complaint):
+    sources = read_sources()
+    before = violations(sources)
+    sources[module] = planted + "\n" + sources.get(module, "")
+    (found,) = [line for line in violations(sources) if line.startswith(complaint) and line not in before]
+    assert found
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        "import tvm_ffi",
+        "def f():\n    import tvm",
+        "if TYPE_CHECKING:\n    import tvm",
+        "f = lambda: __import__('tvm')",
+    ],
+)
+def test_a_late_import_of_the_compiler_is_allowed(harmless):
+    assert violations({"convt_tvm.runtime": harmless}) == []
+    assert "tvm" not in reached({"convt_tvm.runtime": harmless}, "runtime")
+
+
+def test_a_planted_detour_to_the_compiler_is_found():
+    sources = {"convt_tvm.nn": "import convt_tvm.cache", "convt_tvm.cache": "import convt_tvm.build"}
+    sources["convt_tvm.build"] = "from tvm import te"
+    assert reached(sources, "nn")["tvm"] == "build"
+    assert "tvm" in reached({"convt_tvm.nn": "", "convt_tvm.__init__": "import tvm"}, "nn")
+
+
+def loaded_after(statement):
+    command = [sys.executable, "-c", f"import sys\n{statement}\nprint(*sys.modules)"]
+    return set(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout.split())
+
+
+def test_serving_modules_load_without_the_compiler():
+    loaded = loaded_after("import convt_tvm, convt_tvm.runtime, convt_tvm.functional, convt_tvm.nn")
+    assert "convt_tvm.nn" in loaded
+    assert "tvm" not in loaded
+
+
+def test_the_check_for_loaded_modules_sees_the_compiler():
+    # A stand-in with its name: the real one takes seconds to import.
+    assert "tvm" in loaded_after("import types; sys.modules['tvm'] = types.ModuleType('tvm')\nimport tvm")
+
+
+def test_importing_the_package_loads_no_tensor_library():
+    loaded = loaded_after("import convt_tvm")
+    assert loaded.isdisjoint({"tvm", "torch"})
