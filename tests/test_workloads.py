@@ -68,7 +68,7 @@ def test_resolve_takes_spec_names():
 
 @pytest.mark.parametrize("workload", EVERY, ids=lambda workload: workload.name)
 def test_the_spec_name_of_a_known_workload_is_that_workload(workload):
-    assert resolve([workload.spec.name, workload.name]) == [workload]
+    assert resolve([workload.spec.name]) == resolve([workload.spec.name, workload.name]) == [workload]
 
 
 @pytest.mark.parametrize(
