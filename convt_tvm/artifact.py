@@ -39,6 +39,7 @@ __all__ = [
     "Manifest",
     "copy",
     "publish",
+    "read",
     "read_manifest",
     "source_fingerprint",
     "verify",
@@ -301,7 +302,7 @@ def _put_in_place(temporary: Path, directory: Path, digest: str) -> None:
 
 
 def _move_aside_and_rename(temporary: Path, directory: Path) -> None:
-    """Replace a directory where names cannot be exchanged; raises FileNotFoundError if another publisher came between."""
+    """Replace where names cannot be exchanged; raises FileNotFoundError if another publisher came between."""
     aside = temporary.with_suffix(".old")
     directory.rename(aside)
     try:
@@ -395,7 +396,7 @@ def _not_found(directory: Path, name: str) -> NoReturn:
     if name == MANIFEST_FILE:
         held = sorted(entry.name for entry in directory.iterdir())[:5]
         raise ArtifactNotFoundError(
-            f"{directory} is no artifact: it has no {MANIFEST_FILE}, it holds {', '.join(held) or 'nothing'}; {_REBUILD}."
+            f"{directory} is no artifact: it holds {', '.join(held) or 'nothing'} and no {MANIFEST_FILE}; {_REBUILD}."
         )
     raise ArtifactNotFoundError(f"the artifact {directory} lacks {name}, which its manifest lists; {_REBUILD}.")
 
@@ -434,7 +435,9 @@ def read_manifest(directory: Path) -> Manifest:
         raise type(error)(f"{path}: {error}") from error
 
 
-def _verified(directory: Path) -> tuple[Manifest, dict[str, bytes]]:
+def read(directory: Path) -> tuple[Manifest, dict[str, bytes]]:
+    """The manifest and the content of every file it lists, verified; raises as `verify` does."""
+    directory = Path(directory)
     manifest = read_manifest(directory)
     content = {name: _read(directory, name) for name in manifest.files}
     for name, wanted in manifest.files.items():
@@ -462,7 +465,7 @@ def verify(directory: Path) -> Manifest:
     ArtifactError
         If a file cannot be read or the format is another version's.
     """
-    return _verified(Path(directory))[0]
+    return read(directory)[0]
 
 
 def copy(directory: Path, to: Path, *, extra: Mapping[str, Path] | None = None) -> Manifest:
@@ -476,7 +479,7 @@ def copy(directory: Path, to: Path, *, extra: Mapping[str, Path] | None = None) 
     ArtifactError
         As `verify` and `publish` do.
     """
-    manifest, content = _verified(Path(directory))
+    manifest, content = read(directory)
     described = {item.name: getattr(manifest, item.name) for item in fields(manifest)}
     for name in ("digest", "files"):
         del described[name]
