@@ -21,13 +21,15 @@ MAY_IMPORT = {
     "artifact": "errors spec target",
     "runtime": "errors spec target artifact",
     "compute": "errors phases spec target",
-    "schedules": "errors phases spec target compute",
-    "space": "errors phases spec target compute schedules",
+    "cost": "spec target compute",
+    "schedule": "spec compute",
+    "schedules": "errors phases spec target compute cost schedule",
+    "space": "errors phases spec target compute cost schedules",
     "lower": "errors phases spec target compute",
     "build": "errors phases spec target artifact runtime compute space lower",
     "cache": "errors spec target artifact runtime build",
-    "functional": "errors spec target runtime cache",
-    "nn": "errors spec target runtime cache functional",
+    "functional": "errors phases spec target runtime cache",
+    "nn": "errors phases spec target runtime cache functional",
     "reference": "errors phases spec",
     "measure": "errors spec",
     "check": "errors phases spec workloads target artifact runtime build reference measure",
@@ -38,7 +40,7 @@ MAY_IMPORT = {
 }
 
 # These import tvm when they are imported; the others may do so inside a function only.
-COMPILING = {"compute", "schedules", "space", "lower", "build"}
+COMPILING = {"compute", "cost", "schedule", "schedules", "space", "lower", "build"}
 
 # What runs where no compiler is installed.
 SERVING = ["__init__", "artifact", "runtime", "cache", "functional", "nn", "cli"]
