@@ -35,6 +35,7 @@ from tvm import DataType, ir, te, tirx
 
 from convt_tvm.phases import Phase
 from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.target import Target
 
 __all__ = ["Band", "Layout", "bands", "column_starts",
     "kernel_columns", "declare_pack", "declare_phases", "declare_reference"]
@@ -56,11 +57,14 @@ class Layout:
         Output channels in a block of packed weights. The last block of a group is filled up with zeros.
     column_block
         Columns of a phase are computed in multiples of this.
+    vector_lanes
+        Vector length in accumulators; divides ``co_block`` or ``column_block``, whichever the lanes run along.
     """
 
     lanes: Literal["co", "ow"]
     co_block: int
     column_block: int
+    vector_lanes: int
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""
@@ -165,7 +169,7 @@ def _within(phases: Iterable[Phase], positions: Sequence[int]) -> tuple[int, int
     return min((low for low, _ in reads), default=0), max((high for _, high in reads), default=0)
 
 
-def declare_phases(spec: ConvTranspose2dSpec, layout: Layout) -> tirx.PrimFunc:
+def declare_phases(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> tirx.PrimFunc:
     """The phase form of `spec` as a PrimFunc to schedule.
 
     Parameters are ``input`` (NCHW), ``packed`` (see `Layout.packed_shape`, in the accumulator's dtype), ``bias`` where the
@@ -194,7 +198,9 @@ def declare_phases(spec: ConvTranspose2dSpec, layout: Layout) -> tirx.PrimFunc:
         outputs.append(_finish(spec, layout, band, acc, bias, columns))
 
     function = _create_function([data, packed, *([bias] if spec.bias else []), *outputs])
-    return function.with_attrs({"convt.spec": spec.name, "convt.layout": layout.to_json()})
+    return function.with_attrs(
+        {"convt.spec": spec.name, "convt.layout": layout.to_json(), "convt.target": target.name}
+    )
 
 
 def _window(spec: ConvTranspose2dSpec, data: Any, low: tuple[int, int], high: tuple[int, int]) -> Any:
@@ -279,7 +285,7 @@ def _finish(spec: ConvTranspose2dSpec, layout: Layout, band: Band, acc: Any, bia
     return te.compute((*lead, columns, len(spec.axes[1].phases)), finish, name=f"band{band.index}")
 
 
-def declare_pack(spec: ConvTranspose2dSpec, layout: Layout) -> tirx.PrimFunc:
+def declare_pack(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> tirx.PrimFunc:
     """The packing of a plain weight: ``weight`` (ci, co/groups, kh, kw) to ``ordered``.
 
     ``ordered[g, b, kh, kw, ic, ob]`` is stored by `convt_tvm.lower` as ``packed[g, b, kh, column, ob]``: kernel columns of one
@@ -367,4 +373,10 @@ def spec_of(function: ir.BaseFunc) -> ConvTranspose2dSpec:
 def layout_of(function: ir.BaseFunc) -> Layout:
     """The layout that `function` was declared with."""
     values = function.attrs["convt.layout"]
-    return Layout(lanes=str(values["lanes"]), co_block=int(values["co_block"]), column_block=int(values["column_block"]))
+    numbers = {name: int(values[name]) for name in ("co_block", "column_block", "vector_lanes")}
+    return Layout(lanes=str(values["lanes"]), **numbers)
+
+
+def target_of(function: ir.BaseFunc) -> Target:
+    """The target that `function` was declared for."""
+    return Target.parse(str(function.attrs["convt.target"]))

@@ -1,0 +1,130 @@
+"""From a spec to a compiled kernel."""
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm.s_tir import Schedule
+
+from convt_tvm.artifact import KERNEL_FILE, Manifest, publish, source_fingerprint
+from convt_tvm.compute import declare_pack, declare_phases
+from convt_tvm.errors import BuildError
+from convt_tvm.lower import lower_kernel, lower_pack
+from convt_tvm.runtime import Kernel, load
+from convt_tvm.space import default_choice
+from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.target import Target, package_versions
+
+__all__ = ["build", "build_artifact", "compile_kernel"]
+
+
+def build(spec: ConvTranspose2dSpec, target: str | Target = "llvm") -> Kernel:
+    """A kernel for `spec`, compiled now and loaded; its files live in a temporary directory as long as it does.
+
+    Parameters
+    ----------
+    target
+        ``llvm`` for this processor, or what else `Target.parse` reads. The kernel of a target with features that this
+        machine lacks cannot be loaded here; compile it with `build_artifact`.
+
+    Raises
+    ------
+    TargetError
+        If `target` names nothing this package compiles for.
+    IncompatibleMachineError
+        If this machine lacks a feature of `target`.
+    BuildError
+        If compiling or linking fails.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> spec = ConvTranspose2dSpec(n=1, ci=2, ih=2, iw=2, co=1, kernel_size=2, stride=2, bias=False)
+    >>> kernel = build(spec)
+    >>> kernel(np.ones((1, 2, 2, 2), "float32"), np.ones((2, 1, 2, 2), "float32"))[0, 0, 0]
+    array([2., 2., 2., 2.], dtype=float32)
+    """
+    resolved = Target.parse(target)
+    resolved.require_host()
+    directory = Path(tempfile.mkdtemp(prefix="convt-tvm-"))
+    try:
+        build_artifact(spec, resolved, directory / spec.name)
+        kernel = load(directory / spec.name)
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+    weakref.finalize(kernel, shutil.rmtree, directory, ignore_errors=True)
+    return kernel
+
+
+def build_artifact(spec: ConvTranspose2dSpec, target: str | Target, directory: Path) -> Manifest:
+    """Compile `spec` for `target` and publish it as `directory`; see `convt_tvm.artifact.publish` for what that promises.
+
+    Runs without loading what it compiled, so `target` need not be this machine.
+
+    Raises
+    ------
+    TargetError, BuildError, ArtifactError
+        Before anything is written to `directory`.
+    """
+    resolved = Target.parse(target)
+    choice = default_choice(spec, resolved)
+    sch = Schedule(declare_phases(spec, choice.layout, resolved))
+    choice.space.space(sch)
+    pack = Schedule(declare_pack(spec, choice.layout, resolved))
+    _schedule_pack(pack)
+    with tempfile.TemporaryDirectory(prefix="convt-tvm-") as scratch:
+        library = Path(scratch) / KERNEL_FILE
+        compile_kernel(sch.mod["main"], pack.mod["main"], resolved, library)
+        return publish(
+            directory,
+            spec=spec,
+            target=resolved,
+            schedule=choice.space.name,
+            layout=choice.layout.to_json(),
+            trace=_trace_json(sch),
+            packed_shape=choice.layout.packed_shape(spec),
+            packed_dtype=spec.accumulator_dtype,
+            versions=package_versions(),
+            fingerprint=source_fingerprint(),
+            files={KERNEL_FILE: library},
+        )
+
+
+def compile_kernel(kernel: Any, pack: Any, target: Target, library: Path) -> None:
+    """Lower, compile and link a scheduled phase form and packing into the shared object `library`; raises BuildError."""
+    tvm_target = target.to_tvm()
+    try:
+        with tvm_target:
+            module = tvm.IRModule({**lower_kernel(kernel).functions, **lower_pack(pack).functions})
+            executable = tvm.compile(module, target=tvm_target)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise BuildError(f"TVM could not compile the schedule for {target.name}: {error}") from error
+    if shutil.which("g++") is None and shutil.which("gcc") is None and shutil.which("clang") is None:
+        raise BuildError("linking needs a C compiler; install gcc or clang, for example `apt-get install gcc g++`.")
+    try:
+        executable.export_library(str(library))
+    except (RuntimeError, OSError, ValueError) as error:
+        raise BuildError(f"linking {library.name} failed: {error}") from error
+
+
+def _schedule_pack(sch: Schedule) -> None:
+    """Parallel over groups, channel blocks and kernel rows."""
+    g, b, kh, *_ = sch.get_loops(sch.get_sblock("ordered"))
+    sch.parallel(sch.fuse(g, b, kh))
+
+
+def _trace_json(sch: Schedule) -> list[Any]:
+    """Instructions and decisions of the schedule, as MetaSchedule writes them."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            return [plain(item) for item in value]
+        return value if value is None or isinstance(value, int | float | str) else str(value)
+
+    trace: list[Any] = plain(sch.trace.as_json())
+    return trace

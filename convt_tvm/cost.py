@@ -1,0 +1,86 @@
+"""Estimated cost of a register-tiled phase form: the rule that picks a default schedule without a search.
+
+The innermost loops of every CPU schedule here are an outer product: `Tile.vectors` vectors times `Tile.broadcasts` scalars
+are multiplied and added into as many accumulators, for each kernel tap and input channel. A core that issues two vector
+multiply-adds and two loads a cycle, with a latency of four cycles, needs for one such step at least
+
+- half a cycle for each multiply-add,
+- half a cycle for each load, one per vector and one per scalar,
+- four cycles over the number of column phases worked on together, since a sum waits for the one before it.
+
+The cost of a layout is its number of steps, surplus lanes and columns included, times the largest of these, plus what
+the stores cost. Cycles are good for ranking layouts of one workload on one core, and for nothing else.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from convt_tvm.compute import Layout, bands
+from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
+from convt_tvm.target import Target
+
+__all__ = ["Tile", "core_cycles", "lane_counts", "phase_block"]
+
+FMA_PER_CYCLE = 2
+LOADS_PER_CYCLE = 2
+FMA_LATENCY = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """The accumulators of one column phase: ``vectors`` along the lanes times ``broadcasts`` across them."""
+
+    vectors: int
+    broadcasts: int
+
+    def fits(self, target: Target, phases: int = 1) -> bool:
+        """Whether the accumulators of so many column phases leave registers for one row of vectors and one scalar."""
+        return self.vectors * self.broadcasts * phases + self.vectors + 1 <= target.vector_registers
+
+    def step_cycles(self, phases: int) -> float:
+        """Cycles for one tap of one input channel in one column phase, when `phases` of them are worked on together."""
+        products = self.vectors * self.broadcasts
+        return max(
+            products / FMA_PER_CYCLE, (self.vectors + self.broadcasts) / LOADS_PER_CYCLE, FMA_LATENCY / phases
+        )
+
+
+def lane_counts(spec: ConvTranspose2dSpec, target: Target) -> tuple[int, ...]:
+    """Vector lengths to choose from, in accumulators: the full vector, its half and its quarter."""
+    full = target.vector_bytes // DTYPE_BYTES[spec.accumulator_dtype]
+    return tuple(full >> shift for shift in range(3) if full >> shift >= 2)
+
+
+def phase_block(spec: ConvTranspose2dSpec, target: Target, tile: Tile) -> int:
+    """How many column phases to work on together: the largest divisor of their number whose accumulators fit."""
+    phases = len(spec.axes[1].phases)
+    return max((k for k in range(1, phases + 1) if phases % k == 0 and tile.fits(target, k)), default=1)
+
+
+def core_cycles(
+    spec: ConvTranspose2dSpec, layout: Layout, tile: Tile, *, phases: int, cycles_per_store: float
+) -> float:
+    """Estimated cycles of one core for `spec` in `layout`, `phases` column phases at a time.
+
+    Parameters
+    ----------
+    cycles_per_store
+        What writing one output element costs besides its sum, surplus ones included.
+    """
+    column_taps = sum(phase.taps for phase in spec.axes[1].phases)
+    row_taps = sum(len(band.phases) * band.rows * band.taps for band in bands(spec))
+    columns = layout.columns(spec)
+    row_blocks = spec.n * spec.groups * layout.blocks(spec)
+    steps = row_blocks * row_taps * column_taps * (spec.ci // spec.groups) * (columns // layout.column_block)
+    stores = row_blocks * layout.co_block * spec.oh * columns * len(spec.axes[1].phases)
+    return steps * tile.step_cycles(phases) + stores * cycles_per_store
+
+
+def block_sizes(extent: int, limit: int) -> Iterable[int]:
+    """Block sizes up to `limit` that differ in the number of blocks of `extent`, each the smallest for its number."""
+    seen = set()
+    for size in range(min(extent, limit), 0, -1):
+        count = -(-extent // size)
+        if count not in seen:
+            seen.add(count)
+            yield -(-extent // count)

@@ -1,0 +1,56 @@
+"""Steps that the CPU schedule spaces share."""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+from tvm.s_tir import Schedule
+
+from convt_tvm.compute import Band, layout_of
+from convt_tvm.spec import ConvTranspose2dSpec
+
+__all__ = ["accumulate_in_registers", "parallelize_window", "reaches"]
+
+LoopRV = Any
+SBlockRV = Any
+
+MAX_UNROLLED = 4096
+"""Multiply-add instructions in one unrolled body; beyond it the column phases stay a loop. 4096 take about a second to
+compile (k64 stride 32 has 1,536)."""
+
+
+def reaches(spec: ConvTranspose2dSpec, band: Band) -> bool:
+    """Whether any tap reaches the outputs of `band`, which otherwise hold the bias alone."""
+    return band.taps > 0 and any(phase.taps for phase in spec.axes[1].phases)
+
+
+def accumulate_in_registers(
+    sch: Schedule, acc: SBlockRV, *, phases: LoopRV, reduction: LoopRV, tap: LoopRV, tile: Sequence[LoopRV], lane: LoopRV
+) -> None:
+    """Keep the sums of `acc` inside the loop `phases` in registers, and write them out once.
+
+    The loops of `acc` are, from the outside: ``phases``, ``reduction`` (the outermost reduction loop), others, ``tap``, those
+    of ``tile``, ``lane``. A cache stage in local memory whose indices are all constant becomes registers in LLVM.
+    """
+    local = sch.cache_write(acc, 0, "local")
+    sch.reverse_compute_at(local, phases, preserve_unit_loops=True)
+    *_, outer, middle, inner = sch.get_loops(local)
+    vector, copy_lane = sch.split(inner, [None, layout_of(sch.mod["main"]).vector_lanes])
+    for loop in (lane, copy_lane):
+        sch.vectorize(loop)
+    for loop in (tap, *tile, outer, middle, vector):
+        sch.unroll(loop)
+    if prod(int(sch.get(loop).extent) for loop in (phases, tap, *tile)) <= MAX_UNROLLED:
+        sch.unroll(phases)
+
+    *init_loops, init_lane = sch.get_loops(sch.decompose_reduction(acc, reduction))
+    sch.vectorize(init_lane)
+    for loop in init_loops[-len(tile) :]:
+        sch.unroll(loop)
+
+
+def parallelize_window(sch: Schedule) -> None:
+    """Copy the input's window, where there is one, in parallel over batch and channels."""
+    if any(sch.get(block).name_hint == "window" for block in sch.get_child_blocks(sch.get_sblock("root"))):
+        n, c, _, _ = sch.get_loops(sch.get_sblock("window"))
+        sch.parallel(sch.fuse(n, c))

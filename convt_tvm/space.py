@@ -1,0 +1,71 @@
+"""Schedule spaces: finds the files of ``schedules/`` and chooses one, with a layout, when nothing was tuned."""
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.s_tir import Schedule
+
+import convt_tvm.schedules
+from convt_tvm.compute import Layout
+from convt_tvm.errors import BuildError
+from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.target import Target
+
+__all__ = ["Choice", "Space", "choices", "default_choice", "spaces"]
+
+
+@dataclass(frozen=True)
+class Space:
+    """One file of ``schedules/``: a way to turn a phase form into a fast loop nest for one kind of target."""
+
+    name: str
+    target_kind: str
+    applies: Callable[[ConvTranspose2dSpec], bool]
+    layouts: Callable[[ConvTranspose2dSpec, Target], Iterator[tuple[Layout, float]]]
+    space: Callable[[Schedule], None]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A schedule space with the layout to declare for it, and the cycles that its cost rule expects."""
+
+    space: Space
+    layout: Layout
+    cycles: float
+
+
+@functools.cache
+def spaces() -> tuple[Space, ...]:
+    """All schedule spaces, by name."""
+    names = sorted(module.name for module in pkgutil.iter_modules(convt_tvm.schedules.__path__))
+    found = []
+    for name in names:
+        module: Any = importlib.import_module(f"convt_tvm.schedules.{name}")
+        found.append(Space(module.NAME, module.TARGET_KIND, module.applies, module.layouts, module.space))
+    return tuple(found)
+
+
+def choices(spec: ConvTranspose2dSpec, target: Target) -> list[Choice]:
+    """Every space and layout for `spec` on `target`, the cheapest by the cost rule first."""
+    found = [
+        Choice(space, layout, cycles)
+        for space in spaces()
+        if space.target_kind == target.kind and space.applies(spec)
+        for layout, cycles in space.layouts(spec, target)
+    ]
+    return sorted(found, key=lambda choice: choice.cycles)
+
+
+def default_choice(spec: ConvTranspose2dSpec, target: Target) -> Choice:
+    """What runs when nothing was tuned; raises BuildError if no space applies."""
+    found = choices(spec, target)
+    if not found:
+        raise BuildError(
+            f"no schedule space applies to {spec.name} on {target.name}; there are "
+            f"{', '.join(f'{space.name} (for {space.target_kind})' for space in spaces())}."
+        )
+    return found[0]

@@ -1,0 +1,85 @@
+"""CPU: vector lanes along output columns. For few channels, depthwise and grouped layers, and large images.
+
+One vector of input columns meets one weight, broadcast. For each output row of a band and each block of channels the loop nest
+goes from
+
+    for n, g, b, ph, qh, ob, pw, qw, th, ic, tw:      acc += window * packed
+    for n, g, b, ob, ph, qh, qw, pw:                  band = acc + bias
+
+to
+
+    for n*g*b*ph*qh:                          parallel
+      for qw / column_block:
+        for pw / phases:                      unrolled
+          for th, ic:
+            for tw:                           unrolled
+              for ob:                         unrolled     } co_block * phases * column_block/lanes
+                for pw % phases:              unrolled     } accumulators in registers
+                  for qw / lanes:             unrolled     }
+                    for qw % lanes:           vectorized
+        for ob, qw, pw:                       the output, channel by channel
+
+With few channels the column phases are worked on together, so that enough sums are under way to hide the latency of an
+addition.
+"""
+
+from collections.abc import Iterator
+
+from tvm.s_tir import Schedule
+
+from convt_tvm.compute import Layout, bands, layout_of, spec_of, target_of
+from convt_tvm.cost import Tile, block_sizes, core_cycles, lane_counts, phase_block
+from convt_tvm.schedule import accumulate_in_registers, parallelize_window, reaches
+from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.target import Target
+
+NAME = "llvm_columns"
+TARGET_KIND = "llvm"
+
+MAX_VECTORS = 4
+MAX_CHANNELS = 14
+CYCLES_PER_STORE = 1.0
+
+
+def applies(spec: ConvTranspose2dSpec) -> bool:
+    """Every spec."""
+    return True
+
+
+def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout, float]]:
+    """Layouts whose accumulators fit the registers, each with its estimated cycles."""
+    channels = spec.co // spec.groups
+    widest = max(phase.count for phase in spec.axes[1].phases)
+    for lanes in lane_counts(spec, target):
+        for vectors in range(1, min(MAX_VECTORS, -(-widest // lanes)) + 1):
+            for co_block in block_sizes(channels, MAX_CHANNELS):
+                tile = Tile(vectors, co_block)
+                if tile.fits(target):
+                    layout = Layout("ow", co_block, vectors * lanes, lanes)
+                    phases = phase_block(spec, target, tile)
+                    yield layout, core_cycles(spec, layout, tile, phases=phases, cycles_per_store=CYCLES_PER_STORE)
+
+
+def space(sch: Schedule) -> None:
+    """Schedule the phase form in `sch` in place; deterministic for a declaration."""
+    function = sch.mod["main"]
+    spec, layout, target = spec_of(function), layout_of(function), target_of(function)
+    tile = Tile(layout.column_block // layout.vector_lanes, layout.co_block)
+    phases = phase_block(spec, target, tile)
+    for band in bands(spec):
+        output = sch.get_sblock(f"band{band.index}")
+        n, g, b, ob, ph, qh, qw, pw = sch.get_loops(output)
+        column_block, column = sch.split(qw, [None, layout.column_block])
+        sch.reorder(n, g, b, ph, qh, column_block, ob, column, pw)
+        sch.parallel(sch.fuse(n, g, b, ph, qh))
+        if reaches(spec, band):
+            acc = sch.get_sblock(f"acc{band.index}")
+            sch.compute_at(acc, column_block, preserve_unit_loops=True)
+            ob, pw, qw, th, ic, tw = sch.get_loops(acc)[-6:]
+            phase_loop, phase = sch.split(pw, [None, phases])
+            vector, lane = sch.split(qw, [None, layout.vector_lanes])
+            sch.reorder(phase_loop, th, ic, tw, ob, phase, vector, lane)
+            accumulate_in_registers(
+                sch, acc, phases=phase_loop, reduction=th, tap=tw, tile=(ob, phase, vector), lane=lane
+            )
+    parallelize_window(sch)
