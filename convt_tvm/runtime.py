@@ -12,12 +12,12 @@ import tempfile
 import threading
 from math import prod
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from convt_tvm import artifact
+from convt_tvm.arguments import NUMPY, Kind, torch_kind
 from convt_tvm.artifact import KERNEL_FILE, RUNTIME_FILE, Manifest
 from convt_tvm.errors import (
     ArgumentError,
@@ -27,137 +27,17 @@ from convt_tvm.errors import (
     ArtifactNotFoundError,
     IncompatibleMachineError,
 )
-from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
-from convt_tvm.target import host_architecture
+from convt_tvm.spec import DTYPE_BYTES
+from convt_tvm.threads import adopted, configure, get_num_threads, required, set_num_threads
 
 __all__ = ["Kernel", "get_num_threads", "load", "set_num_threads"]
 
 # A kernel with parallel loops or large workspaces has weak slots of these names, which libtvm_runtime.so fills; called
 # with an empty slot it jumps to address 0.
 _RUNTIME_SLOTS = b"__TVMBackend"
-_CPU = Path("/sys/devices/system/cpu")
-_SHARE_ALL_CPUS = -3
-
-# The struct DLManagedTensorVersioned of DLPack 1: two 32-bit version numbers, context, deleter, flags; then DLTensor:
-# data, device (type, id), number of dimensions, dtype (code, bits, lanes).
-_DLPACK_DTYPE_CODE_OFFSET = 8 + 8 + 8 + 8 + 8 + 8 + 4
-_DLPACK_BFLOAT = 4
 
 _lock = threading.Lock()
 _opened: dict[str, str] = {}
-
-
-def _found(name: str, wanted: tuple[int, ...], dtype: str, found: str, spec: ConvTranspose2dSpec) -> ArgumentError:
-    return ArgumentError(
-        f"{name} must be {dtype} of shape {wanted} on cpu; found {found}. The kernel was built for {spec.name}; build "
-        "one for these arguments."
-    )
-
-
-class _Torch:
-    """What a kernel needs to know and do about torch tensors."""
-
-    name = "torch tensor"
-
-    def __init__(self, torch: ModuleType) -> None:
-        self.torch = torch
-
-    def check(self, name: str, tensor: Any, shape: tuple[int, ...], dtype: str, spec: ConvTranspose2dSpec) -> None:
-        torch = self.torch
-        if tensor.layout is not torch.strided:
-            raise _found(name, shape, dtype, f"a tensor of layout {tensor.layout}", spec)
-        if tuple(tensor.shape) != shape or tensor.dtype is not getattr(torch, dtype) or tensor.device.type != "cpu":
-            found = f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)} on {tensor.device}"
-            raise _found(name, shape, dtype, found, spec)
-        try:
-            address = tensor.data_ptr()
-        except RuntimeError:
-            address = 0
-        if address == 0 and tensor.numel():
-            raise ArgumentError(
-                f"{name} has no memory: it is a {type(tensor).__name__} inside a torch.func transform, a fake tensor "
-                "mode or a compiler's trace; call the kernel on ordinary tensors."
-            )
-
-    def check_writable(self, name: str, tensor: Any) -> None:
-        if tensor.requires_grad:
-            raise ArgumentError(f"{name} requires grad, and kernels record no gradients; pass {name}.detach().")
-        if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
-            raise ArgumentError(
-                f"{name} has strides {tuple(tensor.stride())}: several elements share one place in memory; pass a "
-                "tensor that is not expanded."
-            )
-
-    def is_direct(self, tensor: Any) -> bool:
-        return bool(tensor.is_contiguous() and not tensor.is_neg() and tensor.data_ptr() % tensor.element_size() == 0)
-
-    def ready(self, tensor: Any) -> Any:
-        """The values as a contiguous, aligned tensor without gradient: the same memory where possible."""
-        tensor = tensor.detach().resolve_neg()
-        if self.is_direct(tensor):
-            return tensor
-        return tensor.clone(memory_format=self.torch.contiguous_format)
-
-    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
-        return self.torch.empty(shape, dtype=getattr(self.torch, dtype))
-
-    def overlaps(self, first: Any, second: Any) -> bool:
-        start, other = first.data_ptr(), second.data_ptr()
-        return bool(start < other + second.nbytes and other < start + first.nbytes)
-
-    def copy(self, source: Any, out: Any) -> None:
-        out.copy_(source)
-
-    def pass_on(self, tensor: Any) -> Any:
-        """The tensor in the form that the compiled function takes."""
-        return tensor
-
-
-class _Numpy:
-    """What a kernel needs to know and do about numpy arrays."""
-
-    name = "numpy array"
-
-    def check(self, name: str, array: Any, shape: tuple[int, ...], dtype: str, spec: ConvTranspose2dSpec) -> None:
-        if array.shape != shape or array.dtype.name != dtype or not array.dtype.isnative:
-            found = array.dtype.name if array.dtype.isnative else f"{array.dtype.str} (byte-swapped)"
-            raise _found(name, shape, dtype, f"{found} of shape {array.shape} on cpu", spec)
-
-    def check_writable(self, name: str, array: Any) -> None:
-        if not array.flags.writeable:
-            raise ArgumentError(f"{name} is a read-only array; pass one that can be written to.")
-
-    def is_direct(self, array: Any) -> bool:
-        return bool(array.flags.c_contiguous and array.flags.aligned)
-
-    def ready(self, array: Any) -> Any:
-        return array if self.is_direct(array) else np.array(array, order="C", subok=False)
-
-    def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
-        return np.empty(shape, dtype=like.dtype if like.dtype.name == dtype else np.dtype(dtype))
-
-    def overlaps(self, first: Any, second: Any) -> bool:
-        return np.may_share_memory(first, second)
-
-    def copy(self, source: Any, out: Any) -> None:
-        out[...] = source
-
-    def pass_on(self, array: Any) -> Any:
-        """A view of the memory that the compiled function takes, read-only arrays and bfloat16 included."""
-        import tvm_ffi
-
-        if array.dtype.name != "bfloat16":
-            return tvm_ffi.from_dlpack(array.__dlpack__(max_version=(1, 0)))
-        # numpy exports no dtype that it does not define itself: export the bits, then name the dtype.
-        capsule = array.view(np.uint16).__dlpack__(max_version=(1, 0))
-        pointer = ctypes.pythonapi.PyCapsule_GetPointer
-        pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-        address = pointer(capsule, b"dltensor_versioned")
-        ctypes.c_uint8.from_address(address + _DLPACK_DTYPE_CODE_OFFSET).value = _DLPACK_BFLOAT
-        return tvm_ffi.from_dlpack(capsule)
-
-
-_NUMPY = _Numpy()
 
 
 class Kernel:
@@ -182,10 +62,8 @@ class Kernel:
         "_convt",
         "_fast_types",
         "_mask",
-        "_owner",
         "_pack",
         "_parallel",
-        "_shapes",
         "_sizes",
         "_tensor",
         "_torch",
@@ -195,15 +73,12 @@ class Kernel:
         "target",
     )
 
-    def __init__(
-        self, manifest: Manifest, directory: Path, module: Any, *, parallel: bool, owner: object = None
-    ) -> None:
+    def __init__(self, manifest: Manifest, directory: Path, module: Any, *, parallel: bool) -> None:
         spec = manifest.spec
         self.spec = spec
         self.target = manifest.target
         self.manifest = manifest
         self.directory = directory
-        self._owner = owner
         self._parallel = parallel
         try:
             self._convt = module.get_function("convt")
@@ -212,13 +87,12 @@ class Kernel:
             raise ArtifactCorruptError(f"{directory / KERNEL_FILE} is no kernel: {error}; build it again.") from error
         shapes = spec.input_shape, manifest.packed_shape, spec.bias_shape, spec.output_shape
         dtypes = spec.dtype, manifest.packed_dtype, spec.dtype, spec.dtype
-        self._shapes = shapes
         self._sizes = tuple(prod(shape) * DTYPE_BYTES[dtype] for shape, dtype in zip(shapes, dtypes, strict=True))
         self._mask = DTYPE_BYTES[spec.dtype] - 1 | DTYPE_BYTES[manifest.packed_dtype] - 1
         # apache-tvm-ffi has imported torch by now, if there is one.
         torch = sys.modules.get("torch")
-        self._torch = None if torch is None else _Torch(torch)
-        self._tensor = None if torch is None else torch.Tensor
+        self._torch = None if torch is None else torch_kind(torch)
+        self._tensor: Any = None if torch is None else torch.Tensor
         self._fast_types = () if torch is None or not spec.n else (torch.Tensor, torch.nn.Parameter)
 
     def __repr__(self) -> str:
@@ -286,8 +160,7 @@ class Kernel:
             ):
                 return None
             if bias is None:
-                if self._parallel and _pool.generation != _generation:
-                    _configure_pool()
+                self._configure()
                 self._convt(input, packed, out)
                 return out
             b = bias.data_ptr()
@@ -298,8 +171,7 @@ class Kernel:
                 or bias.is_neg()
             ):
                 return None
-            if self._parallel and _pool.generation != _generation:
-                _configure_pool()
+            self._configure()
             self._convt(input, packed, bias, out)
             return out
         except (AttributeError, RuntimeError, TypeError, ValueError, BufferError):
@@ -362,25 +234,25 @@ class Kernel:
         kind.check("weight", weight, self.spec.weight_shape, self.spec.dtype, self.spec)
         return self._packed(kind, weight)
 
-    def _packed(self, kind: "_Torch | _Numpy", weight: Any) -> Any:
+    def _packed(self, kind: Kind, weight: Any) -> Any:
         packed = kind.empty(self.manifest.packed_shape, self.manifest.packed_dtype, weight)
         self._configure()
         self._pack(kind.pass_on(kind.ready(weight)), kind.pass_on(packed))
         return packed
 
     def _configure(self) -> None:
-        if self._parallel and _pool.generation != _generation:
-            _configure_pool()
+        if self._parallel and adopted.setting != required.setting:
+            configure()
 
-    def _kind(self, **arguments: Any) -> "_Torch | _Numpy":
+    def _kind(self, **arguments: Any) -> Kind:
         """Which of the two kinds the arguments are; None counts as neither, except for input and weight."""
-        kinds: dict[str, _Torch | _Numpy] = {}
+        kinds: dict[str, Kind] = {}
         for name, value in arguments.items():
             if value is None and name in ("bias", "out"):
                 continue
             if isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray):
-                kinds[name] = _NUMPY
-            elif self._torch is not None and isinstance(value, self._torch.torch.Tensor):
+                kinds[name] = NUMPY
+            elif self._torch is not None and isinstance(value, self._tensor):
                 kinds[name] = self._torch
             else:
                 raise ArgumentTypeError(
@@ -412,7 +284,7 @@ class Kernel:
         artifact.copy(self.directory, Path(directory), extra=extra)
 
 
-def load(directory: str | os.PathLike[str], *, owner: object = None) -> Kernel:
+def load(directory: str | os.PathLike[str]) -> Kernel:
     """Load an artifact; needs no compiler and imports none.
 
     The manifest, the digest of every file, the architecture and the CPU features are verified before the library is
@@ -425,8 +297,6 @@ def load(directory: str | os.PathLike[str], *, owner: object = None) -> Kernel:
     ----------
     directory
         What `Kernel.save` wrote.
-    owner
-        An object that lives as long as the kernel, for example the temporary directory it is in.
 
     Raises
     ------
@@ -441,29 +311,17 @@ def load(directory: str | os.PathLike[str], *, owner: object = None) -> Kernel:
     """
     path = Path(directory).resolve()
     manifest, content = artifact.read(path)
-    _check_machine(path, manifest)
+    try:
+        manifest.target.require_host()
+    except IncompatibleMachineError as error:
+        raise IncompatibleMachineError(f"the artifact {path} cannot run here: {error}") from error
     kernel = content[KERNEL_FILE]
     parallel = _RUNTIME_SLOTS in kernel
     with _lock:
         if parallel:
             _open_runtime(path)
         module = _open(path / KERNEL_FILE, kernel, manifest.files[KERNEL_FILE])
-    return Kernel(manifest, path, module, parallel=parallel, owner=owner)
-
-
-def _check_machine(directory: Path, manifest: Manifest) -> None:
-    target = manifest.target
-    here = host_architecture()
-    if target.arch != here:
-        raise IncompatibleMachineError(
-            f"the artifact {directory} was compiled for {target.arch}, this machine is {here}; build it for this one."
-        )
-    missing = target.missing_features
-    if missing:
-        raise IncompatibleMachineError(
-            f"the artifact {directory} needs CPU features that this machine lacks: {', '.join(missing)}; build it here "
-            "(target 'llvm'), or for a lower level such as 'llvm:x86-64-v2'."
-        )
+    return Kernel(manifest, path, module, parallel=parallel)
 
 
 def _open(path: Path, data: bytes, digest: str) -> Any:
@@ -496,9 +354,8 @@ def _dlopen(path: Path) -> Any:
     try:
         return tvm_ffi.load_module(str(path))
     except (RuntimeError, OSError) as error:
-        raise ArtifactError(
-            f"{path} cannot be opened: {str(error).strip().splitlines()[-1]}; build it here."
-        ) from error
+        reason = str(error).strip().splitlines()[-1]
+        raise ArtifactError(f"{path} cannot be opened: {reason}; build it on this machine.") from error
 
 
 def _find_runtime(directory: Path) -> Path:
@@ -524,81 +381,3 @@ def _open_runtime(directory: Path) -> None:
         ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be opened: {error}.") from error
-
-
-class _Pool(threading.local):
-    """Which configuration the calling thread's pool has."""
-
-    generation = -1
-
-
-_pool = _Pool()
-_generation = 0
-_num_threads: int | None = None
-
-
-def _usable_cpus() -> list[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
-
-
-def _default_num_threads(cpus: list[int]) -> int:
-    for variable in ("TVM_NUM_THREADS", "OMP_NUM_THREADS"):
-        value = os.environ.get(variable, "")
-        if value.isdecimal() and int(value) > 0:
-            return min(int(value), len(cpus))
-    cores = set()
-    for cpu in cpus:
-        try:
-            cores.add((_CPU / f"cpu{cpu}/topology/thread_siblings_list").read_text())
-        except OSError:
-            cores.add(str(cpu))
-    return len(cores)
-
-
-def _configure_pool() -> None:
-    """Give the calling thread a pool of `get_num_threads` threads that may run on the CPUs that this thread may run on.
-
-    TVM's own default is half as many threads as there are CPUs on x86, and it binds the calling thread and each worker
-    to CPUs counted from 0, whatever the thread was bound to before. A pool never grows; it is made as large as can be
-    asked for, and then told how much of it to use: threads that are not used sleep.
-    """
-    import tvm_ffi
-
-    global _generation
-    configure = tvm_ffi.get_global_func("runtime.config_threadpool")
-    cpus = _usable_cpus()
-    names = [str(cpu) for cpu in cpus]
-    configure(_SHARE_ALL_CPUS, _num_threads or _default_num_threads(cpus), names)
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, cpus)
-    _pool.generation = _generation
-
-
-def set_num_threads(n: int) -> None:
-    """Set how many threads, the calling one included, each later kernel call in this process may use.
-
-    Every thread that calls kernels has a pool of its own, as TVM has it, which adopts the number at its next call;
-    torch's own threads are not affected. Results do not depend on it. Without a call to this, the number is that of
-    ``TVM_NUM_THREADS`` or ``OMP_NUM_THREADS``, read at a thread's first call, or else of the physical cores that the
-    process may run on. A thread in which TVM itself has run before keeps the pool it got then and can use fewer
-    threads, not more.
-
-    Raises
-    ------
-    ArgumentError
-        If ``n`` is below 1 or above the number of CPUs that the process may run on.
-    """
-    global _generation, _num_threads
-    limit = len(_usable_cpus())
-    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= limit:
-        raise ArgumentError(f"n={n!r} must be from 1 to {limit}, the number of CPUs that this process may run on.")
-    with _lock:
-        _num_threads = n
-        _generation += 1
-
-
-def get_num_threads() -> int:
-    """How many threads a kernel call in the calling thread uses; see `set_num_threads`."""
-    return _num_threads or _default_num_threads(_usable_cpus())

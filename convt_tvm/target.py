@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from convt_tvm.errors import TargetError
+from convt_tvm.errors import IncompatibleMachineError, TargetError
 
 if TYPE_CHECKING:
     import tvm.target
@@ -238,10 +238,26 @@ class Target:
         """Number of vector registers: 32 with AVX-512 and on aarch64, otherwise 16."""
         return 32 if self.arch == "aarch64" or "avx512f" in self.features else 16
 
-    @property
-    def missing_features(self) -> tuple[str, ...]:
-        """Features that this machine lacks, sorted; empty if it can run the code (of its own architecture)."""
-        return tuple(sorted(set(self.features) - host_features()))
+    def require_host(self) -> None:
+        """Return if this machine can run the code.
+
+        Raises
+        ------
+        IncompatibleMachineError
+            Naming the architecture, or the features that this processor lacks.
+        """
+        here = host_architecture()
+        if self.arch != here:
+            raise IncompatibleMachineError(
+                f"code for {self.arch} does not run on this machine, which is {here}; build it for target 'llvm' here."
+            )
+        missing = sorted(set(self.features) - host_features())
+        if missing:
+            levels = [f"'llvm:{level}'" for level, needed in LEVELS.items() if host_features().issuperset(needed)]
+            raise IncompatibleMachineError(
+                f"this machine lacks the CPU features {', '.join(missing)}; build for one of the targets it can run: "
+                f"{', '.join([*levels, repr('llvm')])}."
+            )
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""

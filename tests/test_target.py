@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from convt_tvm import target as target_module
-from convt_tvm.errors import TargetError
+from convt_tvm.errors import IncompatibleMachineError, TargetError
 from convt_tvm.target import LEVELS, Target, host_features, machine
 
 _SPR = """processor\t: 0
@@ -72,7 +72,20 @@ def test_unknown_processor_is_a_target_error(cpuinfo):
 def test_the_host_target_has_the_hosts_features_and_runs_here():
     target = Target.parse("llvm")
     assert set(target.features) == host_features()
-    assert target.missing_features == ()
+    target.require_host()
+
+
+def test_what_this_machine_cannot_run_is_refused_by_name(cpuinfo):
+    cpuinfo("flags: sse4_2 popcnt avx")
+    with pytest.raises(
+        IncompatibleMachineError, match=r"lacks the CPU features avx2, fma; .*'llvm:x86-64-v2', 'llvm'\.$"
+    ):
+        Target.parse("llvm:x86_64+avx2+fma").require_host()
+    with pytest.raises(
+        IncompatibleMachineError, match="code for aarch64 does not run on this machine, which is x86_64"
+    ):
+        Target.parse("llvm:aarch64").require_host()
+    Target.parse("llvm:x86-64-v2").require_host()
 
 
 @pytest.mark.parametrize(
