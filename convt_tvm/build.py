@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import tvm
+from tvm import tirx
 from tvm.s_tir import Schedule
 
 from convt_tvm.artifact import KERNEL_FILE, Manifest, publish, source_fingerprint
@@ -62,9 +63,9 @@ def build(spec: ConvTranspose2dSpec, target: str | Target = "llvm") -> Kernel:
 
 
 def build_artifact(spec: ConvTranspose2dSpec, target: str | Target, directory: Path) -> Manifest:
-    """Compile `spec` for `target` and publish it as `directory`; see `convt_tvm.artifact.publish` for what that promises.
+    """Compile `spec` for `target` and publish it as `directory`.
 
-    Runs without loading what it compiled, so `target` need not be this machine.
+    `convt_tvm.artifact.publish` says what that promises. Runs without loading what it compiled, so `target` need not be this machine.
 
     Raises
     ------
@@ -96,7 +97,13 @@ def build_artifact(spec: ConvTranspose2dSpec, target: str | Target, directory: P
 
 
 def compile_kernel(kernel: Any, pack: Any, target: Target, library: Path) -> None:
-    """Lower, compile and link a scheduled phase form and packing into the shared object `library`; raises BuildError."""
+    """Lower, compile and link a scheduled phase form and its packing into the shared object `library`.
+
+    Raises
+    ------
+    BuildError
+        If TVM or the linker fails.
+    """
     tvm_target = target.to_tvm()
     try:
         with tvm_target:
@@ -124,6 +131,8 @@ def _trace_json(sch: Schedule) -> list[Any]:
     def plain(value: Any) -> Any:
         if isinstance(value, Sequence) and not isinstance(value, str):
             return [plain(item) for item in value]
+        if isinstance(value, tirx.IntImm | tirx.FloatImm):
+            return value.value
         return value if value is None or isinstance(value, int | float | str) else str(value)
 
     trace: list[Any] = plain(sch.trace.as_json())

@@ -4,14 +4,14 @@ Two declarations of the same function:
 
 `declare_reference`
     The text-book form. ``data_dilated`` has ``stride - 1`` zeros between input points; padded by
-    ``dilation*(kernel-1) - padding`` it is gathered by every kernel tap. It is the definition and the oracle inside TVM.
-    It multiplies ``stride_h * stride_w`` times too often, so it never runs in a kernel.
+    ``dilation*(kernel-1) - padding`` it is gathered by every kernel tap. It is the definition and the oracle inside
+    TVM. It multiplies ``stride_h * stride_w`` times too often, so it never runs in a kernel.
 
 `declare_phases`
     The same gather with the zeros skipped, from the integers of `convt_tvm.phases`. Every index in it is a sum of loop
     variables and constants of a phase: no division or remainder by the stride appears, because TVM 0.27 simplifies
-    ``(n % 4 + 2) // 4`` to 0 when a schedule splits or fuses such an index (``iter_map_simplify``; the workaround may go
-    when ``convt-tvm doctor`` reports that case as fixed).
+    ``(n % 4 + 2) // 4`` to 0 when a schedule splits or fuses such an index (``iter_map_simplify``; the workaround may
+    go when ``convt-tvm doctor`` reports that case as fixed).
 
 A declaration in phase form computes, for each *row band* (all row phases with the same number of taps and of rows),
 
@@ -19,10 +19,11 @@ A declaration in phase form computes, for each *row band* (all row phases with t
                                         * packed[g, b, tap(ph, th), column(pw, ic, tw), ob]
 
 over ``th``, ``ic``, ``tw``, and an output stage ``band = acc + bias`` whose elements are in the order of the output's
-memory. ``ph``/``pw`` number phases, ``qh``/``qw`` positions in a phase, ``b``/``ob`` blocks of output channels and channels in
-a block, ``I`` is ``ci/groups``. Column extents and channel blocks are rounded up to what the schedule's tiles divide, so
-that no loop carries a predicate; `convt_tvm.lower` then turns stores to bands into stores to the output and drops the
-surplus. Sums are kept in `ConvTranspose2dSpec.accumulator_dtype`; each output element is summed by one thread in one order.
+memory. ``ph``/``pw`` number phases, ``qh``/``qw`` positions in a phase, ``b``/``ob`` blocks of output channels and
+channels in a block, ``I`` is ``ci/groups``. Column extents and channel blocks are rounded up to what the schedule's
+tiles divide, so that no loop carries a predicate; `convt_tvm.lower` then turns stores to bands into stores to the
+output and drops the surplus. Sums are kept in `ConvTranspose2dSpec.accumulator_dtype`; each output element is summed
+by one thread in one order.
 """
 
 import json
@@ -37,8 +38,16 @@ from convt_tvm.phases import Phase
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
 
-__all__ = ["Band", "Layout", "bands", "column_starts",
-    "kernel_columns", "declare_pack", "declare_phases", "declare_reference"]
+__all__ = [
+    "Band",
+    "Layout",
+    "bands",
+    "column_starts",
+    "declare_pack",
+    "declare_phases",
+    "declare_reference",
+    "kernel_columns",
+]
 
 Expr = Any
 """A TVM expression; the wheel ships no types."""
@@ -120,7 +129,7 @@ def column_starts(spec: ConvTranspose2dSpec) -> tuple[int, ...]:
 
 
 def kernel_columns(spec: ConvTranspose2dSpec) -> tuple[tuple[int, int, int], ...]:
-    """For each kernel column ``(start, taps, u)``: it is tap ``u`` of the ``taps`` that follow ``start`` in packed order.
+    """For each kernel column ``(start, taps, u)``: in packed order it is tap ``u`` of the ``taps`` from ``start``.
 
     Columns that reach no output (an output narrower than the stride has fewer phases than the stride) come last.
     """
@@ -135,8 +144,8 @@ def kernel_columns(spec: ConvTranspose2dSpec) -> tuple[tuple[int, int, int], ...
 def lookup(values: Sequence[int], index: Expr) -> Expr:
     """``values[index]`` as an expression: a constant or nested selects, which fold where `index` is unrolled.
 
-    Select and not a table in memory: a schedule may unroll `index`, and what it selects must then become a constant. It is
-    also the form in which this TVM schedules a phase's offset correctly.
+    Select and not a table in memory: a schedule may unroll `index`, and what it selects must then become a constant.
+    It is also the form in which this TVM schedules a phase's offset correctly.
     """
     if all(value == values[0] for value in values):
         return tirx.const(values[0], "int32")
@@ -147,8 +156,8 @@ def lookup(values: Sequence[int], index: Expr) -> Expr:
 def _create_function(arguments: list[Any]) -> tirx.PrimFunc:
     """A PrimFunc of TE tensors whose parameters may start at any multiple of an element.
 
-    TE declares every buffer as aligned to 64 bytes, the calling convention does not check it, and aligned loads of a torch
-    slice would crash. TE has no way to say otherwise, so the alignment is set in the function's JSON form.
+    TE declares every buffer as aligned to 64 bytes, the calling convention does not check it, and aligned loads of a
+    torch slice would crash. TE has no way to say otherwise, so the alignment is set in the function's JSON form.
     """
     function = te.create_prim_func(arguments)
     graph = json.loads(ir.save_json(function))
@@ -172,9 +181,9 @@ def _within(phases: Iterable[Phase], positions: Sequence[int]) -> tuple[int, int
 def declare_phases(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> tirx.PrimFunc:
     """The phase form of `spec` as a PrimFunc to schedule.
 
-    Parameters are ``input`` (NCHW), ``packed`` (see `Layout.packed_shape`, in the accumulator's dtype), ``bias`` where the
-    spec has one, and ``band0``, ``band1``, ... of shape ``(n, groups, blocks, co_block, row phases, rows, columns, column
-    phases)``. Blocks are named ``window``, ``acc<k>`` and ``band<k>``.
+    Parameters are ``input`` (NCHW), ``packed`` (see `Layout.packed_shape`, in the accumulator's dtype), ``bias``
+    where the spec has one, and ``band0``, ``band1``, ... of shape ``(n, groups, blocks, co_block, row phases, rows,
+    columns, column phases)``. Blocks are named ``window``, ``acc<k>`` and ``band<k>``.
     """
     columns = layout.columns(spec)
     row_phases, column_phases = spec.axes[0].phases, spec.axes[1].phases
@@ -198,13 +207,11 @@ def declare_phases(spec: ConvTranspose2dSpec, layout: Layout, target: Target) ->
         outputs.append(_finish(spec, layout, band, acc, bias, columns))
 
     function = _create_function([data, packed, *([bias] if spec.bias else []), *outputs])
-    return function.with_attrs(
-        {"convt.spec": spec.name, "convt.layout": layout.to_json(), "convt.target": target.name}
-    )
+    return function.with_attrs({"convt.spec": spec.name, "convt.layout": layout.to_json(), "convt.target": target.name})
 
 
 def _window(spec: ConvTranspose2dSpec, data: Any, low: tuple[int, int], high: tuple[int, int]) -> Any:
-    """Rows ``low[0]..high[0]`` and columns ``low[1]..high[1]`` of the input, zero outside it, to be read without a check."""
+    """Those rows and columns of the input, first and last included, zero outside it, to be read without a check."""
     zero = tirx.const(0, spec.accumulator_dtype)
 
     def read(n: Expr, c: Expr, h: Expr, w: Expr) -> Expr:
@@ -244,9 +251,7 @@ def _accumulate(
         value = window[
             n, g * in_channels + ic, qh + lookup(row_base, ph) - th * step_h, qw + lookup(column_base, pw) - tw * step_w
         ]
-        weight = packed[
-            g, b, lookup(row_tap, ph) + th * tap_step, lookup(column_start, pw) + ic * taps + tw, ob
-        ]
+        weight = packed[g, b, lookup(row_tap, ph) + th * tap_step, lookup(column_start, pw) + ic * taps + tw, ob]
         if min(column_taps) == max(column_taps):
             return value * weight
         return tirx.if_then_else(tw < taps, value * weight, tirx.const(0, spec.accumulator_dtype))
@@ -288,8 +293,8 @@ def _finish(spec: ConvTranspose2dSpec, layout: Layout, band: Band, acc: Any, bia
 def declare_pack(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> tirx.PrimFunc:
     """The packing of a plain weight: ``weight`` (ci, co/groups, kh, kw) to ``ordered``.
 
-    ``ordered[g, b, kh, kw, ic, ob]`` is stored by `convt_tvm.lower` as ``packed[g, b, kh, column, ob]``: kernel columns of one
-    column phase side by side, and zeros for channels that fill up a block.
+    ``ordered[g, b, kh, kw, ic, ob]`` is stored by `convt_tvm.lower` as ``packed[g, b, kh, column, ob]``: kernel
+    columns of one column phase side by side, and zeros for channels that fill up a block.
     """
     in_channels, out_channels = spec.ci // spec.groups, spec.co // spec.groups
     weight = te.placeholder(spec.weight_shape, spec.dtype, name="weight")
@@ -349,16 +354,18 @@ def declare_reference(spec: ConvTranspose2dSpec) -> tirx.PrimFunc:
                 h + (spec.kernel_size[0] - 1 - kh) * dil_h,
                 w + (spec.kernel_size[1] - 1 - kw) * dil_w,
             ]
-            * weight[tirx.indexdiv(c, out_channels) * in_channels + ic, tirx.indexmod(c, out_channels), kh, kw].astype(acc_dtype),
+            * weight[tirx.indexdiv(c, out_channels) * in_channels + ic, tirx.indexmod(c, out_channels), kh, kw].astype(
+                acc_dtype
+            ),
             axis=[ic, kh, kw],
         ),
         name="acc",
     )
     output = te.compute(
         spec.output_shape,
-        lambda n, c, h, w: (
-            acc[n, c, h, w] + bias[c].astype(acc_dtype) if spec.bias else acc[n, c, h, w]
-        ).astype(spec.dtype),
+        lambda n, c, h, w: (acc[n, c, h, w] + bias[c].astype(acc_dtype) if spec.bias else acc[n, c, h, w]).astype(
+            spec.dtype
+        ),
         name="output",
     )
     function = _create_function([data, weight, *([bias] if spec.bias else []), output])
@@ -374,7 +381,7 @@ def layout_of(function: ir.BaseFunc) -> Layout:
     """The layout that `function` was declared with."""
     values = function.attrs["convt.layout"]
     numbers = {name: int(values[name]) for name in ("co_block", "column_block", "vector_lanes")}
-    return Layout(lanes=str(values["lanes"]), **numbers)
+    return Layout(lanes="co" if values["lanes"] == "co" else "ow", **numbers)
 
 
 def target_of(function: ir.BaseFunc) -> Target:

@@ -1,8 +1,8 @@
 """Estimated cost of a register-tiled phase form: the rule that picks a default schedule without a search.
 
-The innermost loops of every CPU schedule here are an outer product: `Tile.vectors` vectors times `Tile.broadcasts` scalars
-are multiplied and added into as many accumulators, for each kernel tap and input channel. A core that issues two vector
-multiply-adds and two loads a cycle, with a latency of four cycles, needs for one such step at least
+The innermost loops of every CPU schedule here are an outer product: `Tile.vectors` vectors times `Tile.broadcasts`
+scalars are multiplied and added into as many accumulators, for each kernel tap and input channel. A core that issues
+two vector multiply-adds and two loads a cycle, with a latency of four cycles, needs for one such step at least
 
 - half a cycle for each multiply-add,
 - half a cycle for each load, one per vector and one per scalar,
@@ -40,9 +40,7 @@ class Tile:
     def step_cycles(self, phases: int) -> float:
         """Cycles for one tap of one input channel in one column phase, when `phases` of them are worked on together."""
         products = self.vectors * self.broadcasts
-        return max(
-            products / FMA_PER_CYCLE, (self.vectors + self.broadcasts) / LOADS_PER_CYCLE, FMA_LATENCY / phases
-        )
+        return max(products / FMA_PER_CYCLE, (self.vectors + self.broadcasts) / LOADS_PER_CYCLE, FMA_LATENCY / phases)
 
 
 def lane_counts(spec: ConvTranspose2dSpec, target: Target) -> tuple[int, ...]:

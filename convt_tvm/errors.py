@@ -10,6 +10,7 @@ __all__ = [
     "ConvTError",
     "IncompatibleMachineError",
     "SpecError",
+    "SpecTypeError",
     "TargetError",
     "UnknownWorkloadError",
     "UnsupportedDtypeError",
@@ -25,6 +26,10 @@ class SpecError(ConvTError, ValueError, RuntimeError):
 
     PyTorch raises ValueError for some of them in the constructor and RuntimeError for others at the call; this is both.
     """
+
+
+class SpecTypeError(SpecError, TypeError):
+    """A parameter that is no integer where PyTorch takes integers only."""
 
 
 class UnsupportedDtypeError(SpecError, NotImplementedError):

@@ -1,9 +1,9 @@
 """From scheduled phase forms to the two functions of a kernel library.
 
-`compute` declares outputs whose extents suit a schedule: row bands apart, channel blocks and columns rounded up. Here each
-store to such an output becomes a store to the real tensor, guarded where the declaration computes a surplus. It happens
-after scheduling, so that a schedule sees a plain perfect loop nest, and before vectorisation, so that no store is
-executed out of bounds by a lane.
+`compute` declares outputs whose extents suit a schedule: row bands apart, channel blocks and columns rounded up. Here
+each store to such an output becomes a store to the real tensor, guarded where the declaration computes a surplus. It
+happens after scheduling, so that a schedule sees a plain perfect loop nest, and before vectorisation, so that no
+store is executed out of bounds by a lane.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -48,7 +48,14 @@ def _replace_stores(statement: Any, stores: Mapping[Any, Store]) -> Any:
             case tirx.For():
                 body = visit(node.body)
                 return tirx.For(
-                    node.loop_var, node.min, node.extent, node.kind, body, node.thread_binding, node.annotations, node.step
+                    node.loop_var,
+                    node.min,
+                    node.extent,
+                    node.kind,
+                    body,
+                    node.thread_binding,
+                    node.annotations,
+                    node.step,
                 )
             case tirx.IfThenElse():
                 other = None if node.else_case is None else visit(node.else_case)
@@ -120,7 +127,8 @@ def lower_pack(function: tirx.PrimFunc) -> tvm.IRModule:
 
 
 def _is_output(buffer: Any) -> bool:
-    return buffer.name.startswith("band") or buffer.name == "ordered"
+    name = str(buffer.name)
+    return name.startswith("band") or name == "ordered"
 
 
 def _buffer(name: str, shape: Sequence[int], dtype: str) -> Any:

@@ -9,7 +9,7 @@ from tvm.s_tir import Schedule
 from convt_tvm.compute import Band, layout_of
 from convt_tvm.spec import ConvTranspose2dSpec
 
-__all__ = ["accumulate_in_registers", "parallelize_window", "reaches"]
+__all__ = ["accumulate_in_registers", "parallelize", "parallelize_window", "reaches"]
 
 LoopRV = Any
 SBlockRV = Any
@@ -19,18 +19,31 @@ MAX_UNROLLED = 4096
 compile (k64 stride 32 has 1,536)."""
 
 
+PARALLEL_WORK = 1 << 20
+"""Multiply-adds, and 16 for each output, below which one thread does it all: about 10 us of one core, as long as it
+takes to hand work to another."""
+
+
 def reaches(spec: ConvTranspose2dSpec, band: Band) -> bool:
     """Whether any tap reaches the outputs of `band`, which otherwise hold the bias alone."""
     return band.taps > 0 and any(phase.taps for phase in spec.axes[1].phases)
 
 
 def accumulate_in_registers(
-    sch: Schedule, acc: SBlockRV, *, phases: LoopRV, reduction: LoopRV, tap: LoopRV, tile: Sequence[LoopRV], lane: LoopRV
+    sch: Schedule,
+    acc: SBlockRV,
+    *,
+    phases: LoopRV,
+    reduction: LoopRV,
+    tap: LoopRV,
+    tile: Sequence[LoopRV],
+    lane: LoopRV,
 ) -> None:
     """Keep the sums of `acc` inside the loop `phases` in registers, and write them out once.
 
-    The loops of `acc` are, from the outside: ``phases``, ``reduction`` (the outermost reduction loop), others, ``tap``, those
-    of ``tile``, ``lane``. A cache stage in local memory whose indices are all constant becomes registers in LLVM.
+    The loops of `acc` are, from the outside: ``phases``, ``reduction`` (the outermost reduction loop), others,
+    ``tap``, those of ``tile``, ``lane``. A cache stage in local memory whose indices are all constant becomes
+    registers in LLVM.
     """
     local = sch.cache_write(acc, 0, "local")
     sch.reverse_compute_at(local, phases, preserve_unit_loops=True)
@@ -49,8 +62,15 @@ def accumulate_in_registers(
         sch.unroll(loop)
 
 
-def parallelize_window(sch: Schedule) -> None:
+def parallelize(sch: Schedule, spec: ConvTranspose2dSpec, loops: Sequence[LoopRV]) -> None:
+    """Share the iterations of `loops` among threads if `spec` is large enough for that to pay."""
+    fused = sch.fuse(*loops)
+    if spec.multiply_adds + 16 * prod(spec.output_shape) >= PARALLEL_WORK:
+        sch.parallel(fused)
+
+
+def parallelize_window(sch: Schedule, spec: ConvTranspose2dSpec) -> None:
     """Copy the input's window, where there is one, in parallel over batch and channels."""
     if any(sch.get(block).name_hint == "window" for block in sch.get_child_blocks(sch.get_sblock("root"))):
         n, c, _, _ = sch.get_loops(sch.get_sblock("window"))
-        sch.parallel(sch.fuse(n, c))
+        parallelize(sch, spec, (n, c))

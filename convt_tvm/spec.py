@@ -1,12 +1,13 @@
 """One transposed convolution, described once and validated once."""
 
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import prod
 from typing import Any, Self, TypeAlias
 
-from convt_tvm.errors import SpecError, UnsupportedDtypeError
+from convt_tvm.errors import SpecError, SpecTypeError, UnsupportedDtypeError
 from convt_tvm.phases import Axis
 
 __all__ = ["DTYPE_BYTES", "ConvTranspose2dSpec", "Pair"]
@@ -26,9 +27,12 @@ _EXAMPLE_NAME = "n1_ci512_ih4_iw4_co256_k4x4_s2x2_p1x1_op0x0_d1x1_g1_bias_float3
 
 
 def _as_int(name: str, value: object) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise SpecError(f"{name}={value!r} must be an integer; got {type(value).__name__}.")
-    return int(value.__index__())
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise SpecTypeError(f"{name}={value!r} must be an integer; got {type(value).__name__}.") from None
 
 
 def _as_pair(name: str, value: object) -> Pair:
@@ -36,7 +40,7 @@ def _as_pair(name: str, value: object) -> Pair:
         if len(value) == 1:
             value = (value[0], value[0])
         if len(value) != 2:
-            raise SpecError(f"{name}={value!r} must be an integer or two of them, (height, width).")
+            raise SpecTypeError(f"{name}={value!r} must be an integer or two of them, (height, width).")
         return _as_int(name, value[0]), _as_int(name, value[1])
     both = _as_int(name, value)
     return both, both
@@ -131,9 +135,7 @@ class ConvTranspose2dSpec:
 
     def _validate(self) -> None:
         if self.dtype not in DTYPE_BYTES:
-            raise UnsupportedDtypeError(
-                f"dtype={self.dtype!r} is not supported; use one of {', '.join(DTYPE_BYTES)}."
-            )
+            raise UnsupportedDtypeError(f"dtype={self.dtype!r} is not supported; use one of {', '.join(DTYPE_BYTES)}.")
         if self.n < 0:
             raise SpecError(f"n={self.n} must not be negative.")
         for name in _SIZES:
@@ -166,7 +168,9 @@ class ConvTranspose2dSpec:
         """The two spatial axes, height first."""
         sizes = (self.ih, self.iw)
         height, width = (
-            Axis(sizes[i], self.kernel_size[i], self.stride[i], self.padding[i], self.output_padding[i], self.dilation[i])
+            Axis(
+                sizes[i], self.kernel_size[i], self.stride[i], self.padding[i], self.output_padding[i], self.dilation[i]
+            )
             for i in range(2)
         )
         return height, width
@@ -241,7 +245,10 @@ class ConvTranspose2dSpec:
             elif field not in ("bias", "dtype"):
                 given[field] = int(text)
         given["bias"] = given["bias"] == "bias"
-        return cls(**given)
+        spec = cls(**given)
+        if spec.name != name:
+            raise SpecError(f"{name!r} is not canonical; the name of this spec is {spec.name!r}.")
+        return spec
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values; pairs become lists."""

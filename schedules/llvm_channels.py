@@ -1,7 +1,7 @@
 """CPU: vector lanes along output channels. For many channels and small images.
 
-One vector of packed weights meets one input value, broadcast. For each output row of a band and each block of channels the
-loop nest goes from
+One vector of packed weights meets one input value, broadcast. For each output row of a band and each block of
+channels the loop nest goes from
 
     for n, g, b, ph, qh, pw, qw, ob, th, ic, tw:      acc += window * packed
     for n, g, b, ob, ph, qh, qw, pw:                  band = acc + bias
@@ -18,8 +18,8 @@ to
                   for ob % lanes:             vectorized
         for ob, qw % column_block, pw:        the output, channel by channel
 
-The blocks of a row's weights, ``taps * ci/groups * kw * co_block`` values, are read once for each row and should fit the second
-cache. The output's channels are far apart, so its elements are stored one by one.
+The blocks of a row's weights, ``taps * ci/groups * kw * co_block`` values, are read once for each row and should fit
+the second cache. The output's channels are far apart, so its elements are stored one by one.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ from tvm.s_tir import Schedule
 
 from convt_tvm.compute import Layout, bands, layout_of, spec_of
 from convt_tvm.cost import Tile, block_sizes, core_cycles, lane_counts
-from convt_tvm.schedule import accumulate_in_registers, parallelize_window, reaches
+from convt_tvm.schedule import accumulate_in_registers, parallelize, parallelize_window, reaches
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
 
@@ -67,7 +67,7 @@ def space(sch: Schedule) -> None:
         n, g, b, ob, ph, qh, qw, pw = sch.get_loops(output)
         column_block, column = sch.split(qw, [None, layout.column_block])
         sch.reorder(n, g, b, ph, qh, column_block, ob, column, pw)
-        sch.parallel(sch.fuse(n, g, b, ph, qh))
+        parallelize(sch, spec, (n, g, b, ph, qh))
         if reaches(spec, band):
             acc = sch.get_sblock(f"acc{band.index}")
             sch.compute_at(acc, column_block, preserve_unit_loops=True)
@@ -75,4 +75,4 @@ def space(sch: Schedule) -> None:
             vector, lane = sch.split(ob, [None, layout.vector_lanes])
             sch.reorder(pw, th, ic, tw, qw, vector, lane)
             accumulate_in_registers(sch, acc, phases=pw, reduction=th, tap=tw, tile=(qw, vector), lane=lane)
-    parallelize_window(sch)
+    parallelize_window(sch, spec)

@@ -1,7 +1,7 @@
 """CPU: vector lanes along output columns. For few channels, depthwise and grouped layers, and large images.
 
-One vector of input columns meets one weight, broadcast. For each output row of a band and each block of channels the loop nest
-goes from
+One vector of input columns meets one weight, broadcast. For each output row of a band and each block of channels the
+loop nest goes from
 
     for n, g, b, ph, qh, ob, pw, qw, th, ic, tw:      acc += window * packed
     for n, g, b, ob, ph, qh, qw, pw:                  band = acc + bias
@@ -29,7 +29,7 @@ from tvm.s_tir import Schedule
 
 from convt_tvm.compute import Layout, bands, layout_of, spec_of, target_of
 from convt_tvm.cost import Tile, block_sizes, core_cycles, lane_counts, phase_block
-from convt_tvm.schedule import accumulate_in_registers, parallelize_window, reaches
+from convt_tvm.schedule import accumulate_in_registers, parallelize, parallelize_window, reaches
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
 
@@ -71,7 +71,7 @@ def space(sch: Schedule) -> None:
         n, g, b, ob, ph, qh, qw, pw = sch.get_loops(output)
         column_block, column = sch.split(qw, [None, layout.column_block])
         sch.reorder(n, g, b, ph, qh, column_block, ob, column, pw)
-        sch.parallel(sch.fuse(n, g, b, ph, qh))
+        parallelize(sch, spec, (n, g, b, ph, qh))
         if reaches(spec, band):
             acc = sch.get_sblock(f"acc{band.index}")
             sch.compute_at(acc, column_block, preserve_unit_loops=True)
@@ -82,4 +82,4 @@ def space(sch: Schedule) -> None:
             accumulate_in_registers(
                 sch, acc, phases=phase_loop, reduction=th, tap=tw, tile=(ob, phase, vector), lane=lane
             )
-    parallelize_window(sch)
+    parallelize_window(sch, spec)

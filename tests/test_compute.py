@@ -1,0 +1,178 @@
+"""The two declarations agree with each other and with torch in float64, bit for bit on integers, over the whole
+domain."""
+
+import itertools
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+import tvm
+from hypothesis import strategies as st
+
+from convt_tvm import compute
+from convt_tvm.compute import Layout, bands, declare_pack, declare_phases, declare_reference
+from convt_tvm.errors import SpecError
+from convt_tvm.lower import lower_kernel, lower_pack
+from convt_tvm.reference import integer_inputs, reference
+from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.target import Target
+
+TARGET = Target.parse("llvm")
+
+
+def run_phases(spec, layout, inputs, pack=None):
+    """What the unscheduled phase form computes, output prefilled with NaN so that an element left out shows."""
+    module = tvm.IRModule(
+        {
+            **lower_kernel(declare_phases(spec, layout, TARGET)).functions,
+            **(pack or lower_pack(declare_pack(spec, layout, TARGET))).functions,
+        }
+    )
+    library = tvm.compile(module, target=TARGET.to_tvm())
+    data, weight, bias = inputs
+    dtype, accumulator = getattr(torch, spec.dtype), getattr(torch, spec.accumulator_dtype)
+    packed = torch.full(layout.packed_shape(spec), float("nan"), dtype=accumulator)
+    output = torch.full(spec.output_shape, float("nan"), dtype=dtype)
+    library["pack"](weight, packed)
+    assert not packed.isnan().any()
+    library["convt"](data, packed, *([bias] if spec.bias else []), output)
+    return output
+
+
+def run_reference(spec, inputs):
+    library = tvm.compile(declare_reference(spec), target=TARGET.to_tvm())
+    data, weight, bias = inputs
+    output = torch.full(spec.output_shape, float("nan"), dtype=getattr(torch, spec.dtype))
+    library["main"](data, weight, *([bias] if spec.bias else []), output)
+    return output
+
+
+LAYOUTS = [Layout("co", 4, 3, 2), Layout("ow", 3, 4, 2)]
+
+GRID = [
+    dict(kernel_size=k, stride=s, padding=p, dilation=d, output_padding=op)
+    for k, s, p, d, op in [
+        (1, 1, 0, 1, 0),
+        (2, 2, 0, 1, 1),
+        (3, 2, 1, 1, 1),
+        (4, 2, 1, 1, 0),
+        (3, 1, 2, 2, 0),
+        (3, 2, 3, 2, 1),  # gcd 2: odd rows and columns have no taps
+        (4, 6, 2, 4, 5),  # gcd 2, stride above the kernel
+        (3, 5, 1, 2, 4),
+        (5, 3, 5, 1, 2),  # padding above dilation*(kernel-1) crops the image
+        (2, 1, 4, 3, 2),
+        ((1, 5), (4, 1), (0, 2), (1, 3), (3, 2)),
+        ((3, 2), (2, 3), (1, 0), (3, 2), (2, 1)),
+    ]
+]
+
+
+@pytest.mark.parametrize("parameters", GRID, ids=str)
+def test_phase_form_equals_reference_form_bit_for_bit(parameters):
+    for groups, dtype in ((1, "float32"), (2, "float64")):
+        spec = ConvTranspose2dSpec(
+            n=2, ci=2 * groups, ih=5, iw=7, co=5 * groups, groups=groups, dtype=dtype, **parameters
+        )
+        inputs = integer_inputs(spec, seed=1)
+        expected = reference(spec, *inputs)
+        assert torch.equal(run_reference(spec, inputs).double(), expected)
+        for layout in LAYOUTS:
+            assert torch.equal(run_phases(spec, layout, inputs).double(), expected), layout
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_width_types_accumulate_in_float32(dtype):
+    spec = ConvTranspose2dSpec(n=1, ci=4096, ih=1, iw=1, co=1, kernel_size=1, bias=False, dtype=dtype)
+    ones = (
+        torch.ones(spec.input_shape, dtype=getattr(torch, dtype)),
+        torch.ones(spec.weight_shape, dtype=getattr(torch, dtype)),
+    )
+    for output in (run_reference(spec, (*ones, None)), run_phases(spec, LAYOUTS[0], (*ones, None))):
+        assert output.item() == 4096
+
+
+def test_a_tap_read_from_the_wrong_place_is_noticed(monkeypatch):
+    spec = ConvTranspose2dSpec(n=1, ci=2, ih=4, iw=4, co=3, kernel_size=3, stride=2, padding=1)
+    inputs = integer_inputs(spec, seed=0)
+    honest = compute.kernel_columns
+    swapped = lambda spec: tuple(reversed(honest(spec)))  # noqa: E731
+    monkeypatch.setattr("convt_tvm.lower.kernel_columns", swapped)
+    assert not torch.equal(run_phases(spec, LAYOUTS[0], inputs).double(), reference(spec, *inputs))
+
+
+def test_bands_hold_every_row_once_and_are_at_most_six():
+    for k, s, p, d in itertools.product((1, 2, 3, 5), (1, 2, 3, 5), (0, 1, 3), (1, 2, 3)):
+        for op in range(max(s, d)):
+            try:
+                spec = ConvTranspose2dSpec(
+                    n=1, ci=1, ih=4, iw=1, co=1, kernel_size=(k, 1), stride=(s, 1), padding=(p, 0),
+                    dilation=(d, 1), output_padding=(op, 0),
+                )  # fmt: skip
+            except SpecError:
+                continue
+            found = bands(spec)
+            rows = [s * q + phase.residue for band in found for phase in band.phases for q in range(band.rows)]
+            assert sorted(rows) == list(range(spec.oh))
+            assert len(found) <= 6
+
+
+@pytest.mark.parametrize("values", [(3,), (2, 2, 2), (0, 1), (1, 1, 0, 0, 5), (4, 3, 2, 1, 0)])
+def test_lookup_selects_each_value(values):
+    index = tvm.tirx.Var("index", "int32")
+    chosen = compute.lookup(values, index)
+    function = tvm.te.create_prim_func(
+        [tvm.te.compute((len(values),), lambda i: compute.lookup(values, i), name="out")]
+    )
+    out = torch.zeros(len(values), dtype=torch.int32)
+    tvm.compile(function, target=TARGET.to_tvm())["main"](out)
+    assert out.tolist() == list(values)
+    if len(set(values)) == 1:
+        assert isinstance(chosen, tvm.tirx.IntImm)
+
+
+def test_parameters_are_aligned_to_elements_only():
+    spec = ConvTranspose2dSpec(n=1, ci=2, ih=3, iw=3, co=2, kernel_size=2)
+    for function in (declare_phases(spec, LAYOUTS[0], TARGET), declare_reference(spec)):
+        assert {int(buffer.ty.data_alignment) for buffer in function.params} == {4}
+
+
+@st.composite
+def specs(draw):
+    """Configurations over the whole domain, small in size."""
+
+    def pair(low, high):
+        return draw(st.integers(low, high)), draw(st.integers(low, high))
+
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    stride, dilation = pair(1, 5), pair(1, 4)
+    limits = [max(s, d) - 1 for s, d in zip(stride, dilation, strict=True)]
+    try:
+        return ConvTranspose2dSpec(
+            n=draw(st.integers(1, 2)),
+            ci=groups * draw(st.integers(1, 3)),
+            ih=draw(st.integers(1, 6)),
+            iw=draw(st.integers(1, 9)),
+            co=groups * draw(st.integers(1, 6)),
+            kernel_size=pair(1, 5),
+            stride=stride,
+            padding=pair(0, 5),
+            output_padding=tuple(draw(st.integers(0, limit)) for limit in limits),
+            dilation=dilation,
+            groups=groups,
+            bias=draw(st.booleans()),
+            dtype=draw(st.sampled_from(["float32", "float64", "float16", "bfloat16"])),
+        )
+    except SpecError:
+        hypothesis.reject()
+
+
+@hypothesis.given(spec=specs(), seed=st.integers(0, 3))
+@hypothesis.settings(max_examples=60, deadline=None)
+def test_declarations_agree_with_torch_on_drawn_configurations(spec, seed):
+    inputs = integer_inputs(spec, seed=seed)
+    expected = reference(spec, *inputs)
+    assert torch.equal(run_reference(spec, inputs).double(), expected)
+    assert torch.equal(run_phases(spec, LAYOUTS[seed % 2], inputs).double(), expected)
+    assert np.prod(expected.shape) > 0

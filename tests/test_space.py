@@ -1,0 +1,70 @@
+"""Schedule spaces: every layout is right, the default suits its target."""
+
+import pytest
+
+from convt_tvm import space as space_module
+from convt_tvm.build import build_artifact
+from convt_tvm.errors import BuildError
+from convt_tvm.reference import integer_inputs, reference
+from convt_tvm.runtime import load
+from convt_tvm.space import choices, default_choice, spaces
+from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.target import Target
+from convt_tvm.workloads import resolve
+
+V2, V3, V4 = (Target.parse(f"llvm:x86-64-v{level}") for level in (2, 3, 4))
+
+ODD = ConvTranspose2dSpec(
+    n=2, ci=6, ih=5, iw=19, co=26, kernel_size=(3, 5), stride=(2, 3), padding=(1, 2), output_padding=(1, 2), groups=2
+)
+
+
+def test_spaces_are_the_files_of_schedules():
+    assert [space.name for space in spaces()] == ["llvm_channels", "llvm_columns"]
+    assert all(space.target_kind == "llvm" for space in spaces())
+
+
+def test_vector_length_and_registers_come_from_the_target():
+    spec = resolve(["dcgan/4"])[0].spec
+    for target, lanes, registers in ((V2, 4, 16), (V3, 8, 16), (V4, 16, 32)):
+        found = choices(spec, target)
+        assert max(choice.layout.vector_lanes for choice in found) == lanes
+        for choice in found:
+            layout = choice.layout
+            accumulators = layout.co_block * layout.column_block // layout.vector_lanes
+            assert accumulators < registers
+
+
+def test_few_channels_take_columns_and_small_images_take_channels():
+    for name, expected in {
+        "dcgan/2": "llvm_channels",
+        "dcgan/5": "llvm_columns",
+        "bilinear/depthwise": "llvm_columns",
+    }.items():
+        assert default_choice(resolve([name])[0].spec, V4).space.name == expected
+
+
+def test_choices_are_ordered_by_estimated_cycles():
+    cycles = [choice.cycles for choice in choices(ODD, V4)]
+    assert cycles == sorted(cycles)
+    assert len(cycles) > 10
+
+
+def test_a_target_without_a_space_is_refused(monkeypatch):
+    monkeypatch.setattr(space_module, "spaces", lambda: ())
+    with pytest.raises(BuildError, match=r"no schedule space applies to n2_ci6.* on llvm:"):
+        default_choice(ODD, V4)
+
+
+@pytest.mark.parametrize("lanes", ["co", "ow"])
+def test_each_space_is_exact_in_several_layouts(lanes, tmp_path, monkeypatch):
+    import convt_tvm.build as build_module
+
+    host = Target.parse("llvm")
+    inputs = integer_inputs(ODD, seed=2)
+    expected = reference(ODD, *inputs)
+    found = [choice for choice in choices(ODD, host) if choice.layout.lanes == lanes]
+    for number, choice in enumerate(found[:: len(found) // 4]):
+        monkeypatch.setattr(build_module, "default_choice", lambda spec, target, choice=choice: choice)
+        build_artifact(ODD, host, tmp_path / str(number))
+        assert (load(tmp_path / str(number))(*inputs).double() == expected).all(), choice
