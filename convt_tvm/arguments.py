@@ -78,8 +78,6 @@ class _TorchTensors:
             )
 
     def check_writable(self, name: str, tensor: Any) -> None:
-        if tensor.requires_grad:
-            raise ArgumentError(f"{name} requires grad, and kernels record no gradients; pass {name}.detach().")
         if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
             raise ArgumentError(
                 f"{name} has strides {tuple(tensor.stride())}: several elements share one place in memory; pass a "
@@ -103,19 +101,28 @@ class _TorchTensors:
         return bool(start < other + second.nbytes and other < start + first.nbytes)
 
     def copy(self, source: Any, out: Any) -> None:
-        out.copy_(source)
+        out.detach().copy_(source)
 
     def pass_on(self, tensor: Any) -> Any:
         return tensor
+
+
+_NAMES = {np.dtype(name): name for name in ("float32", "float64", "float16")}
+
+
+def _dtype_name(array: Any) -> str | None:
+    """`ConvTranspose2dSpec`'s name of the dtype, None if it has none; byte-swapped ones have none."""
+    dtype = array.dtype
+    return _NAMES.get(dtype) or ("bfloat16" if dtype.name == "bfloat16" and dtype.isnative else None)
 
 
 class _NumpyArrays:
     name = "numpy array"
 
     def check(self, name: str, array: Any, shape: tuple[int, ...], dtype: str, spec: ConvTranspose2dSpec) -> None:
-        if array.shape != shape or array.dtype.name != dtype or not array.dtype.isnative:
-            found = array.dtype.name if array.dtype.isnative else f"{array.dtype.str} (byte-swapped)"
-            raise _found(name, shape, dtype, f"{found} of shape {array.shape} on cpu", spec)
+        if array.shape != shape or _dtype_name(array) != dtype:
+            swapped = "" if array.dtype.isnative else " (byte-swapped)"
+            raise _found(name, shape, dtype, f"{array.dtype.name}{swapped} of shape {array.shape} on cpu", spec)
 
     def check_writable(self, name: str, array: Any) -> None:
         if not array.flags.writeable:
@@ -128,7 +135,7 @@ class _NumpyArrays:
         return array if self.is_direct(array) else np.array(array, order="C", subok=False)
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
-        return np.empty(shape, dtype=like.dtype if like.dtype.name == dtype else np.dtype(dtype))
+        return np.empty(shape, dtype=like.dtype if _dtype_name(like) == dtype else np.dtype(dtype))
 
     def overlaps(self, first: Any, second: Any) -> bool:
         return np.may_share_memory(first, second)
@@ -139,7 +146,7 @@ class _NumpyArrays:
     def pass_on(self, array: Any) -> Any:
         import tvm_ffi
 
-        if array.dtype.name != "bfloat16":
+        if array.dtype in _NAMES:
             return tvm_ffi.from_dlpack(array.__dlpack__(max_version=(1, 0)))
         # numpy exports no dtype that it does not define itself: export the bits, then name the dtype.
         capsule = array.view(np.uint16).__dlpack__(max_version=(1, 0))
