@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from convt_tvm import functional
+from convt_tvm import plan
 from convt_tvm.errors import ArgumentError, ArgumentTypeError, SpecError, UnsupportedDtypeError
 from convt_tvm.functional import conv_transpose2d
 
@@ -181,7 +181,7 @@ def test_mistakes_are_named_before_any_work(arguments, parameters, error, messag
     x, w, b = _tensors()
     # A valid call that is equal to some of the mistakes, as 1 == 1.0 == True, must not open the way for them.
     conv_transpose2d(x, w, b)
-    monkeypatch.setattr(functional, "cached_kernel", lambda spec: pytest.fail(f"built {spec}"))
+    monkeypatch.setattr(plan, "cached_kernel", lambda spec: pytest.fail(f"built {spec}"))
     with pytest.raises(error, match=message):
         conv_transpose2d(*arguments, **parameters)
 
@@ -206,24 +206,24 @@ def test_the_fake_kernel_makes_the_same_checks(parameters, message):
 
 def test_a_known_call_asks_for_no_kernel(monkeypatch):
     asked = []
-    find = functional.cached_kernel
-    monkeypatch.setattr(functional, "cached_kernel", lambda spec: asked.append(spec) or find(spec))
-    monkeypatch.setattr(functional, "_plans", {})
+    find = plan.cached_kernel
+    monkeypatch.setattr(plan, "cached_kernel", lambda spec: asked.append(spec) or find(spec))
+    monkeypatch.setattr(plan, "_plans", {})
     x, w, b = _tensors()
     for _ in range(3):
         conv_transpose2d(x, w, b, **PARAMETERS)
         conv_transpose2d(x.numpy(), w.numpy(), b.numpy(), **PARAMETERS)
     assert len(asked) == 2
-    assert len(functional._plans) == 2
+    assert len(plan._plans) == 2
 
 
 def test_what_is_remembered_is_bounded(monkeypatch):
-    monkeypatch.setattr(functional, "_plans", {})
-    monkeypatch.setattr(functional, "_PLANS_KEPT", 2)
+    monkeypatch.setattr(plan, "_plans", {})
+    monkeypatch.setattr(plan, "_PLANS_KEPT", 2)
     _, w, b = _tensors()
     for size in range(1, 6):
         conv_transpose2d(torch.empty(0, 3, size, size), w, b)
-        assert len(functional._plans) <= 2
+        assert len(plan._plans) <= 2
 
 
 # Gradients are refused, never wrong.
