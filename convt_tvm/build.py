@@ -65,7 +65,8 @@ def build(spec: ConvTranspose2dSpec, target: str | Target = "llvm") -> Kernel:
 def build_artifact(spec: ConvTranspose2dSpec, target: str | Target, directory: Path) -> Manifest:
     """Compile `spec` for `target` and publish it as `directory`.
 
-    `convt_tvm.artifact.publish` says what that promises. Runs without loading what it compiled, so `target` need not be this machine.
+    `convt_tvm.artifact.publish` says what that promises. Runs without loading what it compiled, so `target` need not
+    be this machine.
 
     Raises
     ------
@@ -120,9 +121,9 @@ def compile_kernel(kernel: Any, pack: Any, target: Target, library: Path) -> Non
 
 
 def _schedule_pack(sch: Schedule) -> None:
-    """Parallel over groups, channel blocks and kernel rows."""
-    g, b, kh, *_ = sch.get_loops(sch.get_sblock("ordered"))
-    sch.parallel(sch.fuse(g, b, kh))
+    """Parallel over channel blocks and kernel rows."""
+    block, kh, *_ = sch.get_loops(sch.get_sblock("ordered"))
+    sch.parallel(sch.fuse(block, kh))
 
 
 def _trace_json(sch: Schedule) -> list[Any]:

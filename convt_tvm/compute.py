@@ -16,14 +16,14 @@ Two declarations of the same function:
 A declaration in phase form computes, for each *row band* (all row phases with the same number of taps and of rows),
 
     acc[n, g, b, ph, qh, ob, pw, qw] += window[n, g*I + ic, qh + base(ph) - th*step, qw + base(pw) - tw*step]
-                                        * packed[g, b, tap(ph, th), column(pw, ic, tw), ob]
+                                        * packed[g*B + b, tap(ph, th), column(pw, tw), ic, ob]
 
 over ``th``, ``ic``, ``tw``, and an output stage ``band = acc + bias`` whose elements are in the order of the output's
 memory. ``ph``/``pw`` number phases, ``qh``/``qw`` positions in a phase, ``b``/``ob`` blocks of output channels and
-channels in a block, ``I`` is ``ci/groups``. Column extents and channel blocks are rounded up to what the schedule's
-tiles divide, so that no loop carries a predicate; `convt_tvm.lower` then turns stores to bands into stores to the
-output and drops the surplus. Sums are kept in `ConvTranspose2dSpec.accumulator_dtype`; each output element is summed
-by one thread in one order.
+channels in a block, ``I`` is ``ci/groups`` and ``B`` the number of blocks. Column extents and channel blocks are
+rounded up to what the schedule's tiles divide, so that no loop carries a predicate; `convt_tvm.lower` then turns
+stores to bands into stores to the output and drops the surplus. Sums are kept in
+`ConvTranspose2dSpec.accumulator_dtype`; each output element is summed by one thread in one order.
 """
 
 import json
@@ -35,7 +35,7 @@ from typing import Any, Literal
 from tvm import DataType, ir, te, tirx
 
 from convt_tvm.phases import Phase
-from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.spec import ConvTranspose2dSpec, Pair
 from convt_tvm.target import Target
 
 __all__ = [
@@ -89,9 +89,8 @@ class Layout:
         return -(-widest // self.column_block) * self.column_block
 
     def packed_shape(self, spec: ConvTranspose2dSpec) -> tuple[int, int, int, int, int]:
-        """Shape of the packed weight: ``(groups, blocks, kh, kw * ci/groups, co_block)``."""
-        kh, kw = spec.kernel_size
-        return spec.groups, self.blocks(spec), kh, kw * (spec.ci // spec.groups), self.co_block
+        """Shape of the packed weight: ``(groups * blocks, kh, kw, ci/groups, co_block)``."""
+        return spec.groups * self.blocks(spec), *spec.kernel_size, spec.ci // spec.groups, self.co_block
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,17 +127,14 @@ def column_starts(spec: ConvTranspose2dSpec) -> tuple[int, ...]:
     return tuple(accumulate((phase.taps for phase in spec.axes[1].phases), initial=0))[:-1]
 
 
-def kernel_columns(spec: ConvTranspose2dSpec) -> tuple[tuple[int, int, int], ...]:
-    """For each kernel column ``(start, taps, u)``: in packed order it is tap ``u`` of the ``taps`` from ``start``.
+def kernel_columns(spec: ConvTranspose2dSpec) -> tuple[int, ...]:
+    """For each kernel column, its place in packed order: those of one column phase side by side.
 
     Columns that reach no output (an output narrower than the stride has fewer phases than the stride) come last.
     """
-    found: dict[int, tuple[int, int, int]] = {}
-    for phase, start in zip(spec.axes[1].phases, column_starts(spec), strict=True):
-        found |= {column: (start, phase.taps, u) for u, column in enumerate(phase.kernel_indices)}
-    for column in range(spec.kernel_size[1]):
-        found.setdefault(column, (len(found), 1, 0))
-    return tuple(found[column] for column in range(spec.kernel_size[1]))
+    order = [column for phase in spec.axes[1].phases for column in phase.kernel_indices]
+    order += [column for column in range(spec.kernel_size[1]) if column not in order]
+    return tuple(order.index(column) for column in range(spec.kernel_size[1]))
 
 
 def lookup(values: Sequence[int], index: Expr) -> Expr:
@@ -194,10 +190,11 @@ def declare_phases(spec: ConvTranspose2dSpec, layout: Layout, target: Target) ->
 
     top, bottom = _within(row_phases, [phase.count for phase in row_phases])
     left, right = _within(column_phases, [columns] * len(column_phases))
-    if top >= 0 and left >= 0 and bottom < spec.ih and right < spec.iw and spec.dtype == spec.accumulator_dtype:
+    inside = top >= 0 and left >= 0 and bottom < spec.ih and right < spec.iw
+    if inside and layout.lanes == "ow" and spec.dtype == spec.accumulator_dtype:
         window, top, left = data, 0, 0
     else:
-        window = _window(spec, data, (top, left), (bottom, right))
+        window = _window(spec, layout, data, (top, left), (bottom, right))
 
     outputs = []
     for band in bands(spec):
@@ -210,16 +207,26 @@ def declare_phases(spec: ConvTranspose2dSpec, layout: Layout, target: Target) ->
     return function.with_attrs({"convt.spec": spec.name, "convt.layout": layout.to_json(), "convt.target": target.name})
 
 
-def _window(spec: ConvTranspose2dSpec, data: Any, low: tuple[int, int], high: tuple[int, int]) -> Any:
-    """Those rows and columns of the input, first and last included, zero outside it, to be read without a check."""
+def _window(spec: ConvTranspose2dSpec, layout: Layout, data: Any, low: Pair, high: Pair) -> Any:
+    """Rows and columns ``low`` to ``high`` of the input, zero outside it, to be read without a check.
+
+    NCHW where lanes run along columns; NHWC where one value at a time meets a vector of channels, so that the values
+    that follow each other in the reduction share a cache line.
+    """
     zero = tirx.const(0, spec.accumulator_dtype)
+    height, width = high[0] - low[0] + 1, high[1] - low[1] + 1
+    top, bottom = max(0, -low[0]), min(height, spec.ih - low[0])
+    left, right = max(0, -low[1]), min(width, spec.iw - low[1])
 
     def read(n: Expr, c: Expr, h: Expr, w: Expr) -> Expr:
-        row, column = h + low[0], w + low[1]
-        value = data[n, c, row, column].astype(spec.accumulator_dtype)
-        return tirx.if_then_else(tirx.all(row >= 0, row < spec.ih, column >= 0, column < spec.iw), value, zero)
+        value = data[n, c, h + low[0], w + low[1]].astype(spec.accumulator_dtype)
+        checks = [h >= top] * (top > 0) + [h < bottom] * (bottom < height)
+        checks += [w >= left] * (left > 0) + [w < right] * (right < width)
+        return tirx.if_then_else(tirx.all(*checks), value, zero) if checks else value
 
-    return te.compute((spec.n, spec.ci, high[0] - low[0] + 1, high[1] - low[1] + 1), read, name="window")
+    if layout.lanes == "ow":
+        return te.compute((spec.n, spec.ci, height, width), read, name="window")
+    return te.compute((spec.n, height, width, spec.ci), lambda n, h, w, c: read(n, c, h, w), name="window")
 
 
 def _accumulate(
@@ -235,7 +242,8 @@ def _accumulate(
     in_channels = spec.ci // spec.groups
     column_phases = spec.axes[1].phases
     column_taps = [phase.taps for phase in column_phases]
-    column_start = [start * in_channels for start in column_starts(spec)]
+    column_start = column_starts(spec)
+    blocks = layout.blocks(spec)
     step_h, step_w = band.phases[0].input_step, column_phases[0].input_step
     tap_step = band.phases[0].tap_step
     row_base = [phase.base - origin[0] for phase in band.phases]
@@ -248,10 +256,10 @@ def _accumulate(
 
     def product(n: Expr, g: Expr, b: Expr, ph: Expr, qh: Expr, pw: Expr, qw: Expr, ob: Expr) -> Expr:
         taps = lookup(column_taps, pw)
-        value = window[
-            n, g * in_channels + ic, qh + lookup(row_base, ph) - th * step_h, qw + lookup(column_base, pw) - tw * step_w
-        ]
-        weight = packed[g, b, lookup(row_tap, ph) + th * tap_step, lookup(column_start, pw) + ic * taps + tw, ob]
+        channel, row = g * in_channels + ic, qh + lookup(row_base, ph) - th * step_h
+        column = qw + lookup(column_base, pw) - tw * step_w
+        value = window[n, channel, row, column] if layout.lanes == "ow" else window[n, row, column, channel]
+        weight = packed[g * blocks + b, lookup(row_tap, ph) + th * tap_step, lookup(column_start, pw) + tw, ic, ob]
         if min(column_taps) == max(column_taps):
             return value * weight
         return tirx.if_then_else(tw < taps, value * weight, tirx.const(0, spec.accumulator_dtype))
@@ -293,21 +301,23 @@ def _finish(spec: ConvTranspose2dSpec, layout: Layout, band: Band, acc: Any, bia
 def declare_pack(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> tirx.PrimFunc:
     """The packing of a plain weight: ``weight`` (ci, co/groups, kh, kw) to ``ordered``.
 
-    ``ordered[g, b, kh, kw, ic, ob]`` is stored by `convt_tvm.lower` as ``packed[g, b, kh, column, ob]``: kernel
-    columns of one column phase side by side, and zeros for channels that fill up a block.
+    ``ordered[block, kh, kw, ic, ob]`` is stored by `convt_tvm.lower` as ``packed[block, kh, place, ic, ob]``, where
+    ``place`` is that of `kernel_columns`; channels that fill up a block are zero.
     """
     in_channels, out_channels = spec.ci // spec.groups, spec.co // spec.groups
     weight = te.placeholder(spec.weight_shape, spec.dtype, name="weight")
     kh, kw = spec.kernel_size
 
-    def order(g: Expr, b: Expr, y: Expr, x: Expr, ic: Expr, ob: Expr) -> Expr:
-        channel = b * layout.co_block + ob
-        value = weight[g * in_channels + ic, channel, y, x].astype(spec.accumulator_dtype)
+    blocks = layout.blocks(spec)
+
+    def order(block: Expr, y: Expr, x: Expr, ic: Expr, ob: Expr) -> Expr:
+        group, channel = tirx.indexdiv(block, blocks), tirx.indexmod(block, blocks) * layout.co_block + ob
+        value = weight[group * in_channels + ic, channel, y, x].astype(spec.accumulator_dtype)
         if out_channels % layout.co_block == 0:
             return value
         return tirx.if_then_else(channel < out_channels, value, tirx.const(0, spec.accumulator_dtype))
 
-    shape = (spec.groups, layout.blocks(spec), kh, kw, in_channels, layout.co_block)
+    shape = (spec.groups * blocks, kh, kw, in_channels, layout.co_block)
     function = _create_function([weight, te.compute(shape, order, name="ordered")])
     return function.with_attrs({"convt.spec": spec.name, "convt.layout": layout.to_json()})
 

@@ -9,21 +9,26 @@ two vector multiply-adds and two loads a cycle, with a latency of four cycles, n
 - four cycles over the number of column phases worked on together, since a sum waits for the one before it.
 
 The cost of a layout is its number of steps, surplus lanes and columns included, times the largest of these, plus what
-the stores cost. Cycles are good for ranking layouts of one workload on one core, and for nothing else.
+it costs to bring in the input, to write the output, and to read from beyond the second cache. Cycles are good for
+ranking layouts of one workload on one core, and for nothing else.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 
 from convt_tvm.compute import Layout, bands
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.target import Target
 
-__all__ = ["Tile", "core_cycles", "lane_counts", "phase_block"]
+__all__ = ["Tile", "block_sizes", "blocks_outermost", "core_cycles", "lane_counts", "phase_block"]
 
 FMA_PER_CYCLE = 2
 LOADS_PER_CYCLE = 2
 FMA_LATENCY = 4
+CACHE_BYTES = 1 << 20
+"""Size of the second cache to rely on: that of a server core; half of a core of this project's measurements."""
+CACHE_MISS_BYTES_PER_CYCLE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +60,53 @@ def phase_block(spec: ConvTranspose2dSpec, target: Target, tile: Tile) -> int:
     return max((k for k in range(1, phases + 1) if phases % k == 0 and tile.fits(target, k)), default=1)
 
 
+def blocks_outermost(spec: ConvTranspose2dSpec, layout: Layout) -> bool:
+    """Whether to run over all rows for one block of channels, and not over all blocks for one row.
+
+    The first reads the image once for each block, the second the weights once for each row; whichever fits the second
+    cache is read again from there. Of what does not fit, the choice moves less.
+    """
+    return _block_traffic(spec, layout) <= _row_traffic(spec)
+
+
+def _weight_bytes(spec: ConvTranspose2dSpec) -> int:
+    return prod(spec.weight_shape) * DTYPE_BYTES[spec.accumulator_dtype]
+
+
+def _image_bytes(spec: ConvTranspose2dSpec) -> int:
+    return spec.ci * spec.ih * spec.iw * DTYPE_BYTES[spec.accumulator_dtype]
+
+
+def _block_traffic(spec: ConvTranspose2dSpec, layout: Layout) -> int:
+    """Bytes from beyond the second cache when blocks of channels are the outer loop."""
+    image, weights = _image_bytes(spec), _weight_bytes(spec)
+    repeats = 1 if image <= CACHE_BYTES else layout.blocks(spec) * sum(len(band.phases) for band in bands(spec))
+    return spec.n * (image * repeats + weights)
+
+
+def _row_traffic(spec: ConvTranspose2dSpec) -> int:
+    """Bytes from beyond the second cache when rows are the outer loop."""
+    image, weights = _image_bytes(spec), _weight_bytes(spec)
+    repeats = 1 if weights <= CACHE_BYTES else max(band.rows for band in bands(spec))
+    return spec.n * (image + weights * repeats)
+
+
 def core_cycles(
-    spec: ConvTranspose2dSpec, layout: Layout, tile: Tile, *, phases: int, cycles_per_store: float
+    spec: ConvTranspose2dSpec,
+    layout: Layout,
+    tile: Tile,
+    *,
+    phases: int,
+    cycles_per_input: float,
+    cycles_per_output: float,
 ) -> float:
     """Estimated cycles of one core for `spec` in `layout`, `phases` column phases at a time.
 
     Parameters
     ----------
-    cycles_per_store
+    cycles_per_input
+        What bringing one input value into the window costs.
+    cycles_per_output
         What writing one output element costs besides its sum, surplus ones included.
     """
     column_taps = sum(phase.taps for phase in spec.axes[1].phases)
@@ -70,8 +114,13 @@ def core_cycles(
     columns = layout.columns(spec)
     row_blocks = spec.n * spec.groups * layout.blocks(spec)
     steps = row_blocks * row_taps * column_taps * (spec.ci // spec.groups) * (columns // layout.column_block)
-    stores = row_blocks * layout.co_block * spec.oh * columns * len(spec.axes[1].phases)
-    return steps * tile.step_cycles(phases) + stores * cycles_per_store
+    outputs = row_blocks * layout.co_block * spec.oh * columns * len(spec.axes[1].phases)
+    return (
+        steps * tile.step_cycles(phases)
+        + prod(spec.input_shape) * cycles_per_input
+        + outputs * cycles_per_output
+        + min(_block_traffic(spec, layout), _row_traffic(spec)) / CACHE_MISS_BYTES_PER_CYCLE
+    )
 
 
 def block_sizes(extent: int, limit: int) -> Iterable[int]:

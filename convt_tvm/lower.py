@@ -111,15 +111,13 @@ def lower_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
 def lower_pack(function: tirx.PrimFunc) -> tvm.IRModule:
     """The scheduled packing `function` as ``pack(weight, packed)``."""
     spec, layout = spec_of(function), layout_of(function)
-    in_channels = spec.ci // spec.groups
     packed = _buffer("packed", layout.packed_shape(spec), spec.accumulator_dtype)
-    start, taps, number = zip(*kernel_columns(spec), strict=True)
+    places = kernel_columns(spec)
 
     def store_packed(_: int) -> Store:
         def store(indices: Sequence[Expr], value: Expr) -> Any:
-            g, b, kh, kw, ic, ob = indices
-            column = lookup(start, kw) * in_channels + ic * lookup(taps, kw) + lookup(number, kw)
-            return tirx.BufferStore(packed, value, [g, b, kh, column, ob])
+            block, kh, kw, ic, ob = indices
+            return tirx.BufferStore(packed, value, [block, kh, lookup(places, kw), ic, ob])
 
         return store
 

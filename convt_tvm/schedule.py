@@ -63,14 +63,13 @@ def accumulate_in_registers(
 
 
 def parallelize(sch: Schedule, spec: ConvTranspose2dSpec, loops: Sequence[LoopRV]) -> None:
-    """Share the iterations of `loops` among threads if `spec` is large enough for that to pay."""
+    """Share the iterations of adjacent `loops` among threads if `spec` is large enough for that to pay."""
     fused = sch.fuse(*loops)
     if spec.multiply_adds + 16 * prod(spec.output_shape) >= PARALLEL_WORK:
         sch.parallel(fused)
 
 
 def parallelize_window(sch: Schedule, spec: ConvTranspose2dSpec) -> None:
-    """Copy the input's window, where there is one, in parallel over batch and channels."""
+    """Copy the input's window, where there is one, in parallel."""
     if any(sch.get(block).name_hint == "window" for block in sch.get_child_blocks(sch.get_sblock("root"))):
-        n, c, _, _ = sch.get_loops(sch.get_sblock("window"))
-        parallelize(sch, spec, (n, c))
+        parallelize(sch, spec, sch.get_loops(sch.get_sblock("window"))[:2])

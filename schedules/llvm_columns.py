@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from tvm.s_tir import Schedule
 
 from convt_tvm.compute import Layout, bands, layout_of, spec_of, target_of
-from convt_tvm.cost import Tile, block_sizes, core_cycles, lane_counts, phase_block
+from convt_tvm.cost import Tile, block_sizes, blocks_outermost, core_cycles, lane_counts, phase_block
 from convt_tvm.schedule import accumulate_in_registers, parallelize, parallelize_window, reaches
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
@@ -38,7 +38,8 @@ TARGET_KIND = "llvm"
 
 MAX_VECTORS = 4
 MAX_CHANNELS = 14
-CYCLES_PER_STORE = 1.0
+CYCLES_PER_INPUT = 0.5
+CYCLES_PER_OUTPUT = 1.0
 
 
 def applies(spec: ConvTranspose2dSpec) -> bool:
@@ -57,7 +58,17 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
                 if tile.fits(target):
                     layout = Layout("ow", co_block, vectors * lanes, lanes)
                     phases = phase_block(spec, target, tile)
-                    yield layout, core_cycles(spec, layout, tile, phases=phases, cycles_per_store=CYCLES_PER_STORE)
+                    yield (
+                        layout,
+                        core_cycles(
+                            spec,
+                            layout,
+                            tile,
+                            phases=phases,
+                            cycles_per_input=CYCLES_PER_INPUT,
+                            cycles_per_output=CYCLES_PER_OUTPUT,
+                        ),
+                    )
 
 
 def space(sch: Schedule) -> None:
@@ -70,8 +81,9 @@ def space(sch: Schedule) -> None:
         output = sch.get_sblock(f"band{band.index}")
         n, g, b, ob, ph, qh, qw, pw = sch.get_loops(output)
         column_block, column = sch.split(qw, [None, layout.column_block])
-        sch.reorder(n, g, b, ph, qh, column_block, ob, column, pw)
-        parallelize(sch, spec, (n, g, b, ph, qh))
+        tasks = (n, g, b, ph, qh) if blocks_outermost(spec, layout) else (n, g, ph, qh, b)
+        sch.reorder(*tasks, column_block, ob, column, pw)
+        parallelize(sch, spec, tasks)
         if reaches(spec, band):
             acc = sch.get_sblock(f"acc{band.index}")
             sch.compute_at(acc, column_block, preserve_unit_loops=True)
