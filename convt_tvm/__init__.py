@@ -1,6 +1,6 @@
 """PyTorch's ConvTranspose2d, declared in TVM TE, scheduled for this machine and compiled ahead of time.
 
-Names are imported when they are first used: loading and calling a compiled kernel needs neither TVM's compiler nor torch.
+Names are imported when they are first used: loading and calling a kernel needs neither TVM's compiler nor torch.
 """
 
 import importlib
