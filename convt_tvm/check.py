@@ -1,7 +1,7 @@
 """Whether a kernel computes the right thing: built, saved, loaded and compared with torch and with exact arithmetic."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,6 +75,8 @@ class CheckRow:
         As in `Comparison`.
     latency_us, torch_latency_us
         Median time of a call, with a packed weight and ``out=``, and of torch eager's.
+    spread
+        How far the rounds were apart: the slowest over the fastest, of whichever of the two varied more.
     verdict
         ``bad`` if the answers are wrong or an exception was raised; being slower than torch is not bad.
     reason
@@ -95,6 +97,7 @@ class CheckRow:
     error_over_bound: float | None = None
     latency_us: float | None = None
     torch_latency_us: float | None = None
+    spread: float | None = None
     verdict: Literal["good", "bad"] = "bad"
     reason: str = ""
 
@@ -222,15 +225,19 @@ def _packed(kernel: Kernel) -> Operator:
     return run
 
 
-def _time(kernel: Kernel, seed: int) -> Mapping[str, float]:
-    """Median microseconds of a call, ours and torch's."""
+def _time(kernel: Kernel, seed: int) -> dict[str, float]:
+    """The timing fields of a `CheckRow`."""
     input, weight, bias = normal_inputs(kernel.spec, seed)
     packed = kernel.pack(weight)
     out = torch.empty(kernel.spec.output_shape, dtype=input.dtype)
     eager = torch_eager(kernel.spec)
-    functions = {"ours": lambda: kernel(input, packed, bias, out=out), "torch": lambda: eager(input, weight, bias)}
+    functions = {
+        "latency_us": lambda: kernel(input, packed, bias, out=out),
+        "torch_latency_us": lambda: eager(input, weight, bias),
+    }
     with torch.inference_mode():
-        return medians(interleaved(functions, rounds=_ROUNDS))
+        samples = interleaved(functions, rounds=_ROUNDS)
+    return {**medians(samples), "spread": max(max(values) / min(values) for values in samples.values())}
 
 
 @contextmanager
@@ -292,8 +299,7 @@ def check(
             comparison = compare(spec, kernel, _packed(kernel), seed=seed)
             found |= asdict(comparison)
             if not (quick or comparison.reason):
-                times = _time(kernel, seed)
-                found |= {"latency_us": times["ours"], "torch_latency_us": times["torch"]}
+                found |= _time(kernel, seed)
             found["verdict"] = "bad" if comparison.reason else "good"
     except Exception as error:  # recorded as this row's status, so that the other workloads are still checked
         text = " ".join(str(error).split())

@@ -32,6 +32,7 @@ FAILED, USAGE, INTERRUPTED = 1, 2, 130
 _USAGE_ERRORS = (UnknownWorkloadError, TargetError, SpecError)
 _UNLIMITED_WIDTH = 10_000
 _LONGEST_REASON = 600
+_NOISY = 2
 
 app = typer.Typer(
     name="convt-tvm",
@@ -231,8 +232,8 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _digits(value: float) -> str:
-    """Three significant digits without an exponent; two where they start behind the second zero: 0.031, 0.683, 12.4."""
-    for limit, places in ((1, 3), (10, 2), (100, 1)):
+    """About three significant digits without an exponent: 0.0312, 0.683, 2.40, 12.4, 1280."""
+    for limit, places in ((0.1, 4), (1, 3), (10, 2), (100, 1)):
         if value < limit:
             return f"{value:.{places}f}"
     return f"{value:.0f}"
@@ -320,7 +321,9 @@ def _summary(rows: "Sequence[CheckRow]") -> str:
     threads = f"{rows[0].threads} thread{'s' if rows[0].threads > 1 else ''}"
     slower = sum(speedup < 1 for speedup in speedups)
     mean = f"{_digits(geometric_mean(speedups))}x torch eager, geometric mean of {len(speedups)}"
-    return f"{text}; {mean} with {threads}, slower on {slower}"
+    noisy = sum(row.spread is not None and row.spread > _NOISY for row in rows)
+    note = f"; {noisy} timings varied more than {_NOISY}-fold between rounds, is the machine busy?" if noisy else ""
+    return f"{text}; {mean} with {threads}, slower on {slower}{note}"
 
 
 @app.command(short_help="Compile kernels ahead of time.")

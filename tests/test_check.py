@@ -269,6 +269,7 @@ def test_check_of_a_right_kernel_is_good_and_timed(standing_in):
     assert row.build_secs < 1
     assert row.latency_us > 0 and row.torch_latency_us > 0
     assert row.speedup == row.torch_latency_us / row.latency_us
+    assert row.spread >= 1
     assert pool == [1, 7]
     assert set(kernel.threads) == {1}
     assert torch.get_num_threads() == before

@@ -177,6 +177,13 @@ def test_slower_than_torch_is_shown_and_not_bad(run, checking):
     assert "0.500x" in out and "slower on 1" in out
 
 
+def test_noisy_timings_are_pointed_out(run, checking):
+    checking({"dcgan/1": {"spread": 2.5}, "dcgan/2": {"spread": 1.9}, "dcgan/3": {"spread": 9.0}})
+    code, out, _ = run("check", "dcgan")
+    assert code == 0
+    assert "slower on 0; 2 timings varied more than 2-fold between rounds, is the machine busy?\n" in out
+
+
 def test_quick_has_no_time_columns(run, checking):
     calls = checking({"dcgan/1": {"latency_us": None, "torch_latency_us": None}})
     code, out, _ = run("check", "dcgan/1", "--quick")

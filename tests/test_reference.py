@@ -88,6 +88,15 @@ def test_integer_inputs_use_the_largest_magnitudes_that_fit():
     assert largest("bfloat16", 2048) == 1
 
 
+def test_weights_thin_out_until_every_output_is_exact():
+    # 4000 products of +-1 deviate by 63, so 256 is 4 deviations away: a few of 65,536 outputs are beyond it.
+    spec = ConvTranspose2dSpec(n=1, ci=4000, ih=32, iw=32, co=64, kernel_size=1, bias=False, dtype="bfloat16")
+    input, weight, _ = integer_inputs(spec, seed=0)
+    answer = reference(spec, input, weight, None)
+    assert torch.equal(answer.to(torch.bfloat16).double(), answer)
+    assert 0.45 < float((weight != 0).double().mean()) < 0.55
+
+
 def test_integer_magnitudes_shrink_before_a_partial_sum_could_round(monkeypatch):
     spec = ConvTranspose2dSpec(n=1, ci=4, ih=8, iw=8, co=2, kernel_size=1)
     monkeypatch.setattr(module, "longest_reduction", lambda spec: 2**24 // 64)
