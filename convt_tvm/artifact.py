@@ -54,7 +54,7 @@ RUNTIME_FILE = "libtvm_runtime.so"
 
 _FILES = (KERNEL_FILE, MANIFEST_FILE, RUNTIME_FILE)
 _REBUILD = "build it again with `convt-tvm build`, or copy the whole directory again"
-_SOURCES = ("phases.py", "spec.py", "compute.py", "space.py", "build.py")
+_SOURCES = ("phases", "spec", "target", "compute", "cost", "schedule", "space", "lower", "build")
 _COMPILERS = ("apache-tvm", "apache-tvm-ffi")
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -126,7 +126,7 @@ class Manifest:
             "layout": not isinstance(self.layout, dict),
             "trace": not isinstance(self.trace, list),
             "packed_shape": len(shape) != 5 or not all(type(size) is int and size > 0 for size in shape),
-            "packed_dtype": self.packed_dtype not in DTYPE_BYTES,
+            "packed_dtype": self.packed_dtype not in tuple(DTYPE_BYTES),
             "versions": not _is_text_map(self.versions, (str, type(None))),
             "fingerprint": not isinstance(self.fingerprint, str),
             "files": not _is_text_map(self.files, (str,)) or KERNEL_FILE not in self.files,
@@ -185,7 +185,7 @@ class Manifest:
         if not isinstance(values, dict):
             raise ArtifactCorruptError(f"a manifest is a JSON object; found {type(values).__name__}; {_REBUILD}.")
         version = values.get("format", FORMAT)
-        if version != FORMAT:
+        if type(version) is not int or version != FORMAT:
             raise ArtifactError(
                 f"the artifact has format {version!r}, this convt_tvm reads format {FORMAT}; build it again with this "
                 "version, or install the one that wrote it."
@@ -230,14 +230,13 @@ def _schedule_directory() -> Path:
 def source_fingerprint() -> str:
     """SHA-256 over everything outside spec and target that changes generated code.
 
-    That is the text of phases, spec, compute, space, build and every schedule, and the versions of apache-tvm and
-    apache-tvm-ffi. The same in a checkout, an editable install and a wheel. Computed once a process.
+    That is the text of `build` and of all that it compiles with, every schedule included, and the versions of
+    apache-tvm and apache-tvm-ffi. The same in a checkout, an editable install and a wheel. Computed once a process.
     """
     package = Path(__file__).parent
-    paths = {name: package / name for name in _SOURCES}
+    paths = {f"{name}.py": package / f"{name}.py" for name in _SOURCES}
     paths |= {f"schedules/{path.name}": path for path in sorted(_schedule_directory().glob("*.py"))}
-    sources = [(name, path.read_bytes()) for name, path in paths.items() if path.is_file()]
-    return _fingerprint(sources, package_versions(_COMPILERS))
+    return _fingerprint([(name, path.read_bytes()) for name, path in paths.items()], package_versions(_COMPILERS))
 
 
 def _sync_directory(directory: Path) -> None:
