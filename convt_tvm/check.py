@@ -40,7 +40,7 @@ class Comparison:
     max_error
         Largest distance from the float64 reference on normally distributed inputs; infinite for NaN outputs.
     max_error_torch
-        The same distance for torch eager in the spec's dtype.
+        The same distance for torch eager in the spec's dtype; 0 for float64, where torch eager is the reference.
     error_over_bound
         Largest ratio of an output's distance to its own `reference.error_bound`; infinite where that bound is 0 and
         the output is not exact.
