@@ -68,10 +68,10 @@ class _TorchTensors:
             found = f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)} on {tensor.device}"
             raise _found(name, shape, dtype, found, spec)
         try:
-            address = tensor.data_ptr()
+            memory = tensor.untyped_storage().device.type
         except RuntimeError:
-            address = 0
-        if address == 0 and tensor.numel():
+            memory = "none"
+        if memory != "cpu":
             raise ArgumentError(
                 f"{name} has no memory: it is a {type(tensor).__name__} inside a torch.func transform, a fake tensor "
                 "mode or a compiler's trace; call the kernel on ordinary tensors."
