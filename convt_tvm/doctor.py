@@ -162,7 +162,8 @@ def _examine_cache(directory: Path) -> Finding:
         return Finding("cache", "ok", f"{directory} (not created yet)")
     kernels = [path for path in directory.iterdir() if path.is_dir()]
     size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-    return Finding("cache", "ok", f"{directory}: {len(kernels)} kernels, {size / 2**20:.1f} MiB")
+    count = f"{len(kernels)} kernel{'' if len(kernels) == 1 else 's'}"
+    return Finding("cache", "ok", f"{directory}: {count}, {size / 2**20:.1f} MiB")
 
 
 def _replay_in_a_child() -> Iterator[Finding]:

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from convt_tvm import check as check_module
-from convt_tvm import cli
+from convt_tvm import cli, terminal
 from convt_tvm import doctor as doctor_module
 from convt_tvm.check import CheckRow
 from convt_tvm.doctor import Finding
@@ -222,7 +222,7 @@ def test_an_interrupt_before_the_first_row_prints_nothing_else(run, checking):
 )
 def test_a_narrow_terminal_loses_whole_columns_and_no_text(run, checking, monkeypatch, width, hidden):
     monkeypatch.setattr(
-        cli, "_stdout", lambda: Console(file=sys.stdout, width=width, force_terminal=True, color_system=None)
+        terminal, "_stdout", lambda: Console(file=sys.stdout, width=width, force_terminal=True, color_system=None)
     )
     slow = {"latency_us": 128_000.0, "torch_latency_us": 1_280_000.0, "schedule": "llvm_channels"}
     checking({"dcgan/2": WRONG, "seed/square": slow, "bilinear/depthwise": slow})
@@ -241,7 +241,7 @@ def test_a_narrow_terminal_loses_whole_columns_and_no_text(run, checking, monkey
 
 def test_a_canonical_name_folds_instead_of_being_cut(run, checking, monkeypatch):
     monkeypatch.setattr(
-        cli, "_stdout", lambda: Console(file=sys.stdout, width=80, force_terminal=True, color_system=None)
+        terminal, "_stdout", lambda: Console(file=sys.stdout, width=80, force_terminal=True, color_system=None)
     )
     checking()
     _, out, _ = run("check", TINY)
@@ -251,7 +251,7 @@ def test_a_canonical_name_folds_instead_of_being_cut(run, checking, monkeypatch)
 
 def test_progress_goes_to_a_terminal_on_stderr_only(run, checking, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(cli, "_stderr_is_terminal", lambda: True)
+    monkeypatch.setattr(terminal, "_stderr_is_terminal", lambda: True)
     checking()
     _, out, err = run("check", "dcgan/2", "dcgan/3")
     assert "1/2" in err and "dcgan/3" in err

@@ -94,7 +94,7 @@ def test_the_cache_directory_is_looked_at_and_not_created(tmp_path):
     (directory / "entry").mkdir(parents=True)
     (directory / "entry" / "kernel.so").write_bytes(bytes(2**20))
     (directory / "entry.lock").touch()
-    assert module._examine_cache(directory).found == f"{directory}: 1 kernels, 1.0 MiB"
+    assert module._examine_cache(directory).found == f"{directory}: 1 kernel, 1.0 MiB"
 
 
 def test_a_cache_that_cannot_be_written_is_noted(tmp_path):
