@@ -107,7 +107,8 @@ def compile_kernel(kernel: Any, pack: Any, target: Target, library: Path) -> Non
     """
     tvm_target = target.to_tvm()
     try:
-        with tvm_target:
+        # StorageRewrite would drop what `lower` says of buffers on the stack; there is no storage to share.
+        with tvm_target, tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):
             module = tvm.IRModule({**lower_kernel(kernel).functions, **lower_pack(pack).functions})
             executable = tvm.compile(module, target=tvm_target)
     except (RuntimeError, ValueError, TypeError) as error:

@@ -7,6 +7,7 @@ store is executed out of bounds by a lane.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import tvm
@@ -15,6 +16,9 @@ from tvm import s_tir, tirx
 from convt_tvm.compute import bands, kernel_columns, layout_of, lookup, spec_of
 
 __all__ = ["lower_kernel", "lower_pack"]
+
+MAX_STACK_BYTES = 32 << 10
+"""Largest buffer on a thread's stack: a row of accumulators, not the input's window."""
 
 Expr = Any
 Store = Callable[[Sequence[Expr], Expr], Any]
@@ -34,6 +38,18 @@ def _flatten_blocks(function: tirx.PrimFunc) -> tirx.PrimFunc:
     ]
     module = tvm.ir.transform.Sequential(passes)(tvm.IRModule({"main": function}))
     return module["main"]
+
+
+def _on_stack(node: Any) -> Any:
+    """The allocation `node`, on the stack if it is small: LLVM keeps values in registers only if no pointer escapes.
+
+    TVM allocates 1 KiB and more from a pool, in a call for each task.
+    """
+    buffer = node.buffer
+    size_bytes = prod(int(extent) for extent in buffer.shape) * tvm.DataType(str(buffer.dtype)).itemsize
+    if size_bytes > MAX_STACK_BYTES:
+        return node
+    return tirx.AllocBuffer(buffer, {**node.annotations, "disable_lower_builtin": tirx.const(1, "bool")})
 
 
 def _replace_stores(statement: Any, stores: Mapping[Any, Store]) -> Any:
@@ -62,7 +78,9 @@ def _replace_stores(statement: Any, stores: Mapping[Any, Store]) -> Any:
                 return tirx.IfThenElse(node.condition, visit(node.then_case), other)
             case tirx.AttrStmt():
                 return tirx.AttrStmt(node.node, node.attr_key, node.value, visit(node.body))
-            case tirx.AllocBuffer() | tirx.DeclBuffer() | tirx.Bind() | tirx.Evaluate() | tirx.AssertStmt():
+            case tirx.AllocBuffer():
+                return _on_stack(node)
+            case tirx.DeclBuffer() | tirx.Bind() | tirx.Evaluate() | tirx.AssertStmt():
                 return node
             case _:
                 raise AssertionError(f"a scheduled phase form holds an unexpected {type(node).__name__}")
