@@ -60,7 +60,7 @@ def cached_kernel(spec: ConvTranspose2dSpec, target: str | Target | None = None)
     BuildError
         if compilation fails; the next call tries again.
     IncompatibleMachineError
-        if the target has CPU features that this machine lacks.
+        if the target is another architecture or has CPU features that this machine lacks; nothing is built then.
     """
     target = Target.parse("llvm" if target is None else target)
     key = (spec, target)
@@ -83,6 +83,7 @@ def _from_disk(spec: ConvTranspose2dSpec, target: Target) -> Kernel:
         return _load_entry(directory, spec, target, fingerprint)
     except (ArtifactNotFoundError, ArtifactCorruptError):
         pass
+    target.require_host()
 
     # On a miss only: serving from the cache needs no compiler.
     from convt_tvm.build import build, build_artifact

@@ -14,7 +14,7 @@ import pytest
 
 from convt_tvm import artifact, cache
 from convt_tvm.artifact import Manifest, publish, source_fingerprint
-from convt_tvm.errors import BuildError, TargetError
+from convt_tvm.errors import BuildError, IncompatibleMachineError, TargetError
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
 
@@ -238,6 +238,14 @@ def test_a_directory_that_cannot_be_written_is_reported_and_done_without(compile
 def test_an_unknown_target_is_refused(compiler):
     with pytest.raises(TargetError, match="cuda"):
         cache.cached_kernel(SPEC, "cuda")
+
+
+def test_a_target_that_cannot_run_here_is_refused_before_it_is_built(compiler, folder):
+    foreign = "llvm:x86_64" if Target.parse("llvm").arch == "aarch64" else "llvm:aarch64"
+    with pytest.raises(IncompatibleMachineError, match=foreign.removeprefix("llvm:")):
+        cache.cached_kernel(SPEC, foreign)
+    assert compiler.builds == []
+    assert not folder.exists()
 
 
 SERVE = """

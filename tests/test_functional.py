@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -184,6 +185,24 @@ def test_mistakes_are_named_before_any_work(arguments, parameters, error, messag
     monkeypatch.setattr(plan, "cached_kernel", lambda spec: pytest.fail(f"built {spec}"))
     with pytest.raises(error, match=message):
         conv_transpose2d(*arguments, **parameters)
+
+
+def test_another_device_is_named():
+    with FakeTensorMode():
+        inputs = [torch.empty(t.shape, device="cuda") for t in _tensors()]
+        with pytest.raises(
+            ArgumentError, match=r"input is on cuda:0; the kernels run on the CPU: move it with \.cpu\(\)"
+        ):
+            conv_transpose2d(*inputs)
+
+
+def test_the_default_device_does_not_matter():
+    x, w, b = _tensors()
+    expected = conv_transpose2d(x, w, b, **PARAMETERS)
+    with torch.device("meta"):
+        assert torch.equal(conv_transpose2d(x, w, b, **PARAMETERS), expected)
+        w = w.to(memory_format=torch.channels_last)
+        assert torch.equal(conv_transpose2d(x, w, b, **PARAMETERS), expected)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 import copy
 import io
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -323,6 +324,23 @@ def test_weights_that_share_memory_do_not_share_packed_ones(x):
     _in_place(first)
     _check(first, x)
     _check(second, x)
+
+
+def test_threads_share_a_layer(layer, x):
+    expected = _torch_result(layer, x)
+    with torch.no_grad():
+        before = layer(x)
+
+    def call(i):
+        with torch.inference_mode():
+            if i % 5 == 0:
+                layer.forget_packed()
+            return layer(x)
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(call, range(40)))
+    assert all(torch.equal(result, before) for result in results)
+    torch.testing.assert_close(before, expected)
 
 
 # Compiled and exported.
