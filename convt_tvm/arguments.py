@@ -88,7 +88,7 @@ class _TorchTensors:
         return bool(tensor.is_contiguous() and not tensor.is_neg() and tensor.data_ptr() % tensor.element_size() == 0)
 
     def ready(self, tensor: Any) -> Any:
-        tensor = tensor.detach().resolve_neg()
+        tensor = tensor.detach()
         if self.is_direct(tensor):
             return tensor
         return tensor.clone(memory_format=self.torch.contiguous_format)
