@@ -4,12 +4,14 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import tvm
 from tvm import tirx
 from tvm.s_tir import Schedule
+from tvm.support import cc
 
 from convt_tvm.artifact import KERNEL_FILE, Manifest, publish, source_fingerprint
 from convt_tvm.compute import declare_pack, declare_phases
@@ -74,14 +76,20 @@ def build_artifact(spec: ConvTranspose2dSpec, target: str | Target, directory: P
         Before anything is written to `directory`.
     """
     resolved = Target.parse(target)
-    choice = default_choice(spec, resolved)
-    sch = Schedule(declare_phases(spec, choice.layout, resolved))
-    choice.space.space(sch)
-    pack = Schedule(declare_pack(spec, choice.layout, resolved))
-    _schedule_pack(pack)
+    # An empty batch computes nothing, but its kernel packs weights like any other.
+    declared = replace(spec, n=1) if spec.n == 0 else spec
+    choice = default_choice(declared, resolved)
     with tempfile.TemporaryDirectory(prefix="convt-tvm-") as scratch:
         library = Path(scratch) / KERNEL_FILE
-        compile_kernel(sch.mod["main"], pack.mod["main"], resolved, library)
+        try:
+            sch = Schedule(declare_phases(declared, choice.layout, resolved))
+            choice.space.space(sch)
+            pack = Schedule(declare_pack(declared, choice.layout, resolved))
+            _schedule_pack(pack)
+            compile_kernel(sch.mod["main"], pack.mod["main"], resolved, library)
+        except (RuntimeError, ValueError, TypeError) as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise BuildError(f"{spec.name} could not be built for {resolved.name}: {reason}") from error
         return publish(
             directory,
             spec=spec,
@@ -103,22 +111,15 @@ def compile_kernel(kernel: Any, pack: Any, target: Target, library: Path) -> Non
     Raises
     ------
     BuildError
-        If TVM or the linker fails.
+        If there is no linker; TVM's own errors pass through.
     """
+    if cc.get_cc() is None:
+        raise BuildError("linking needs a C++ compiler; install g++ or clang, for example `apt-get install g++`.")
     tvm_target = target.to_tvm()
-    try:
-        # StorageRewrite would drop what `lower` says of buffers on the stack; there is no storage to share.
-        with tvm_target, tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):
-            module = tvm.IRModule({**lower_kernel(kernel).functions, **lower_pack(pack).functions})
-            executable = tvm.compile(module, target=tvm_target)
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise BuildError(f"TVM could not compile the schedule for {target.name}: {error}") from error
-    if shutil.which("g++") is None and shutil.which("gcc") is None and shutil.which("clang") is None:
-        raise BuildError("linking needs a C compiler; install gcc or clang, for example `apt-get install gcc g++`.")
-    try:
-        executable.export_library(str(library))
-    except (RuntimeError, OSError, ValueError) as error:
-        raise BuildError(f"linking {library.name} failed: {error}") from error
+    # StorageRewrite would drop what `lower` says of buffers on the stack; there is no storage to share.
+    with tvm_target, tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):
+        module = tvm.IRModule({**lower_kernel(kernel).functions, **lower_pack(pack).functions})
+        tvm.compile(module, target=tvm_target).export_library(str(library))
 
 
 def _schedule_pack(sch: Schedule) -> None:

@@ -1,0 +1,174 @@
+"""Building: every kind of spec, the right answer on any number of threads, and clear failures."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+
+import convt_tvm as ct
+import convt_tvm.build as build_module
+from convt_tvm.artifact import read_manifest
+from convt_tvm.build import build, build_artifact
+from convt_tvm.errors import BuildError, IncompatibleMachineError, SpecError, TargetError
+from convt_tvm.reference import error_bound, integer_inputs, normal_inputs, reference
+from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.target import Target
+
+SPEC = ConvTranspose2dSpec(n=2, ci=24, ih=9, iw=21, co=40, kernel_size=(4, 3), stride=2, padding=1, output_padding=1)
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    return build(SPEC)
+
+
+def test_integers_are_exact_and_real_numbers_within_their_bound(kernel):
+    integers = integer_inputs(SPEC, seed=0)
+    assert torch.equal(kernel(*integers).double(), reference(SPEC, *integers))
+    real = normal_inputs(SPEC, seed=0)
+    distance = (kernel(*real).double() - reference(SPEC, *real)).abs()
+    assert (distance <= error_bound(SPEC, *real)).all()
+
+
+def test_bits_are_the_same_on_any_number_of_threads_and_every_run(kernel):
+    inputs = normal_inputs(SPEC, seed=1)
+    before = ct.get_num_threads()
+    try:
+        found = []
+        for threads in (1, len(os.sched_getaffinity(0)), 1):
+            ct.set_num_threads(threads)
+            found += [kernel(*inputs) for _ in range(5)]
+    finally:
+        ct.set_num_threads(before)
+    assert all(torch.equal(output, found[0]) for output in found)
+
+
+def test_an_item_of_a_batch_has_the_bits_of_the_item_alone(kernel):
+    data, weight, bias = normal_inputs(SPEC, seed=2)
+    alone = build(ConvTranspose2dSpec(**{**SPEC.to_json(), "n": 1}))
+    assert torch.equal(kernel(data, weight, bias)[1:], alone(data[1:], weight, bias))
+
+
+def test_positions_without_a_tap_are_exactly_the_bias():
+    spec = ConvTranspose2dSpec(n=1, ci=2, ih=3, iw=3, co=2, kernel_size=1, stride=3, output_padding=2)
+    data, weight, bias = normal_inputs(spec, seed=0)
+    output = build(spec)(data, weight, bias)
+    empty = torch.ones(spec.oh, spec.ow, dtype=torch.bool)
+    empty[::3, ::3] = False
+    for channel in range(2):
+        assert (output[0, channel][empty] == bias[channel]).all()
+
+
+def test_an_empty_batch_is_built_like_any_other():
+    empty = ConvTranspose2dSpec(**{**SPEC.to_json(), "n": 0})
+    kernel = build(empty)
+    _, weight, bias = normal_inputs(SPEC, seed=0)
+    assert kernel(torch.empty(empty.input_shape), weight, bias).shape == empty.output_shape
+    assert kernel.manifest.spec == empty
+    assert not kernel.pack(weight).isnan().any()
+
+
+def test_the_trace_is_json_and_names_the_blocks(kernel):
+    trace = json.loads(json.dumps(kernel.manifest.trace))
+    assert trace[0][0] == ["GetSBlock", [], ["band0", "main"], ["b0"]]
+
+
+def test_another_machine_is_built_for_but_not_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("convt_tvm.target.host_features", lambda: frozenset({"sse4.2", "popcnt"}))
+    with pytest.raises(IncompatibleMachineError, match="avx2"):
+        build(SPEC, "llvm:x86-64-v3")
+    build_artifact(SPEC, "llvm:x86-64-v3", tmp_path / "v3")
+    assert read_manifest(tmp_path / "v3").target == Target.parse("llvm:x86-64-v3")
+
+
+@pytest.mark.parametrize("target", ["llvm:x86-64-v2", "llvm:x86-64-v3", "llvm:x86-64-v4"])
+def test_lower_levels_are_exact_too(target):
+    if not set(Target.parse(target).features) <= set(Target.parse("llvm").features):
+        pytest.skip(f"this processor does not have all of {target}")
+    for dtype in ("float32", "float16", "bfloat16", "float64"):
+        spec = ConvTranspose2dSpec(n=1, ci=5, ih=4, iw=18, co=9, kernel_size=3, stride=2, dtype=dtype)
+        inputs = integer_inputs(spec, seed=3)
+        assert torch.equal(build(spec, target)(*inputs).double(), reference(spec, *inputs))
+
+
+def test_an_unknown_target_is_refused_before_any_work():
+    with pytest.raises(TargetError, match="cuda:sm_90"):
+        build(SPEC, "cuda:sm_90")
+
+
+def test_no_linker_is_an_error_that_names_one(monkeypatch):
+    monkeypatch.setattr(build_module.cc, "get_cc", lambda: None)
+    with pytest.raises(BuildError, match=r"linking needs a C\+\+ compiler; install g\+\+ or clang"):
+        build(SPEC)
+
+
+def test_a_schedule_that_tvm_rejects_is_a_build_error_in_one_line(tmp_path, monkeypatch):
+    def broken(sch):
+        sch.vectorize(sch.get_loops(sch.get_sblock("acc0"))[-1])
+
+    choice = build_module.default_choice(SPEC, Target.parse("llvm"))
+    bad = type(choice)(type(choice.space)(**{**vars(choice.space), "space": broken}), choice.layout, 0.0)
+    monkeypatch.setattr(build_module, "default_choice", lambda spec, target: bad)
+    with pytest.raises(BuildError, match="could not be built for llvm:") as caught:
+        build_artifact(SPEC, "llvm", tmp_path / "kernel")
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_files_of_an_unsaved_kernel_go_with_it():
+    kernel = build(ConvTranspose2dSpec(n=1, ci=1, ih=1, iw=1, co=1, kernel_size=1))
+    directory = Path(kernel.directory)
+    assert directory.is_dir()
+    del kernel
+    assert not directory.exists()
+
+
+def test_a_failed_build_leaves_no_files(monkeypatch, tmp_path):
+    monkeypatch.setattr(build_module.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(build_module, "load", lambda directory: shutil.rmtree("/nonexistent"))
+    with pytest.raises(FileNotFoundError):
+        build(ConvTranspose2dSpec(n=1, ci=1, ih=1, iw=1, co=1, kernel_size=1))
+    assert list(tmp_path.iterdir()) == []
+
+
+@st.composite
+def specs(draw):
+    """Configurations over the whole domain, wide enough for every tile and its surplus."""
+
+    def pair(low, high):
+        return draw(st.integers(low, high)), draw(st.integers(low, high))
+
+    groups = draw(st.sampled_from([1, 1, 2, 5]))
+    stride, dilation = pair(1, 6), pair(1, 4)
+    limits = [max(s, d) - 1 for s, d in zip(stride, dilation, strict=True)]
+    try:
+        return ConvTranspose2dSpec(
+            n=draw(st.integers(1, 3)),
+            ci=groups * draw(st.integers(1, 6)),
+            ih=draw(st.integers(1, 9)),
+            iw=draw(st.integers(1, 40)),
+            co=groups * draw(st.integers(1, 40)),
+            kernel_size=pair(1, 6),
+            stride=stride,
+            padding=pair(0, 5),
+            output_padding=tuple(draw(st.integers(0, limit)) for limit in limits),
+            dilation=dilation,
+            groups=groups,
+            bias=draw(st.booleans()),
+            dtype=draw(st.sampled_from(["float32", "float32", "float64", "float16", "bfloat16"])),
+        )
+    except SpecError:
+        hypothesis.reject()
+
+
+@hypothesis.given(spec=specs(), seed=st.integers(0, 9))
+@hypothesis.settings(max_examples=max(500, hypothesis.settings.default.max_examples), deadline=None)
+def test_built_kernels_agree_with_float64_on_drawn_configurations(spec, seed):
+    """500 configurations; ``--hypothesis-profile=long`` draws 5,000."""
+    inputs = integer_inputs(spec, seed=seed)
+    assert torch.equal(build(spec)(*inputs).double(), reference(spec, *inputs))
