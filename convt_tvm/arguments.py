@@ -94,7 +94,7 @@ class _TorchTensors:
         return tensor.clone(memory_format=self.torch.contiguous_format)
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
-        return self.torch.empty(shape, dtype=getattr(self.torch, dtype))
+        return self.torch.empty(shape, dtype=getattr(self.torch, dtype), device="cpu")
 
     def overlaps(self, first: Any, second: Any) -> bool:
         start, other = first.data_ptr(), second.data_ptr()

@@ -63,6 +63,7 @@ class Kernel:
         "_convt",
         "_fast_type",
         "_mask",
+        "_output_shape",
         "_pack",
         "_parallel",
         "_sizes",
@@ -86,6 +87,7 @@ class Kernel:
             self._pack = module.get_function("pack")
         except AttributeError as error:
             raise ArtifactCorruptError(f"{directory / KERNEL_FILE} is no kernel: {error}; build it again.") from error
+        self._output_shape = spec.output_shape
         shapes = spec.input_shape, manifest.packed_shape, spec.bias_shape, spec.output_shape
         dtypes = spec.dtype, manifest.packed_dtype, spec.dtype, spec.dtype
         self._sizes = tuple(prod(shape) * DTYPE_BYTES[dtype] for shape, dtype in zip(shapes, dtypes, strict=True))
@@ -94,7 +96,8 @@ class Kernel:
         torch = sys.modules.get("torch")
         self._torch = None if torch is None else torch_kind(torch)
         self._tensor: Any = None if torch is None else torch.Tensor
-        self._fast_type = self._tensor if spec.n else None
+        # With an empty batch there is nothing to call: a type that no argument has.
+        self._fast_type = self._tensor if spec.n else object()
         self._bias_types = () if torch is None else (torch.Tensor, torch.nn.Parameter)
 
     def __repr__(self) -> str:
@@ -136,12 +139,12 @@ class Kernel:
         """
         # The compiled entry checks number, type, dtype, shape, strides and device of its arguments before it writes
         # anything. What it cannot see is tested here: overlap, alignment, a negation that is still to be done. Each
-        # test costs 50 to 100 ns, so no method is called in between, and whatever fails is sorted out by
-        # `_call_checked`.
+        # test costs 50 to 100 ns, so it is all in one place, and whatever fails is sorted out by `_call_checked`.
         fast = self._fast_type
-        if type(out) is fast and type(input) is fast and type(weight) is fast and weight.dim() == 5:
+        if (type(out) is fast or out is None) and type(input) is fast and type(weight) is fast and weight.dim() == 5:
             try:
-                start, x, w = out.data_ptr(), input.data_ptr(), weight.data_ptr()
+                result = input.new_empty(self._output_shape) if out is None else out
+                start, x, w = result.data_ptr(), input.data_ptr(), weight.data_ptr()
                 x_size, w_size, b_size, size = self._sizes
                 stop = start + size
                 b = stop if bias is None else bias.data_ptr()
@@ -150,16 +153,16 @@ class Kernel:
                     and (w >= stop or start >= w + w_size)
                     and (b >= stop or start >= b + b_size)
                     and not (start | x | w | b) & self._mask
-                    and not (out.is_neg() or input.is_neg() or weight.is_neg())
+                    and not (result.is_neg() or input.is_neg() or weight.is_neg())
                 ):
                     if self._parallel and adopted.setting != required.setting:
                         configure()
                     if bias is None:
-                        self._convt(input, weight, out)
-                        return out
+                        self._convt(input, weight, result)
+                        return result
                     if type(bias) in self._bias_types and not bias.is_neg():
-                        self._convt(input, weight, bias, out)
-                        return out
+                        self._convt(input, weight, bias, result)
+                        return result
             except (AttributeError, BufferError, RuntimeError, TypeError, ValueError):
                 pass
         return self._call_checked(input, weight, bias, out)

@@ -41,7 +41,7 @@ def spec_of(**changes):
 @pytest.fixture(scope="session")
 def artifacts(tmp_path_factory):
     """A function from a spec to the directory of its artifact, built once."""
-    from convt_tvm.build import build_artifact
+    from convt_tvm.compiler import build_artifact
 
     made = {}
 
@@ -349,6 +349,9 @@ def test_modes_of_torch_that_matter_not(kernel):
         with mode():
             assert torch.equal(kernel(x * 1, kernel.pack(w), b, out=out), wanted)
             assert torch.equal(kernel(x, packed, b), wanted)
+    with torch.device("meta"):
+        for weight in (w, packed):
+            assert torch.equal(kernel(x, weight, b), wanted)
 
 
 def test_an_empty_batch_gives_an_empty_batch(artifacts, monkeypatch):
