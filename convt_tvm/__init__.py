@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from convt_tvm import errors, functional, nn
-    from convt_tvm.build import build
+    from convt_tvm.compiler import build
     from convt_tvm.runtime import Kernel, get_num_threads, load, set_num_threads
     from convt_tvm.spec import ConvTranspose2dSpec
     from convt_tvm.target import Target
@@ -32,7 +32,7 @@ _HOME = {
     "ConvTranspose2dSpec": "spec",
     "Kernel": "runtime",
     "Target": "target",
-    "build": "build",
+    "build": "compiler",
     "get_num_threads": "runtime",
     "load": "runtime",
     "set_num_threads": "runtime",

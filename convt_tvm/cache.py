@@ -86,7 +86,7 @@ def _from_disk(spec: ConvTranspose2dSpec, target: Target) -> Kernel:
     target.require_host()
 
     # On a miss only: serving from the cache needs no compiler.
-    from convt_tvm.build import build, build_artifact
+    from convt_tvm.compiler import build, build_artifact
 
     with ExitStack() as held:
         try:

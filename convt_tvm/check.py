@@ -287,7 +287,7 @@ def check(
     found: dict[str, Any] = {}
     try:
         # Only here: comparing needs no compiler, and its import would count as build time.
-        from convt_tvm.build import build
+        from convt_tvm.compiler import build
 
         with TemporaryDirectory(prefix="convt-tvm-check-") as directory, _thread_count(threads):
             start = perf_counter()

@@ -207,7 +207,7 @@ def build(
 def _build_one(spec: Any, target: Any, output: Path, *, with_runtime: bool) -> dict[str, Any]:
     """Publish one artifact, which need not run here; returns what is printed about it."""
     from convt_tvm import artifact, runtime
-    from convt_tvm.build import build_artifact
+    from convt_tvm.compiler import build_artifact
 
     with TemporaryDirectory(prefix="convt-tvm-build-") as temporary:
         built, final = Path(temporary) / "built", Path(temporary) / "final"

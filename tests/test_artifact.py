@@ -460,7 +460,7 @@ def test_the_fingerprint_covers_every_module_that_a_build_compiles_with():
     apart = {"errors", "artifact", "arguments", "threads", "runtime"}
     schedules = sorted(artifact._schedule_directory().glob("*.py"))
     assert any(path.name.startswith("llvm_") for path in schedules)
-    reached, pending = set(), [*schedules, package / "build.py"]
+    reached, pending = set(), [*schedules, package / "compiler.py"]
     while pending:
         path = pending.pop()
         if path.parent == package:

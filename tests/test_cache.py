@@ -34,10 +34,10 @@ def _load(directory):
 
 
 class Compiler(types.ModuleType):
-    """In place of `convt_tvm.build`: writes each build to a log, and an artifact without code."""
+    """In place of `convt_tvm.compiler`: writes each build to a log, and an artifact without code."""
 
     def __init__(self, log, seconds=0.0):
-        super().__init__("convt_tvm.build")
+        super().__init__("convt_tvm.compiler")
         self.log = log
         self.seconds = seconds
         self.error = None
@@ -76,7 +76,7 @@ def _stand_in(patch, folder, seconds=0.0):
     compiler = Compiler(folder / "builds.log", seconds)
     patch.setattr(cache, "load", _load)
     patch.setattr(cache, "_kernels", {})
-    patch.setitem(sys.modules, "convt_tvm.build", compiler)
+    patch.setitem(sys.modules, "convt_tvm.compiler", compiler)
     return compiler
 
 
@@ -123,7 +123,7 @@ def test_a_kernel_is_built_once(compiler, folder):
 def test_the_next_process_finds_it_and_imports_no_compiler(compiler, monkeypatch):
     cache.cached_kernel(SPEC)
     _forget()
-    monkeypatch.setitem(sys.modules, "convt_tvm.build", None)
+    monkeypatch.setitem(sys.modules, "convt_tvm.compiler", None)
     assert cache.cached_kernel(SPEC).manifest.spec == SPEC
     with pytest.raises(ImportError):
         cache.cached_kernel(OTHER)
@@ -253,7 +253,7 @@ import json, sys
 from convt_tvm.cache import cached_kernel
 from convt_tvm.spec import ConvTranspose2dSpec
 kernel = cached_kernel(ConvTranspose2dSpec.from_name(sys.argv[1]))
-print(json.dumps([kernel.manifest.digest, "tvm" in sys.modules, "convt_tvm.build" in sys.modules]))
+print(json.dumps([kernel.manifest.digest, "tvm" in sys.modules, "convt_tvm.compiler" in sys.modules]))
 """
 
 

@@ -250,7 +250,7 @@ def standing_in(monkeypatch):
                 raise kernel
             return kernel
 
-        monkeypatch.setitem(__import__("sys").modules, "convt_tvm.build", SimpleNamespace(build=build))
+        monkeypatch.setitem(__import__("sys").modules, "convt_tvm.compiler", SimpleNamespace(build=build))
         monkeypatch.setattr(module.runtime, "load", lambda directory: kernel if directory in kernel.saved else None)
         monkeypatch.setattr(module.runtime, "get_num_threads", lambda: 7)
         monkeypatch.setattr(module.runtime, "set_num_threads", threads.append)

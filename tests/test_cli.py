@@ -324,16 +324,16 @@ def test_inspect_of_nothing(run, tmp_path):
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
 def test_one_failed_build_does_not_stop_the_others(run, tmp_path, monkeypatch, options):
-    import convt_tvm.build
+    import convt_tvm.compiler
 
-    original = convt_tvm.build.build_artifact
+    original = convt_tvm.compiler.build_artifact
 
     def build_artifact(spec, target, directory):
         if spec.n == 2:
             raise IndexError("list index\nout of range")
         return original(spec, target, directory)
 
-    monkeypatch.setattr(convt_tvm.build, "build_artifact", build_artifact)
+    monkeypatch.setattr(convt_tvm.compiler, "build_artifact", build_artifact)
     failing = TINY.replace("n1_", "n2_")
     code, out, err = run("build", failing, TINY, "-o", tmp_path, *options)
     assert code == 1

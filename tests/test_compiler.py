@@ -11,9 +11,9 @@ import torch
 from hypothesis import strategies as st
 
 import convt_tvm as ct
-import convt_tvm.build as build_module
+import convt_tvm.compiler as build_module
 from convt_tvm.artifact import read_manifest
-from convt_tvm.build import build, build_artifact
+from convt_tvm.compiler import build, build_artifact
 from convt_tvm.errors import BuildError, IncompatibleMachineError, SpecError, TargetError
 from convt_tvm.reference import error_bound, integer_inputs, normal_inputs, reference
 from convt_tvm.spec import ConvTranspose2dSpec

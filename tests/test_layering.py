@@ -22,30 +22,33 @@ MAY_IMPORT = {
     "arguments": "errors spec",
     "threads": "errors",
     "runtime": "errors spec target artifact arguments threads",
-    "compute": "errors phases spec target",
+    "compute": "phases spec target",
     "cost": "spec target compute",
     "schedule": "spec compute",
-    "schedules": "errors phases spec target compute cost schedule",
-    "space": "errors phases spec target compute cost schedules",
-    "lower": "errors phases spec target compute",
-    "build": "errors phases spec target artifact runtime compute space lower",
-    "cache": "errors spec target artifact runtime build",
-    "functional": "errors phases spec target runtime cache",
-    "nn": "errors phases spec target runtime cache functional",
-    "reference": "errors phases spec",
-    "measure": "errors spec",
-    "check": "errors phases spec workloads target artifact runtime build reference measure",
+    "schedules": "spec target compute cost schedule",
+    "space": "errors spec target compute schedules",
+    "lower": "compute",
+    "compiler": "errors spec target artifact runtime compute space lower",
+    "cache": "errors spec target artifact runtime compiler",
+    "plan": "errors phases spec runtime cache",
+    "functional": "errors plan",
+    "packed": "plan",
+    "nn": "errors plan functional packed",
+    "reference": "errors spec",
+    "measure": "",
+    "check": "errors spec workloads target runtime compiler reference measure",
     "doctor": "errors target runtime",
-    "__init__": "errors spec target artifact runtime build cache functional nn",
-    "cli": "__init__ errors phases spec workloads target artifact runtime build cache check doctor measure",
+    "__init__": "errors spec target runtime compiler functional nn",
+    "terminal": "check doctor",
+    "cli": "__init__ errors workloads target artifact runtime compiler cache check doctor terminal",
     "__main__": "cli",
 }
 
 # These import tvm when they are imported; the others may do so inside a function only.
-COMPILING = {"compute", "cost", "schedule", "schedules", "space", "lower", "build"}
+COMPILING = {"compute", "cost", "schedule", "schedules", "space", "lower", "compiler"}
 
 # What runs where no compiler is installed.
-SERVING = ["__init__", "artifact", "runtime", "cache", "functional", "nn", "cli"]
+SERVING = ["__init__", "artifact", "runtime", "cache", "plan", "functional", "packed", "nn", "cli"]
 
 
 def read_sources():
@@ -154,11 +157,11 @@ def test_serving_does_not_reach_the_compiler(row):
 @pytest.mark.parametrize(
     ("module", "planted", "complaint"),
     [
-        ("convt_tvm.spec", "from convt_tvm.build import build", "convt_tvm.spec:1 imports convt_tvm.build"),
-        ("convt_tvm.spec", "from convt_tvm import build", "convt_tvm.spec:1 imports convt_tvm.build"),
-        ("convt_tvm.spec", "from . import build", "convt_tvm.spec:1 imports convt_tvm.build"),
-        ("convt_tvm.spec", "from .build import build", "convt_tvm.spec:1 imports convt_tvm.build"),
-        ("convt_tvm.spec", "import convt_tvm.build as b", "convt_tvm.spec:1 imports convt_tvm.build"),
+        ("convt_tvm.spec", "from convt_tvm.compiler import build", "convt_tvm.spec:1 imports convt_tvm.compiler"),
+        ("convt_tvm.spec", "from convt_tvm import compiler", "convt_tvm.spec:1 imports convt_tvm.compiler"),
+        ("convt_tvm.spec", "from . import compiler", "convt_tvm.spec:1 imports convt_tvm.compiler"),
+        ("convt_tvm.spec", "from .compiler import build", "convt_tvm.spec:1 imports convt_tvm.compiler"),
+        ("convt_tvm.spec", "import convt_tvm.compiler as b", "convt_tvm.spec:1 imports convt_tvm.compiler"),
         ("convt_tvm.spec", "from convt_tvm import load", "convt_tvm.spec:1 imports convt_tvm"),
         (
             "convt_tvm.runtime",
@@ -172,7 +175,7 @@ def test_serving_does_not_reach_the_compiler(row):
             "convt_tvm.runtime:2 imports tvm when",
         ),
         ("convt_tvm.runtime", "class A:\n    import tvm.ir", "convt_tvm.runtime:2 imports tvm.ir when it is imported"),
-        ("convt_tvm.schedules.llvm_new", "from convt_tvm.build import build", "convt_tvm.schedules.llvm_new:1 imports"),
+        ("convt_tvm.schedules.llvm_new", "from convt_tvm.compiler import build", "convt_tvm.schedules.llvm_new:1 imports"),
         ("convt_tvm.helpers", "", "convt_tvm.helpers has no row in MAY_IMPORT"),
     ],
 )
@@ -199,9 +202,9 @@ def test_a_late_import_of_the_compiler_is_allowed(harmless):
 
 
 def test_a_planted_detour_to_the_compiler_is_found():
-    sources = {"convt_tvm.nn": "import convt_tvm.cache", "convt_tvm.cache": "import convt_tvm.build"}
-    sources["convt_tvm.build"] = "from tvm import te"
-    assert reached(sources, "nn")["tvm"] == "build"
+    sources = {"convt_tvm.nn": "import convt_tvm.cache", "convt_tvm.cache": "import convt_tvm.compiler"}
+    sources["convt_tvm.compiler"] = "from tvm import te"
+    assert reached(sources, "nn")["tvm"] == "compiler"
     assert "tvm" in reached({"convt_tvm.nn": "", "convt_tvm.__init__": "import tvm"}, "nn")
 
 
@@ -224,3 +227,11 @@ def test_the_check_for_loaded_modules_sees_the_compiler():
 def test_importing_the_package_loads_no_tensor_library():
     loaded = loaded_after("import convt_tvm")
     assert loaded.isdisjoint({"tvm", "torch"})
+
+
+def test_no_public_name_is_shadowed_by_a_module_of_the_same_name():
+    """Importing `convt_tvm.build` would put that module where `convt_tvm.build(spec)` looks for the function."""
+    import convt_tvm
+
+    modules = {path.stem for path in (ROOT / "convt_tvm").glob("*.py")}
+    assert set(convt_tvm._HOME) & modules == set()

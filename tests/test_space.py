@@ -3,7 +3,7 @@
 import pytest
 
 from convt_tvm import space as space_module
-from convt_tvm.build import build_artifact
+from convt_tvm.compiler import build_artifact
 from convt_tvm.errors import BuildError
 from convt_tvm.reference import integer_inputs, reference
 from convt_tvm.runtime import load
@@ -58,7 +58,7 @@ def test_a_target_without_a_space_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("lanes", ["co", "ow"])
 def test_each_space_is_exact_in_several_layouts(lanes, tmp_path, monkeypatch):
-    import convt_tvm.build as build_module
+    import convt_tvm.compiler as build_module
 
     host = Target.parse("llvm")
     inputs = integer_inputs(ODD, seed=2)
