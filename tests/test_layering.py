@@ -175,7 +175,11 @@ def test_serving_does_not_reach_the_compiler(row):
             "convt_tvm.runtime:2 imports tvm when",
         ),
         ("convt_tvm.runtime", "class A:\n    import tvm.ir", "convt_tvm.runtime:2 imports tvm.ir when it is imported"),
-        ("convt_tvm.schedules.llvm_new", "from convt_tvm.compiler import build", "convt_tvm.schedules.llvm_new:1 imports"),
+        (
+            "convt_tvm.schedules.llvm_new",
+            "from convt_tvm.compiler import build",
+            "convt_tvm.schedules.llvm_new:1 imports",
+        ),
         ("convt_tvm.helpers", "", "convt_tvm.helpers has no row in MAY_IMPORT"),
     ],
 )
