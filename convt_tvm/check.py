@@ -20,7 +20,7 @@ from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
 from convt_tvm.workloads import Workload
 
-__all__ = ["CheckRow", "Comparison", "Operator", "check", "compare", "torch_eager"]
+__all__ = ["CheckRow", "Comparison", "Operator", "check", "compare", "thread_count", "torch_eager"]
 
 Operator: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """Input, weight and bias (None where the spec has none) to output, all in the spec's dtype."""
@@ -241,7 +241,7 @@ def _time(kernel: Kernel, seed: int) -> dict[str, float]:
 
 
 @contextmanager
-def _thread_count(threads: int) -> Iterator[None]:
+def thread_count(threads: int) -> Iterator[None]:
     """Both thread pools, torch's and TVM's, at one size for the duration."""
     before, before_torch = runtime.get_num_threads(), torch.get_num_threads()
     runtime.set_num_threads(threads)
@@ -289,7 +289,7 @@ def check(
         # Only here: comparing needs no compiler, and its import would count as build time.
         from convt_tvm.compiler import build
 
-        with TemporaryDirectory(prefix="convt-tvm-check-") as directory, _thread_count(threads):
+        with TemporaryDirectory(prefix="convt-tvm-check-") as directory, thread_count(threads):
             start = perf_counter()
             built = build(spec, target)
             found["build_secs"] = perf_counter() - start

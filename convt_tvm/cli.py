@@ -4,16 +4,29 @@ Results go to stdout, errors and progress to stderr. Exit codes: 0 done, 1 faile
 interrupted. What a command needs is imported when it runs, so that help and mistakes are answered at once.
 """
 
-import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from convt_tvm import cli_bench
+from convt_tvm.cli_options import (
+    FAILED,
+    INTERRUPTED,
+    USAGE,
+    Json,
+    TargetName,
+    Threads,
+    Workloads,
+    each,
+    print_json,
+    require_cores,
+    stop_if_interrupted,
+)
 from convt_tvm.errors import ConvTError, SpecError, TargetError, UnknownWorkloadError
 
 if TYPE_CHECKING:
@@ -21,7 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "main"]
 
-FAILED, USAGE, INTERRUPTED = 1, 2, 130
 _USAGE_ERRORS = (UnknownWorkloadError, TargetError, SpecError)
 
 app = typer.Typer(
@@ -34,19 +46,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-Workloads: TypeAlias = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="WORKLOAD",
-        help="A suite (dcgan), a name (dcgan/2), a canonical spec name, or all.",
-        show_default=False,
-    ),
-]
-TargetName: TypeAlias = Annotated[
-    str, typer.Option("--target", metavar="TARGET", help="llvm is this machine; llvm:x86-64-v2, -v3, -v4 are levels.")
-]
-Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -91,38 +90,11 @@ def _root(
     pass
 
 
-def _print_json(values: Any) -> None:
-    print(json.dumps(values, allow_nan=False), flush=True)
-
-
-def _each(items: Iterable[Any], work: Callable[[Any], None], total: int, *, quiet: bool) -> bool:
-    """Work through the items under a progress bar; False if the user interrupted it."""
-    from convt_tvm.terminal import progress
-
-    try:
-        with progress(total, quiet=quiet) as begin:
-            for item in items:
-                begin(item.name)
-                work(item)
-    except KeyboardInterrupt:
-        return False
-    return True
-
-
-def _stop_if_interrupted(finished: bool, done: int, total: int) -> None:
-    if not finished:
-        print(f"interrupted: {done} of {total} workloads done", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED)
-
-
 @app.command(short_help="Build, run, compare with torch and float64.")
 def check(
     workloads: Workloads,
     target: TargetName = "llvm",
-    threads: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="For the kernel and for torch alike; by default torch's number."),
-    ] = None,
+    threads: Threads = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, metavar="N", help="Of the inputs.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Skip the timing.")] = False,
     as_json: Json = False,
@@ -132,13 +104,11 @@ def check(
     Integer inputs have to give the exact bits; random ones have to stay within the error bound of a dot product
     (error/bound at most 1). Exits with 1 if a verdict is bad. With --json, one line a workload.
     """
-    from convt_tvm.target import Target, machine
+    from convt_tvm.target import Target
     from convt_tvm.workloads import resolve
 
     chosen, compiled_for = resolve(workloads), Target.parse(target)
-    cores = machine().cores
-    if threads is not None and threads > cores:
-        raise typer.BadParameter(f"{threads} threads are more than the {cores} cores that this process may run on.")
+    require_cores(threads)
     from convt_tvm.check import check as check_workload
 
     rows: list[CheckRow] = []
@@ -147,14 +117,14 @@ def check(
         row = check_workload(workload, compiled_for, seed=seed, threads=threads, quick=quick)
         rows.append(row)
         if as_json:
-            _print_json(row.to_json())
+            print_json(row.to_json())
 
-    finished = _each(chosen, work, len(chosen), quiet=as_json and sys.stdout.isatty())
+    finished = each(chosen, work, len(chosen), quiet=as_json and sys.stdout.isatty())
     if rows and not as_json:
         from convt_tvm.terminal import print_check
 
         print_check(rows)
-    _stop_if_interrupted(finished, len(rows), len(chosen))
+    stop_if_interrupted(finished, len(rows), len(chosen))
     if any(row.verdict == "bad" for row in rows):
         raise typer.Exit(FAILED)
 
@@ -190,16 +160,16 @@ def build(
             row["error"] = text if isinstance(error, ConvTError) else f"{type(error).__name__}: {text}"
         rows.append(row)
         if as_json:
-            _print_json(row)
+            print_json(row)
         elif row["error"] is None:
             size = f"{row['size_bytes'] / 1024:.0f} KiB"
             print(f"{row['path']}  ({workload.name}, {size}, built in {row['build_secs']:.2f} s)", flush=True)
 
-    finished = _each(chosen, work, len(chosen), quiet=sys.stdout.isatty())
+    finished = each(chosen, work, len(chosen), quiet=sys.stdout.isatty())
     failed = [row for row in rows if row["error"] is not None]
     for row in failed:
         _complain(f"{row['workload']}: {row['error']}")
-    _stop_if_interrupted(finished, len(rows), len(chosen))
+    stop_if_interrupted(finished, len(rows), len(chosen))
     if failed:
         raise typer.Exit(FAILED)
 
@@ -214,12 +184,17 @@ def _build_one(spec: Any, target: Any, output: Path, *, with_runtime: bool) -> d
         start = perf_counter()
         build_artifact(spec, target, built)
         build_secs = perf_counter() - start
-        extra = {artifact.RUNTIME_FILE: runtime._find_runtime(built)} if with_runtime else {}
+        extra = {artifact.RUNTIME_FILE: runtime.find_runtime(built)} if with_runtime else {}
         # The runtime library changes the digest, and with it the name.
         directory = output / artifact.copy(built, final, extra=extra).name
         artifact.copy(final, directory)
     size = sum(path.stat().st_size for path in directory.iterdir())
     return {"path": str(directory), "size_bytes": size, "build_secs": build_secs, "error": None}
+
+
+app.command(short_help="Time kernels against other libraries.")(cli_bench.bench)
+app.command(short_help="Turn stored rows into tables and plots.")(cli_bench.report)
+app.command(short_help="Show phases, limits and the choice of a schedule.")(cli_bench.explain)
 
 
 @app.command(short_help="Verify an artifact and show its manifest.")
@@ -240,7 +215,7 @@ def inspect(
         obstacle = str(error)
     if as_json:
         values = {"path": str(directory), "runs_here": not obstacle, "size_bytes": sizes}
-        _print_json(values | {"manifest": manifest.to_json()})
+        print_json(values | {"manifest": manifest.to_json()})
         return
     spec, target = manifest.spec, manifest.target
     facts = {
@@ -277,7 +252,7 @@ def doctor(as_json: Json = False) -> None:
             findings.append(finding)
     is_bad = any(finding.status == "bad" for finding in findings)
     if as_json:
-        _print_json({"healthy": not is_bad, "findings": [finding.to_json() for finding in findings]})
+        print_json({"healthy": not is_bad, "findings": [finding.to_json() for finding in findings]})
     else:
         print_findings(findings)
     if is_bad:

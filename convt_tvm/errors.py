@@ -9,6 +9,7 @@ __all__ = [
     "BuildError",
     "ConvTError",
     "IncompatibleMachineError",
+    "RowsError",
     "SpecError",
     "SpecTypeError",
     "TargetError",
@@ -70,3 +71,7 @@ class ArtifactCorruptError(ArtifactError):
 
 class IncompatibleMachineError(ArtifactError):
     """An artifact compiled for a machine that this one is not."""
+
+
+class RowsError(ConvTError, ValueError):
+    """Benchmark rows that cannot be read or compared."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import geometric_mean
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
 from rich.console import Console
@@ -15,15 +15,20 @@ from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from convt_tvm.rows import OURS, TORCH, Row, Run, geometric_means
+
 if TYPE_CHECKING:
     from convt_tvm.check import CheckRow
     from convt_tvm.doctor import Finding
+    from convt_tvm.explain import AxisPhase, Explanation
 
-__all__ = ["print_check", "print_facts", "print_findings", "progress"]
+__all__ = ["print_bench", "print_check", "print_explanation", "print_facts", "print_findings", "progress"]
 
 _UNLIMITED_WIDTH = 10_000
 _LONGEST_REASON = 600
 _NOISY = 2
+_CANDIDATES_SHOWN = 6
+_PHASES_SHOWN = 8
 
 
 def _stdout() -> Console:
@@ -68,14 +73,14 @@ def progress(total: int, *, quiet: bool) -> Iterator[Callable[[str], None]]:
 
 @dataclass(frozen=True)
 class _Column:
-    """A column of the table that `check` prints; ``title`` is what a note calls it that is not shown.
+    """A column of a table of rows; ``title`` is what a note calls it that is not shown.
 
     ``dropped`` orders the columns that a narrow terminal goes without, lowest first; 0 is never dropped. ``timing``
     columns are for rows that were timed.
     """
 
     header: str
-    text: Callable[["CheckRow"], str]
+    text: Callable[[Any], str]
     justify: Literal["left", "right"] = "right"
     dropped: int = 0
     timing: bool = False
@@ -124,16 +129,12 @@ _COLUMNS = (
 )
 
 
-def print_check(rows: "Sequence[CheckRow]") -> None:
-    """Print what `check` found: a table, the reason of each bad verdict, and one line that sums it up.
+def _print_fitting(columns: Sequence[_Column], rows: Sequence[Any], console: Console) -> None:
+    """Print a table of rows; where it is too wide, without its less important columns and with a line naming them."""
 
-    A terminal too narrow for the table gets it without its less important columns, and a line that names them.
-    """
-    console = _stdout()
-
-    def table_of(columns: Sequence[_Column]) -> Table:
+    def table_of(shown: Sequence[_Column]) -> Table:
         table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
-        for column in columns:
+        for column in shown:
             table.add_column(
                 column.header,
                 justify=column.justify,
@@ -142,24 +143,31 @@ def print_check(rows: "Sequence[CheckRow]") -> None:
                 overflow="fold",
             )
         for row in rows:
-            table.add_row(*(column.text(row) for column in columns))
+            table.add_row(*(column.text(row) for column in shown))
         return table
 
-    timed = any(row.speedup is not None for row in rows)
-    columns = [column for column in _COLUMNS if timed or not column.timing]
+    shown = list(columns)
     # A measurement never exceeds the width in the options, so it is taken without a limit.
     unlimited = console.options.update_width(_UNLIMITED_WIDTH)
-    while Measurement.get(console, unlimited, table_of(columns)).maximum > console.width:
-        droppable = [column for column in columns if column.dropped]
+    while Measurement.get(console, unlimited, table_of(shown)).maximum > console.width:
+        droppable = [column for column in shown if column.dropped]
         if not droppable:
             break
-        columns.remove(min(droppable, key=lambda column: column.dropped))
-    _print(table_of(columns), console)
-    hidden = [
-        column.title for column in _COLUMNS if column.dropped and (timed or not column.timing) and column not in columns
-    ]
+        shown.remove(min(droppable, key=lambda column: column.dropped))
+    _print(table_of(shown), console)
+    hidden = [column.title for column in columns if column not in shown]
     if hidden:
         console.print(f"[dim]not shown in {console.width} columns: {', '.join(hidden)}[/]", soft_wrap=True)
+
+
+def print_check(rows: "Sequence[CheckRow]") -> None:
+    """Print what `check` found: a table, the reason of each bad verdict, and one line that sums it up.
+
+    A terminal too narrow for the table gets it without its less important columns, and a line that names them.
+    """
+    console = _stdout()
+    timed = any(row.speedup is not None for row in rows)
+    _print_fitting([column for column in _COLUMNS if timed or not column.timing], rows, console)
     bad = [row for row in rows if row.verdict == "bad"]
     for row in bad:
         reason = row.reason if len(row.reason) <= _LONGEST_REASON else row.reason[:_LONGEST_REASON] + " ..."
@@ -180,6 +188,156 @@ def _summary(rows: "Sequence[CheckRow]") -> str:
     noisy = sum(row.spread is not None and row.spread > _NOISY for row in rows)
     note = f"; {noisy} timings varied more than {_NOISY}-fold between rounds, is the machine busy?" if noisy else ""
     return f"{text}; {mean} with {threads}, slower on {slower}{note}"
+
+
+def _peer_column(name: str, dropped: int) -> _Column:
+    def text(run: Run) -> str:
+        row = run.peers.get(name)
+        if row is None or row.median_us is None:
+            return "" if row is None else f"[dim]{row.status}[/]"
+        shown = _milliseconds(row.median_us)
+        return f"[bold]{shown}[/]" if row is run.best_peer else shown
+
+    words = {
+        "torch_channels_last": "torch\nch. last",
+        "torch_compile": "torch\ncompile",
+        "onnxruntime": "onnx\nruntime",
+    }
+    return _Column(words.get(name, name), text, dropped=dropped, title=name)
+
+
+def _over_best(run: Run) -> str:
+    if run.over_best is None:
+        return "-"
+    return f"[{'yellow' if run.is_behind else 'green'}]{_digits(run.over_best)}x[/]"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
+def _bound(run: Run) -> str:
+    return f"{_milliseconds(run.ours.bound_us)} {(run.ours.bound_by or '')[:3]}"
+
+
+def _our_time(run: Run) -> str:
+    return f"[bold red]{run.ours.status}[/]" if run.ours.median_us is None else _milliseconds(run.ours.median_us)
+
+
+def print_bench(runs: Sequence[Run]) -> None:
+    """Print benchmark runs: a table, the reason of each missing time, and one line that sums it up."""
+    console = _stdout()
+    peers = list(dict.fromkeys(name for run in runs for name in run.peers))
+    columns = [
+        _Column("workload", lambda run: run.ours.workload, "left"),
+        _Column("schedule", lambda run: run.ours.schedule or "-", "left", dropped=2, title="schedule"),
+        _Column("bound\nms", _bound, dropped=4, title="bound"),
+        _Column("ours\nms", _our_time),
+        *(_peer_column(name, dropped=9 - (name == TORCH)) for name in peers),
+        _Column("best\npeer", lambda run: run.best_peer.implementation if run.best_peer else "-", "left", dropped=10),
+        _Column("best/\nours", _over_best),
+        _Column("torch/\nours", lambda run: _number(run.over_torch, "{:.2f}x"), dropped=7, title="torch/ours"),
+        _Column("noise", lambda run: _noise(run.ours), dropped=5, title="noise"),
+        _Column("of\npeak", lambda run: _percent(run.ours.share_of_peak), dropped=3, title="share of peak"),
+        _Column("of\nbound", lambda run: _percent(run.ours.share_of_bound), dropped=6, title="share of bound"),
+    ]
+    _print_fitting(columns, runs, console)
+    for run in runs:
+        for row in (run.ours, *run.peers.values()):
+            if row.status != "ok":
+                style = "bold red" if row.implementation == OURS or row.status == "wrong" else "yellow"
+                reason = row.reason if len(row.reason) <= _LONGEST_REASON else row.reason[:_LONGEST_REASON] + " ..."
+                console.print(
+                    f"[{style}]{row.status}[/]  {escape(row.workload)}: {row.implementation}: {escape(reason)}",
+                    soft_wrap=True,
+                )
+    console.print(escape(_bench_summary(runs)), soft_wrap=True)
+
+
+def _noise(row: Row) -> str:
+    return "-" if row.noise_floor is None else f"{row.noise_floor - 1:.1%}"
+
+
+def _bench_summary(runs: Sequence[Run]) -> str:
+    over_best, over_torch = geometric_means(runs)
+    threads = runs[0].ours.threads
+    with_threads = f"with {threads} thread{'s' if threads > 1 else ''}"
+    if over_best is None:
+        return f"no peer was timed; {len(runs)} workloads {with_threads}"
+    compared = sum(run.over_best is not None for run in runs)
+    behind = sum(run.is_behind for run in runs)
+    torch = "" if over_torch is None else f", {_digits(over_torch)}x torch eager"
+    return (
+        f"{_digits(over_best)}x the best peer of each workload{torch}, geometric means of {compared} {with_threads}; "
+        f"behind the best peer by more than the noise on {behind}"
+    )
+
+
+def print_explanation(found: "Explanation") -> None:
+    """Print what `explain` found about one workload."""
+    spec, limit = found.workload.spec, found.bound
+
+    def phases(of_axis: "Sequence[AxisPhase]") -> str:
+        lines = [
+            f"{phase.count} outputs from {phase.residue}: "
+            + (f"taps {' '.join(map(str, phase.taps))}" if phase.taps else "no taps, the bias alone")
+            for phase in of_axis[:_PHASES_SHOWN]
+        ]
+        more = len(of_axis) - len(lines)
+        return "\n".join([*lines, *([f"and {more} more"] if more else [])])
+
+    zeros = found.textbook_multiplications / max(1, found.useful_multiplications)
+    print_facts(
+        [
+            ("workload", f"{found.workload.name}: {found.workload.source}"),
+            ("computes", f"{'x'.join(map(str, spec.input_shape))} to {'x'.join(map(str, spec.output_shape))}"),
+            ("spec", spec.name),
+            (f"rows, stride {spec.stride[0]}", phases(found.rows)),
+            (f"columns, stride {spec.stride[1]}", phases(found.columns)),
+            (
+                "multiplications",
+                f"{found.useful_multiplications:,} useful; the text-book form makes "
+                f"{found.textbook_multiplications:,}, {zeros:.2f} times as many: "
+                f"{found.zero_multiplications:,} by zeros",
+            ),
+            (
+                "roofline",
+                f"{_milliseconds(limit.secs * 1e6)} ms, bound by {limit.by}: {limit.flops / 1e9:.4g} GFLOP at "
+                f"{limit.flops_per_sec / 1e9:.4g} GFLOP/s take {_milliseconds(limit.compute_secs * 1e6)} ms, "
+                f"{limit.size_bytes / 1e6:.4g} MB at {limit.bandwidth.bytes_per_sec / 1e9:.4g} GB/s "
+                f"{_milliseconds(limit.memory_secs * 1e6)} ms; "
+                f"{found.threads} thread{'s' if found.threads > 1 else ''}",
+            ),
+            ("runs", found.reason),
+        ]
+    )
+    if not found.candidates:
+        return
+    cheapest = found.candidates[0].cycles
+    # The best few, and the best of every other schedule.
+    shown = list(found.candidates[:_CANDIDATES_SHOWN])
+    for candidate in found.candidates:
+        if candidate.schedule not in {other.schedule for other in shown}:
+            shown.append(candidate)
+    print()
+    _print_fitting(
+        [
+            _Column("schedule", lambda candidate: candidate.schedule, "left"),
+            _Column(
+                "layout",
+                lambda candidate: ", ".join(f"{key}={value}" for key, value in candidate.layout.items()),
+                "left",
+                dropped=1,
+                title="layout",
+            ),
+            _Column("estimated\ncycles", lambda candidate: f"{candidate.cycles:,.0f}"),
+            _Column("times the\ncheapest", lambda candidate: f"{candidate.cycles / cheapest:.2f}"),
+        ],
+        shown,
+        _stdout(),
+    )
+    if len(found.candidates) > len(shown):
+        print(f"{len(found.candidates) - len(shown)} dearer ones not shown")
 
 
 def print_facts(facts: Iterable[tuple[str, str]]) -> None:

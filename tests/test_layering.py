@@ -37,10 +37,19 @@ MAY_IMPORT = {
     "reference": "errors spec",
     "measure": "",
     "check": "errors spec workloads target runtime compiler reference measure",
+    "rows": "errors",
+    "peers": "spec reference",
+    "roofline": "spec target runtime",
+    "bench": "spec workloads target runtime compiler reference measure check rows peers roofline",
+    "explain": "spec workloads target space roofline",
+    "report": "errors rows",
     "doctor": "errors target runtime",
     "__init__": "errors spec target runtime compiler functional nn",
-    "terminal": "check doctor",
-    "cli": "__init__ errors workloads target artifact runtime compiler cache check doctor terminal",
+    "terminal": "check doctor rows explain",
+    "cli_options": "target terminal",
+    "cli_bench": "workloads target rows peers roofline bench explain report terminal cli_options",
+    "cli": "__init__ errors workloads target artifact runtime compiler cache check doctor terminal "
+    "cli_options cli_bench",
     "__main__": "cli",
 }
 

@@ -1,0 +1,259 @@
+"""Our kernels against other implementations: in one process, by turns, with answers checked before any time counts."""
+
+import math
+import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from convt_tvm import runtime
+from convt_tvm.check import thread_count
+from convt_tvm.measure import interleaved
+from convt_tvm.peers import DISTRIBUTIONS, Contender, Refusal, prepare
+from convt_tvm.reference import Inputs, error_bound, normal_inputs, reference
+from convt_tvm.roofline import Limits, bound
+from convt_tvm.rows import COPY, OURS, Row
+from convt_tvm.runtime import Kernel
+from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.target import Target, machine, package_versions
+from convt_tvm.workloads import Workload
+
+__all__ = ["Tolerance", "bench", "current_commit", "noise_floor"]
+
+PEER_SLACK = 4
+"""Peers may be this many times farther from float64 than a plain sum can be: their algorithms are not known here."""
+
+SETTLE_SECS = {False: 0.005, True: 0.15}
+"""How long each contender runs untimed before each sample, with one thread and with several. The workers of another
+library's pool spin after its last call and would take CPUs from the next: torch's for less than 1 ms, ONNX Runtime's
+for some 50 ms of CPU time each."""
+
+
+class Tolerance:
+    """How far answers may be from float64, worked out once for some inputs."""
+
+    def __init__(self, spec: ConvTranspose2dSpec, inputs: Inputs) -> None:
+        """Compute the reference and the bounds."""
+        input, weight, bias = inputs
+        self.spec = spec
+        self.exact = reference(spec, *inputs)
+        self.bound = error_bound(spec, *inputs)
+        self.peers = PEER_SLACK * self.bound
+        if spec.dtype != spec.accumulator_dtype:
+            # Libraries may add up the taps in the narrow type, torch does for float16.
+            magnitude = reference(spec, input.abs(), weight.abs(), None if bias is None else bias.abs())
+            rounding = torch.finfo(getattr(torch, spec.dtype)).eps / 2
+            self.peers = self.peers + math.prod(spec.kernel_size) * rounding * magnitude
+
+    def judge(self, output: torch.Tensor, *, peer: bool) -> tuple[float | None, str]:
+        """Largest ratio of an error to its bound, and what is wrong, empty if nothing is."""
+        if tuple(output.shape) != self.spec.output_shape:
+            return None, f"the output has shape {tuple(output.shape)} instead of {self.spec.output_shape}"
+        error = (output.double() - self.exact).abs()
+        ratio = torch.where(error == 0, 0.0, error / self.bound).nan_to_num(nan=math.inf, posinf=math.inf)
+        worst = float(ratio.max()) if ratio.numel() else 0.0
+        # A NaN is not within any bound, although no comparison with it holds.
+        outside = ~(error <= (self.peers if peer else self.bound))
+        if not outside.any():
+            return worst, ""
+        return worst, (
+            f"{int(outside.sum())} of {outside.numel()} outputs are farther from float64 than the error bound of "
+            f"{self.spec.dtype} allows, the worst {worst:.3g} times as far"
+        )
+
+
+def noise_floor(ours: Sequence[float], copy: Sequence[float]) -> float:
+    """By what ratio, at least 1, two copies of one kernel differed.
+
+    The larger of the ratio of their medians and the median of the ratios in each round: the second is rarely close to 1
+    by chance, as the first may be.
+    """
+
+    def above_one(ratio: float) -> float:
+        return max(ratio, 1 / ratio)
+
+    return max(
+        above_one(median(ours) / median(copy)),
+        median(above_one(mine / other) for mine, other in zip(ours, copy, strict=True)),
+    )
+
+
+def current_commit() -> str | None:
+    """The commit of the checkout that this package runs from, with ``+`` if files were changed; None without one."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *arguments], check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    try:
+        # An installed package may lie inside some other project's checkout.
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _contender(kernel: Kernel, inputs: Inputs) -> Contender:
+    """The kernel at its fastest: a packed weight, and an output of its own, NaN before."""
+    input, weight, bias = inputs
+    packed = kernel.pack(weight)
+    out = torch.full(kernel.spec.output_shape, math.nan, dtype=input.dtype)
+
+    def run() -> torch.Tensor:
+        kernel(input, packed, bias, out=out)
+        return out
+
+    return run
+
+
+def _build_twice(spec: ConvTranspose2dSpec, target: Target, directory: Path) -> tuple[Kernel, Kernel]:
+    """One artifact, loaded from two places: two libraries in memory."""
+    from convt_tvm.compiler import build_artifact
+
+    build_artifact(spec, target, directory / "first")
+    first = runtime.load(directory / "first")
+    first.save(directory / "second")
+    return first, runtime.load(directory / "second")
+
+
+def bench(
+    workload: Workload,
+    target: str | Target = "llvm",
+    *,
+    peers: Sequence[str],
+    limits: Limits,
+    rounds: int = 15,
+    seed: int = 0,
+    settle_secs: float | None = None,
+    min_sample_secs: float = 0.005,
+) -> list[Row]:
+    """Time the default kernel of a workload, a second copy of it, and peers.
+
+    Weights are constant: packed, frozen or laid out beforehand. Every contender's answer is compared with float64, and
+    those that are wrong are not timed. The others take turns, in reversed order each round, each running untimed for a
+    while before its sample (`SETTLE_SECS`).
+
+    Parameters
+    ----------
+    target
+        What our kernel is compiled for.
+    peers
+        Names of `convt_tvm.peers.PEERS`.
+    limits
+        Measured just before for the spec's ``accumulator_dtype``; every thread pool gets its number of threads.
+    rounds
+        Samples of each contender.
+    seed
+        Of the inputs, which are normally distributed.
+    settle_secs, min_sample_secs
+        As in `convt_tvm.measure.interleaved`.
+
+    Returns
+    -------
+    list of Row
+        Ours, its copy, and the peers in the order given. What went wrong is in a row's ``status`` and ``reason``.
+
+    Raises
+    ------
+    TargetError
+        if the target is a string that names none.
+    KeyError
+        for a peer of another name.
+    """
+    resolved, spec, threads = Target.parse(target), workload.spec, limits.threads
+    inputs = normal_inputs(spec, seed)
+    tolerance = Tolerance(spec, inputs)
+    details: dict[str, dict[str, Any]] = {}
+    contenders: dict[str, Contender] = {}
+
+    def enter(name: str, contender: Contender | Refusal, *, peer: bool) -> None:
+        if isinstance(contender, Refusal):
+            details[name] = {"status": contender.status, "reason": contender.reason}
+            return
+        try:
+            worst, problem = tolerance.judge(contender(), peer=peer)
+        except Exception as error:  # recorded as this contender's status, so that the others are still timed
+            details[name] = {"status": "failed", "reason": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+            return
+        details[name] = {"status": "wrong" if problem else "ok", "reason": problem, "error_over_bound": worst}
+        if not problem:
+            contenders[name] = contender
+
+    samples: dict[str, list[float]] = {}
+    with (
+        TemporaryDirectory(prefix="convt-tvm-bench-") as directory,
+        thread_count(threads),
+        torch.inference_mode(),
+    ):
+        try:
+            kernels = _build_twice(spec, resolved, Path(directory))
+            of_kernel = {"schedule": kernels[0].manifest.schedule, "layout": dict(kernels[0].manifest.layout)}
+            for name, kernel in zip((OURS, COPY), kernels, strict=True):
+                enter(name, _contender(kernel, inputs), peer=False)
+                details[name] |= of_kernel
+        except Exception as error:  # recorded as our status: a failure to build must not hide the other workloads
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            details |= {name: {"status": "failed", "reason": reason} for name in (OURS, COPY)}
+        # Without us there is nothing to compare.
+        if OURS in contenders:
+            for name in peers:
+                enter(name, prepare(name, spec, inputs, threads), peer=True)
+            if settle_secs is None:
+                settle_secs = SETTLE_SECS[threads > 1]
+            samples = interleaved(contenders, rounds=rounds, settle_secs=settle_secs, min_sample_secs=min_sample_secs)
+        contenders.clear()
+    return _rows(workload, resolved, limits, rounds, details, samples)
+
+
+def _rows(
+    workload: Workload,
+    target: Target,
+    limits: Limits,
+    rounds: int,
+    details: dict[str, dict[str, Any]],
+    samples: dict[str, list[float]],
+) -> list[Row]:
+    here = machine()
+    described = {name: value for name, value in here.to_json().items() if name != "versions"}
+    limit = bound(workload.spec, limits)
+    common = Row(
+        workload=workload.name,
+        spec=workload.spec.name,
+        implementation="",
+        status="failed",
+        threads=limits.threads,
+        rounds=rounds,
+        target=target.name,
+        date=datetime.now(UTC).isoformat(timespec="milliseconds"),
+        machine=described,
+        versions={**here.versions, **package_versions(DISTRIBUTIONS)},
+        commit=current_commit(),
+        noise_floor=noise_floor(samples[OURS], samples[COPY]) if {OURS, COPY} <= samples.keys() else None,
+        bound_us=limit.secs * 1e6,
+        bound_by=limit.by,
+        peak_gflops=limit.flops_per_sec / 1e9,
+        bandwidth_gbs=limit.bandwidth.bytes_per_sec / 1e9,
+    )
+    rows = []
+    for name, found in details.items():
+        times: dict[str, Any] = {}
+        if name in samples:
+            middle = median(samples[name])
+            times = {
+                "median_us": middle,
+                "mad_us": median(abs(sample - middle) for sample in samples[name]),
+                "samples_us": tuple(float(f"{sample:.4g}") for sample in samples[name]),
+                "gflops": limit.flops / middle / 1e3,
+                "share_of_peak": limit.compute_secs * 1e6 / middle,
+                "share_of_bound": limit.secs * 1e6 / middle,
+            }
+        rows.append(replace(common, implementation=name, **found, **times))
+    return rows

@@ -1,0 +1,158 @@
+"""The commands that measure, report and explain: `bench`, `report` and `explain`."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from convt_tvm.cli_options import (
+    FAILED,
+    REGRESSED,
+    Json,
+    TargetName,
+    Threads,
+    Workloads,
+    each,
+    print_json,
+    require_cores,
+    stop_if_interrupted,
+)
+
+if TYPE_CHECKING:
+    from convt_tvm.rows import Row
+
+__all__ = ["bench", "explain", "report"]
+
+
+def bench(
+    workloads: Workloads,
+    peers: Annotated[
+        str, typer.Option("--peers", metavar="NAME,...", help="Of those listed above; all by default.")
+    ] = "all",
+    threads: Threads = None,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Samples of each.")] = 15,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Append the rows to it, as JSON lines.")
+    ] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Exit with 3 where these rows were faster, beside torch.")
+    ] = None,
+    target: TargetName = "llvm",
+    as_json: Json = False,
+) -> None:
+    """Time kernels against torch, torch_channels_last, torch_compile, onnxruntime and openvino.
+
+    All in one process, by turns, in reversed order each round, with constant weights and the same number of threads. An
+    answer that is wrong by float64 is never timed. A second copy of each kernel gives the noise floor. Exits with 1 if
+    one of our kernels failed. With --json, one line for each workload and implementation.
+    """
+    from convt_tvm.rows import OURS, append_rows, latest_runs, read_rows, regressions
+    from convt_tvm.target import Target
+    from convt_tvm.workloads import resolve
+
+    chosen, compiled_for = resolve(workloads), Target.parse(target)
+    require_cores(threads)
+    before = None if baseline is None else read_rows(baseline)
+    from convt_tvm.peers import PEERS
+
+    names = list(PEERS) if peers == "all" else list(dict.fromkeys(filter(None, peers.split(","))))
+    if unknown := [name for name in names if name not in PEERS]:
+        raise typer.BadParameter(f"there is no peer {', '.join(unknown)}; there are {', '.join(PEERS)}.")
+    if before is not None and "torch" not in names:
+        raise typer.BadParameter("--baseline compares ratios to torch, which has to be among the peers.")
+
+    import torch
+
+    from convt_tvm.bench import bench as bench_workload
+    from convt_tvm.roofline import measure_limits
+
+    rows: list[Row] = []
+
+    def work(workload: Any) -> None:
+        limits = measure_limits(workload.spec.accumulator_dtype, threads or torch.get_num_threads())
+        found = bench_workload(workload, compiled_for, peers=names, limits=limits, rounds=rounds)
+        rows.extend(found)
+        if output is not None:
+            append_rows(output, found)
+        if as_json:
+            for row in found:
+                print_json(row.to_json())
+
+    finished = each(chosen, work, len(chosen), quiet=as_json and sys.stdout.isatty())
+    ours = [row for row in rows if row.implementation == OURS]
+    if rows and not as_json:
+        from convt_tvm.terminal import print_bench
+
+        print_bench(latest_runs(rows))
+    stop_if_interrupted(finished, len(ours), len(chosen))
+    if any(row.status != "ok" for row in ours):
+        raise typer.Exit(FAILED)
+    if before is not None and (slower := regressions(before, rows)):
+        for line in slower:
+            print("regression:", line, file=sys.stderr)
+        raise typer.Exit(REGRESSED)
+
+
+def report(
+    path: Annotated[Path, typer.Argument(metavar="ROWS", help="A file that bench wrote.", show_default=False)],
+    markdown: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write the tables there; - is stdout, and the default.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the ratios to the best peer there (.png, .svg, .pdf).")
+    ] = None,
+    readme: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Replace its section between the results markers.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Turn stored rows into Markdown tables and a plot; measures nothing.
+
+    Of each workload and number of threads the last run counts. With --json, its rows, one a line.
+    """
+    from convt_tvm.report import plot as draw
+    from convt_tvm.report import to_markdown, update_readme
+    from convt_tvm.rows import latest_runs, read_rows
+
+    rows = read_rows(path)
+    text = to_markdown(rows)
+    if as_json:
+        for run in latest_runs(rows):
+            for row in run.rows.values():
+                print_json(row.to_json())
+    elif markdown == "-" or not (markdown or plot or readme):
+        print(text, end="")
+    if markdown not in (None, "-"):
+        Path(markdown).write_text(text, encoding="utf-8")
+    if plot is not None:
+        draw(rows, plot)
+    if readme is not None:
+        update_readme(readme, rows)
+
+
+def explain(workloads: Workloads, target: TargetName = "llvm", threads: Threads = None, as_json: Json = False) -> None:
+    """Show which taps reach which outputs, what the machine allows, and which schedule would run and why.
+
+    Measures the machine's peak and bandwidth, a second or two. With --json, one line a workload.
+    """
+    from convt_tvm.target import Target
+    from convt_tvm.workloads import resolve
+
+    chosen, compiled_for = resolve(workloads), Target.parse(target)
+    require_cores(threads)
+    import torch
+
+    from convt_tvm.explain import explain as explain_workload
+    from convt_tvm.roofline import measure_limits
+    from convt_tvm.terminal import print_explanation
+
+    count = threads or torch.get_num_threads()
+    limits = {dtype: measure_limits(dtype, count) for dtype in {each.spec.accumulator_dtype for each in chosen}}
+    for number, workload in enumerate(chosen):
+        found = explain_workload(workload, compiled_for, limits=limits[workload.spec.accumulator_dtype])
+        if as_json:
+            print_json(found.to_json())
+        else:
+            print("\n" * (number > 0), end="")
+            print_explanation(found)

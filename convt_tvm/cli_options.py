@@ -1,0 +1,76 @@
+"""What the commands of `convt_tvm.cli` share: their options, exit codes and ways to print."""
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, TypeAlias
+
+import typer
+
+__all__ = [
+    "FAILED",
+    "INTERRUPTED",
+    "REGRESSED",
+    "USAGE",
+    "Json",
+    "TargetName",
+    "Threads",
+    "Workloads",
+    "each",
+    "print_json",
+    "require_cores",
+    "stop_if_interrupted",
+]
+
+FAILED, USAGE, REGRESSED, INTERRUPTED = 1, 2, 3, 130
+
+Workloads: TypeAlias = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="WORKLOAD",
+        help="A suite (dcgan), a name (dcgan/2), a canonical spec name, or all.",
+        show_default=False,
+    ),
+]
+TargetName: TypeAlias = Annotated[
+    str, typer.Option("--target", metavar="TARGET", help="llvm is this machine; llvm:x86-64-v2, -v3, -v4 are levels.")
+]
+Threads: TypeAlias = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="For kernels and peers alike; by default torch's number.")
+]
+Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
+
+
+def print_json(values: Any) -> None:
+    """Print one line of JSON on stdout at once."""
+    print(json.dumps(values, allow_nan=False), flush=True)
+
+
+def each(items: Iterable[Any], work: Callable[[Any], None], total: int, *, quiet: bool) -> bool:
+    """Work through the items under a progress bar; False if the user interrupted it."""
+    from convt_tvm.terminal import progress
+
+    try:
+        with progress(total, quiet=quiet) as begin:
+            for item in items:
+                begin(item.name)
+                work(item)
+    except KeyboardInterrupt:
+        return False
+    return True
+
+
+def stop_if_interrupted(finished: bool, done: int, total: int) -> None:
+    """Exit with `INTERRUPTED` and a line that counts, unless everything was finished."""
+    if not finished:
+        print(f"interrupted: {done} of {total} workloads done", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED)
+
+
+def require_cores(threads: int | None) -> None:
+    """Raise BadParameter for more threads than this process may run on."""
+    from convt_tvm.target import machine
+
+    cores = machine().cores
+    if threads is not None and threads > cores:
+        raise typer.BadParameter(f"{threads} threads are more than the {cores} cores that this process may run on.")

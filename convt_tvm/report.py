@@ -1,0 +1,219 @@
+"""Benchmark rows to Markdown and to a plot; measures nothing."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
+
+from convt_tvm.errors import RowsError
+from convt_tvm.rows import Row, Run, geometric_means, latest_runs
+
+__all__ = ["plot", "to_markdown", "update_readme"]
+
+_SECTION = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.DOTALL)
+# Of Okabe and Ito's palette, distinguishable with any colour vision.
+_AHEAD, _BEHIND, _EVEN = "#0072B2", "#D55E00", "#999999"
+
+
+def _digits(value: float | None, unit: str = "") -> str:
+    """About three significant digits without an exponent; a dash for None."""
+    if value is None:
+        return "-"
+    for limit, places in ((0.1, 4), (1, 3), (10, 2), (100, 1)):
+        if value < limit:
+            return f"{value:.{places}f}{unit}"
+    return f"{value:.0f}{unit}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'' if count == 1 else 's'}"
+
+
+def _by_threads(rows: Sequence[Row]) -> dict[int, list[Run]]:
+    runs = latest_runs(rows)
+    if not runs:
+        raise RowsError("there is no row of our kernels to report on; write some with `convt-tvm bench -o`.")
+    return {
+        count: [run for run in runs if run.ours.threads == count] for count in sorted({r.ours.threads for r in runs})
+    }
+
+
+def _peer_names(runs: Sequence[Run]) -> list[str]:
+    return list(dict.fromkeys(name for run in runs for name in run.peers))
+
+
+def _peer_cell(run: Run, name: str) -> str:
+    row = run.peers.get(name)
+    if row is None:
+        return ""
+    if row.median_us is None:
+        return row.status
+    text = _digits(row.median_us / 1e3)
+    return f"**{text}**" if row is run.best_peer else text
+
+
+def _table(runs: Sequence[Run]) -> list[str]:
+    peers = _peer_names(runs)
+    header = ["workload", "bound", "ours", *peers, "best peer / ours", "torch / ours", "noise", "of peak", "of bound"]
+    lines = [f"| {' | '.join(header)} |", f"|---|---|{'---:|' * (len(header) - 2)}"]
+    for run in runs:
+        ours = run.ours
+        over_best = _digits(run.over_best)
+        cells = [
+            ours.workload,
+            f"{_digits(ours.bound_us and ours.bound_us / 1e3)} {ours.bound_by or ''}".strip(),
+            ours.status if ours.median_us is None else _digits(ours.median_us / 1e3),
+            *(_peer_cell(run, name) for name in peers),
+            f"**{over_best} behind**" if run.is_behind else over_best,
+            _digits(run.over_torch),
+            "-" if ours.noise_floor is None else f"{ours.noise_floor - 1:.1%}",
+            _percent(ours.share_of_peak),
+            _percent(ours.share_of_bound),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _summary(runs: Sequence[Run]) -> str:
+    over_best, over_torch = geometric_means(runs)
+    compared = [run for run in runs if run.over_best is not None]
+    if not compared:
+        return "No peer was timed."
+    behind = sum(run.is_behind for run in compared)
+    text = f"Geometric means of {len(compared)}: {_digits(over_best)} times the best peer of each workload"
+    if over_torch is not None:
+        text += f", {_digits(over_torch)} times torch eager"
+    return f"{text}. Behind the best peer by more than the noise: {behind}."
+
+
+def _conditions(runs: Sequence[Run]) -> list[str]:
+    """Where the rows come from; more than one line where they come from several places."""
+    lines = []
+    for run in runs:
+        ours = run.ours
+        machine, versions = ours.machine, ours.versions
+        installed = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()) if version)
+        lines.append(
+            f"{machine.get('cpu')}, {machine.get('cores')} cores, {machine.get('os')}, Python {machine.get('python')}; "
+            f"{installed}; commit {ours.commit or 'unknown'}; {ours.date[:10]}."
+        )
+    return list(dict.fromkeys(lines))
+
+
+def to_markdown(rows: Sequence[Row]) -> str:
+    """Tables of the last run of each workload, one for each number of threads, and what they were measured with.
+
+    Raises
+    ------
+    RowsError
+        if there are no rows of our kernels.
+    """
+    parts = []
+    for count, runs in _by_threads(rows).items():
+        peaks = [run.ours.peak_gflops for run in runs if run.ours.peak_gflops is not None]
+        parts.append(f"**{_threads(count)}**, milliseconds a call, median of {runs[0].ours.rounds} rounds")
+        parts.append("\n".join(_table(runs)))
+        parts.append(_summary(runs))
+        if peaks:
+            parts.append(f"Measured peak: {_digits(max(peaks))} GFLOP/s.")
+    parts.append(
+        "*bound*: the roofline's time from the measured peak and bandwidth, and which of them binds. *noise*: by how "
+        "much two copies of our kernel differed. Weights are constant everywhere; all in one process, by turns."
+    )
+    parts += _conditions(latest_runs(rows))
+    return "\n\n".join(parts) + "\n"
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Draw the ratio of the best peer's time to ours for each workload, one panel for each number of threads.
+
+    The file's suffix names the format. Needs matplotlib.
+
+    Raises
+    ------
+    RowsError
+        if no workload has both our time and a peer's, or matplotlib is missing.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise RowsError(f"plots need matplotlib ({error}); pip install 'convt-tvm[plot]'.") from error
+
+    panels = {count: [run for run in runs if run.over_best is not None] for count, runs in _by_threads(rows).items()}
+    panels = {count: runs for count, runs in panels.items() if runs}
+    if not panels:
+        raise RowsError("no workload has both our time and a peer's; run `convt-tvm bench` with peers.")
+    tallest = max(len(runs) for runs in panels.values())
+    figure = Figure(figsize=(1 + 6.5 * len(panels), 1.6 + 0.3 * tallest), layout="constrained")
+    FigureCanvasAgg(figure)
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (count, runs) in zip(all_axes, panels.items(), strict=True):
+        _draw(axes, runs, count)
+    figure.savefig(path, dpi=144)
+
+
+def _colour(run: Run) -> str:
+    if run.is_behind:
+        return _BEHIND
+    return _AHEAD if (run.over_best or 0) > (run.ours.noise_floor or 1) else _EVEN
+
+
+def _draw(axes: Any, runs: Sequence[Run], threads: int) -> None:
+    ratios = [run.over_best or 0.0 for run in runs]
+    places = range(len(runs))
+    colours = [_colour(run) for run in runs]
+    # Bars start at 1, where both are equally fast: on a logarithmic axis there is no 0 for them to start at.
+    axes.barh(places, [ratio - 1 for ratio in ratios], left=1, color=colours, height=0.62, zorder=2)
+    for place, run, ratio in zip(places, runs, ratios, strict=True):
+        noise = run.ours.noise_floor or 1
+        axes.plot([1 / noise, noise], [place, place], color="black", linewidth=1.2, marker="|", markersize=7, zorder=3)
+        best = run.best_peer
+        axes.annotate(
+            f"{ratio:.2f}  {best.implementation if best else ''}",
+            (max(ratio, noise), place),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
+    axes.axvline(1, color="black", linewidth=1, zorder=1)
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(min(0.8, min(ratios) / 1.15), max(2.0, max(ratios)) * 1.9)
+    ticks = [tick for tick in (0.125, 0.25, 0.5, 0.8, 1, 1.5, 2, 3, 4, 6, 8, 16, 32) if tick <= axes.get_xlim()[1]]
+    axes.set_xticks([tick for tick in ticks if tick >= axes.get_xlim()[0]], minor=False)
+    axes.set_xticks([], minor=True)
+    axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
+    axes.set_yticks(list(places), [run.ours.workload[:40] for run in runs], fontsize=9)
+    axes.set_ylim(len(runs) - 0.4, -0.6)
+    axes.grid(axis="x", color="#dddddd", linewidth=0.6, zorder=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel(
+        "best peer's time / ours: blue we are faster, orange slower, gray within the noise floor (black)", fontsize=9
+    )
+    mean = geometric_mean(ratios)
+    axes.set_title(f"{_threads(threads)}: {mean:.2f} times the best peer, geometric mean", fontsize=10, loc="left")
+
+
+def update_readme(path: Path, rows: Sequence[Row]) -> None:
+    """Replace what stands between ``<!-- results -->`` and ``<!-- /results -->`` in a file by `to_markdown`.
+
+    Raises
+    ------
+    RowsError
+        if the file does not hold exactly one such section.
+    """
+    text = path.read_text(encoding="utf-8")
+    if len(_SECTION.findall(text)) != 1:
+        raise RowsError(
+            f"{path} has {len(_SECTION.findall(text))} sections between the lines <!-- results --> and "
+            f"<!-- /results -->; it needs one."
+        )
+    markdown = to_markdown(rows)
+    path.write_text(_SECTION.sub(lambda match: f"{match[1]}{markdown}{match[2]}", text), encoding="utf-8")

@@ -1,0 +1,243 @@
+"""Benchmark rows: what one implementation did with one workload, stored as a line of JSON."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any, Literal, Self, TypeAlias
+
+from convt_tvm.errors import RowsError
+
+__all__ = [
+    "COPY",
+    "OURS",
+    "TORCH",
+    "Row",
+    "Run",
+    "append_rows",
+    "geometric_means",
+    "latest_runs",
+    "read_rows",
+    "regressions",
+]
+
+OURS, COPY, TORCH = "ours", "ours_again", "torch"
+"""The kernel, a second copy of it that gives the noise floor, and the peer that runs are compared by."""
+
+Status: TypeAlias = Literal["ok", "wrong", "rejected", "unavailable", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One implementation of one workload in one run. What was not measured is None.
+
+    Attributes
+    ----------
+    workload, spec
+        The workload's name and its spec's canonical name.
+    implementation
+        `OURS`, `COPY`, or a name of `convt_tvm.peers.PEERS`.
+    status
+        ``ok``; ``wrong`` if an answer was outside its tolerance, ``rejected`` if the implementation refuses the spec,
+        ``unavailable`` if it is not installed, ``failed`` if it raised while running. Only ``ok`` rows have times.
+    reason
+        Why the status is not ``ok``; otherwise empty.
+    threads, rounds, target, date
+        How it was run: size of every thread pool, samples taken, what our kernel was compiled for, when (UTC; the same
+        for all rows of a run).
+    error_over_bound
+        Largest ratio of an output's distance from float64 to its own `convt_tvm.reference.error_bound`.
+    median_us, mad_us
+        Median of the samples and their median absolute deviation from it, microseconds a call.
+    samples_us
+        Every sample, to four digits.
+    noise_floor
+        Ratio, at least 1, by which two copies of one kernel differed in this run. The same in all its rows.
+    gflops
+        Useful multiplications and additions, in units of 1e9 a second.
+    share_of_peak
+        Those over the machine's measured peak.
+    share_of_bound
+        The roofline's time over the median.
+    bound_us, bound_by
+        The time below which this machine cannot compute the workload, and which limit that is.
+    peak_gflops, bandwidth_gbs
+        Those limits, measured in the same process: multiply-adds as two operations, bytes read or written.
+    schedule, layout
+        Of our kernel.
+    machine, versions, commit
+        Where it ran, and with what; the commit is None outside a checkout and ends in ``+`` where files were changed.
+    """
+
+    workload: str
+    spec: str
+    implementation: str
+    status: Status
+    threads: int
+    rounds: int
+    target: str
+    date: str
+    machine: Mapping[str, Any]
+    versions: Mapping[str, str | None]
+    commit: str | None
+    reason: str = ""
+    error_over_bound: float | None = None
+    median_us: float | None = None
+    mad_us: float | None = None
+    samples_us: tuple[float, ...] = ()
+    noise_floor: float | None = None
+    gflops: float | None = None
+    share_of_peak: float | None = None
+    share_of_bound: float | None = None
+    bound_us: float | None = None
+    bound_by: Literal["compute", "memory"] | None = None
+    peak_gflops: float | None = None
+    bandwidth_gbs: float | None = None
+    schedule: str | None = None
+    layout: Mapping[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values; infinities and NaN, which JSON lacks, become None."""
+        values = asdict(self) | {"samples_us": list(self.samples_us)}
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values.items()
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """The row that `to_json` wrote; raises RowsError for missing or unknown fields."""
+        known = {field.name for field in fields(cls)}
+        if not isinstance(values, Mapping) or set(values) != known:
+            found = set(values) if isinstance(values, Mapping) else set()
+            raise RowsError(
+                f"a benchmark row lacks the fields {sorted(known - found)} and has the unknown ones "
+                f"{sorted(found - known)}; write rows with `convt-tvm bench -o`."
+            )
+        return cls(**{**values, "samples_us": tuple(values["samples_us"])})
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The rows of one workload that were timed together, by implementation."""
+
+    rows: Mapping[str, Row]
+
+    @property
+    def ours(self) -> Row:
+        """Our kernel's row."""
+        return self.rows[OURS]
+
+    @property
+    def peers(self) -> dict[str, Row]:
+        """The others' rows, without the copy of our kernel."""
+        return {name: row for name, row in self.rows.items() if name not in (OURS, COPY)}
+
+    @property
+    def best_peer(self) -> Row | None:
+        """The fastest peer with right answers."""
+        timed = [row for row in self.peers.values() if row.median_us is not None]
+        return min(timed, key=lambda row: row.median_us or math.inf, default=None)
+
+    def speedup(self, peer: Row | None) -> float | None:
+        """The peer's time over ours; None if either was not timed."""
+        if peer is None or peer.median_us is None or self.ours.median_us is None:
+            return None
+        return peer.median_us / self.ours.median_us
+
+    @property
+    def over_best(self) -> float | None:
+        """Best peer's time over ours."""
+        return self.speedup(self.best_peer)
+
+    @property
+    def over_torch(self) -> float | None:
+        """Torch eager's time (NCHW) over ours."""
+        return self.speedup(self.rows.get(TORCH))
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the best peer is faster by more than the noise floor."""
+        return self.over_best is not None and self.over_best * (self.ours.noise_floor or 1) < 1
+
+
+def geometric_means(runs: Sequence[Run]) -> tuple[float | None, float | None]:
+    """Of best peer over ours and of torch over ours, each over the runs that have it; None where none has."""
+    over_best = [run.over_best for run in runs if run.over_best is not None]
+    over_torch = [run.over_torch for run in runs if run.over_torch is not None]
+    return (
+        geometric_mean(over_best) if over_best else None,
+        geometric_mean(over_torch) if over_torch else None,
+    )
+
+
+def append_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Append rows to a file, a line each, making it if it is not there."""
+    text = "".join(json.dumps(row.to_json(), allow_nan=False) + "\n" for row in rows)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows in a file; raises RowsError naming the line that is none, OSError if there is no such file."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(Row.from_json(json.loads(line)))
+        except (json.JSONDecodeError, RowsError, TypeError) as error:
+            raise RowsError(f"{path}, line {number}: {error}") from error
+    return rows
+
+
+def latest_runs(rows: Sequence[Row]) -> list[Run]:
+    """The last run of each workload and thread count, in the order in which those first appear.
+
+    Rows of different runs are never put together: they were not timed against each other.
+    """
+    newest: dict[tuple[str, int], str] = {}
+    for row in rows:
+        key = row.spec, row.threads
+        newest[key] = max(newest.get(key, ""), row.date)
+    runs: dict[tuple[str, int], dict[str, Row]] = {key: {} for key in newest}
+    for row in rows:
+        key = row.spec, row.threads
+        if row.date == newest[key]:
+            runs[key][row.implementation] = row
+    return [Run(found) for found in runs.values() if OURS in found]
+
+
+def regressions(old: Sequence[Row], new: Sequence[Row]) -> list[str]:
+    """What became slower from one set of rows to another, in words, one line a workload.
+
+    Times are compared with torch eager's in the same run, so that the machine's own drift cancels. Slower means by
+    more than the noise floors of both runs together.
+
+    Raises
+    ------
+    RowsError
+        if no workload was timed against torch in both with the same number of threads.
+    """
+    before = {(run.ours.spec, run.ours.threads): run for run in latest_runs(old)}
+    found, compared = [], 0
+    for run in latest_runs(new):
+        earlier = before.get((run.ours.spec, run.ours.threads))
+        if earlier is None or earlier.over_torch is None or run.over_torch is None:
+            continue
+        compared += 1
+        slowdown = earlier.over_torch / run.over_torch
+        noise = (earlier.ours.noise_floor or 1) * (run.ours.noise_floor or 1)
+        if slowdown > noise:
+            found.append(
+                f"{run.ours.workload}: {run.over_torch:.2f}x torch, formerly {earlier.over_torch:.2f}x; slower by "
+                f"{slowdown - 1:.1%}, noise {noise - 1:.1%}"
+            )
+    if not compared:
+        raise RowsError(
+            "the baseline and these rows have no workload in common that was timed against torch with the same number "
+            "of threads; run both with torch among the peers."
+        )
+    return found

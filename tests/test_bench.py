@@ -1,0 +1,203 @@
+import json
+import math
+import subprocess
+
+import pytest
+import torch
+
+from convt_tvm import bench as bench_module
+from convt_tvm.bench import Tolerance, bench, current_commit, noise_floor
+from convt_tvm.check import torch_eager
+from convt_tvm.peers import PEERS
+from convt_tvm.reference import normal_inputs
+from convt_tvm.roofline import Bandwidth, Limits
+from convt_tvm.rows import COPY, OURS, Row
+from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.target import Target
+from convt_tvm.workloads import Workload
+
+SPEC = ConvTranspose2dSpec(n=1, ci=4, ih=3, iw=3, co=2, kernel_size=3, stride=2, padding=1, output_padding=1)
+WORKLOAD = Workload("tiny", "a test", SPEC)
+LIMITS = Limits(1, "float32", 100e9, (Bandwidth(1 << 20, 10e9),))
+FAST = {"rounds": 2, "settle_secs": 0.0, "min_sample_secs": 1e-4}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return {row.implementation: row for row in bench(WORKLOAD, peers=["torch"], limits=LIMITS, **FAST)}
+
+
+def test_a_tiny_bench_with_torch(rows):
+    assert list(rows) == [OURS, COPY, "torch"]
+    for row in rows.values():
+        assert (row.status, row.reason, row.workload, row.spec) == ("ok", "", "tiny", SPEC.name)
+        assert (row.threads, row.rounds, len(row.samples_us)) == (1, 2, 2)
+        assert row.median_us > 0 and row.mad_us >= 0 and row.noise_floor >= 1
+        assert row.gflops == pytest.approx(2 * SPEC.multiply_adds / row.median_us / 1e3)
+        assert row.share_of_peak == pytest.approx(row.gflops / 100)
+        assert row.bound_us == pytest.approx(max(2 * SPEC.multiply_adds / 100e9, SPEC.size_bytes / 10e9) * 1e6)
+        assert (row.bound_by, row.peak_gflops, row.bandwidth_gbs) == ("memory", 100.0, 10.0)
+        assert 0 <= row.error_over_bound <= 1
+        assert row.versions["torch"] == torch.__version__ and "versions" not in row.machine
+        assert Row.from_json(json.loads(json.dumps(row.to_json()))) == row
+    assert rows[OURS].schedule == rows[COPY].schedule and rows[OURS].layout
+    assert rows["torch"].schedule is None
+    assert len({row.date for row in rows.values()}) == 1
+
+
+def peer(change):
+    def prepare(spec, inputs, threads):
+        eager = torch_eager(spec)
+        return lambda: change(eager(*inputs))
+
+    return prepare
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda output: output + 1e-3, r"72 of 72 outputs are farther .* the worst [\d.e+]+ times as far"),
+        (lambda output: output.index_fill(3, torch.tensor([0]), math.nan), "12 of 72 outputs .* the worst inf times"),
+        (lambda output: output[..., :-1], r"shape \(1, 2, 6, 5\) instead of \(1, 2, 6, 6\)"),
+    ],
+)
+def test_a_wrong_answer_is_reported_and_not_timed(monkeypatch, change, reason):
+    monkeypatch.setitem(PEERS, "wrong", peer(change))
+    rows = bench(WORKLOAD, peers=["wrong", "torch"], limits=LIMITS, **FAST)
+    found = {row.implementation: row for row in rows}
+    assert found["wrong"].status == "wrong"
+    assert __import__("re").search(reason, found["wrong"].reason)
+    assert (found["wrong"].median_us, found["wrong"].samples_us, found["wrong"].gflops) == (None, (), None)
+    assert found["torch"].status == found[OURS].status == "ok"
+
+
+def test_a_peer_that_raises_later_has_failed(monkeypatch):
+    def prepare(spec, inputs, threads):
+        calls = []
+
+        def run():
+            calls.append(1)
+            if len(calls) == 2:
+                raise MemoryError("out of\nluck")
+            return torch_eager(spec)(*inputs)
+
+        return run
+
+    monkeypatch.setitem(PEERS, "late", prepare)
+    row = bench(WORKLOAD, peers=["late"], limits=LIMITS, **FAST)[-1]
+    assert (row.status, row.reason) == ("failed", "MemoryError: out of luck")
+
+
+def test_refusals_become_rows(monkeypatch):
+    def prepare(spec, inputs, threads):
+        raise ImportError("No module named 'onnx'")
+
+    monkeypatch.setitem(PEERS, "absent", prepare)
+    row = bench(WORKLOAD, peers=["absent"], limits=LIMITS, **FAST)[-1]
+    assert row.status == "unavailable" and "No module named 'onnx'" in row.reason
+
+
+def test_our_own_failure_is_a_row_and_peers_are_left_out(monkeypatch):
+    def build(spec, target, directory):
+        raise RuntimeError("no\nlinker")
+
+    monkeypatch.setattr(bench_module, "_build_twice", build)
+    ours, copy = bench(WORKLOAD, peers=["torch"], limits=LIMITS, **FAST)
+    assert (ours.status, ours.reason, ours.noise_floor) == ("failed", "RuntimeError: no linker", None)
+    assert copy.status == "failed"
+
+
+def test_our_own_wrong_answer_is_not_timed(monkeypatch):
+    contender = bench_module._contender
+
+    def wrong(kernel, inputs):
+        run = contender(kernel, inputs)
+        return lambda: run() * 1.001
+
+    monkeypatch.setattr(bench_module, "_contender", wrong)
+    ours, _ = bench(WORKLOAD, peers=["torch"], limits=LIMITS, **FAST)
+    assert (ours.status, ours.median_us) == ("wrong", None) and ours.schedule
+
+
+def test_the_two_copies_are_two_libraries(tmp_path):
+    first, second = bench_module._build_twice(SPEC, Target.parse("llvm"), tmp_path)
+    assert first.directory != second.directory and first.manifest == second.manifest
+
+
+def test_thread_pools_are_equal_and_restored(monkeypatch):
+    from convt_tvm import runtime
+
+    seen = []
+
+    def prepare(spec, inputs, threads):
+        seen.append((threads, torch.get_num_threads(), runtime.get_num_threads()))
+        return lambda: torch_eager(spec)(*inputs)
+
+    monkeypatch.setitem(PEERS, "probe", prepare)
+    before = torch.get_num_threads()
+    bench(WORKLOAD, peers=["probe"], limits=LIMITS, **FAST)
+    assert seen == [(1, 1, 1)]
+    assert torch.get_num_threads() == before
+
+
+def test_several_threads_settle_longer(monkeypatch):
+    """Spinning workers of the contender before would otherwise take the CPUs of the next."""
+    seen = []
+
+    def interleaved(functions, *, rounds, settle_secs, min_sample_secs):
+        seen.append(settle_secs)
+        return {name: [1.0] * rounds for name in functions}
+
+    monkeypatch.setattr(bench_module, "interleaved", interleaved)
+    bench(WORKLOAD, peers=[], limits=LIMITS, rounds=2)
+    assert seen == [0.005] and bench_module.SETTLE_SECS[True] >= 0.1
+
+
+def test_peers_get_slack_and_we_do_not():
+    tolerance = Tolerance(SPEC, normal_inputs(SPEC, 0))
+    output = tolerance.exact + 2 * tolerance.bound
+    assert tolerance.judge(output, peer=True)[1] == ""
+    worst, problem = tolerance.judge(output, peer=False)
+    assert worst == pytest.approx(2) and "the worst 2 times as far" in problem
+
+
+def test_peers_may_add_up_taps_in_the_narrow_type():
+    spec = ConvTranspose2dSpec(n=1, ci=8, ih=6, iw=6, co=2, kernel_size=5, stride=1, dtype="float16")
+    inputs = normal_inputs(spec, 0)
+    output = torch_eager(spec)(*inputs)
+    assert Tolerance(spec, inputs).judge(output, peer=True)[1] == ""
+
+
+@pytest.mark.parametrize(
+    ("ours", "copy", "expected"),
+    [
+        ([1.0, 1.0, 1.0], [1.0, 1.0, 1.0], 1.0),
+        ([1.0, 1.0, 1.0], [1.1, 1.1, 1.1], 1.1),
+        ([1.1, 1.1, 1.1], [1.0, 1.0, 1.0], 1.1),
+        ([0.9, 1.0, 1.1], [1.1, 1.0, 0.9], 1.1 / 0.9),
+    ],
+)
+def test_the_noise_floor_is_not_fooled_by_equal_medians(ours, copy, expected):
+    assert noise_floor(ours, copy) == pytest.approx(expected)
+
+
+def test_the_commit_is_that_of_this_checkout(monkeypatch, tmp_path):
+    def git(*arguments):
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=b", *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    module = tmp_path / "convt_tvm" / "bench.py"
+    module.parent.mkdir()
+    module.write_text("1")
+    monkeypatch.setattr(bench_module, "__file__", str(module))
+    assert current_commit() is None
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "First")
+    assert current_commit() == git("rev-parse", "HEAD")
+    module.write_text("2")
+    assert current_commit() == git("rev-parse", "HEAD") + "+"
+    inside = tmp_path / "site-packages" / "convt_tvm" / "bench.py"
+    monkeypatch.setattr(bench_module, "__file__", str(inside))
+    inside.parent.mkdir(parents=True)
+    assert current_commit() is None

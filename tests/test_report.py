@@ -1,0 +1,88 @@
+from dataclasses import replace
+
+import pytest
+from test_rows import run_of
+
+from convt_tvm.errors import RowsError
+from convt_tvm.report import plot, to_markdown, update_readme
+from convt_tvm.rows import OURS
+
+
+def two_workloads():
+    measured = {"bound_us": 500.0, "bound_by": "compute", "peak_gflops": 115.6}
+    first = run_of({OURS: 617.0, "torch": 2400.0, "onnxruntime": 735.0}, **measured)
+    second = run_of({OURS: 100.0, "torch": 1280.0, "onnxruntime": 50.0}, spec="other", workload="dcgan/5", **measured)
+    first[0] = replace(first[0], share_of_peak=0.8, share_of_bound=0.81)
+    return [*first, *second]
+
+
+def test_the_table_holds_every_workload_and_its_losses():
+    lines = to_markdown(two_workloads()).splitlines()
+    assert lines[0] == "**1 thread**, milliseconds a call, median of 3 rounds"
+    header = (
+        "workload | bound | ours | torch | onnxruntime | best peer / ours | torch / ours | noise | of peak | of bound"
+    )
+    assert lines[2] == f"| {header} |"
+    assert lines[3] == f"|---|---|{'---:|' * 8}"
+    assert lines[4] == "| dcgan/2 | 0.500 compute | 0.617 | 2.40 | **0.735** | 1.19 | 3.89 | 2.0% | 80% | 81% |"
+    assert (
+        lines[5] == "| dcgan/5 | 0.500 compute | 0.100 | 1.28 | **0.0500** | **0.500 behind** | 12.8 | 2.0% | - | - |"
+    )
+    assert lines[7] == (
+        "Geometric means of 2: 0.772 times the best peer of each workload, 7.06 times torch eager. Behind the best "
+        "peer by more than the noise: 1."
+    )
+    assert lines[9] == "Measured peak: 116 GFLOP/s."
+    assert lines[-1] == "a cpu, 2 cores, Linux, Python 3.11.0; torch 2.13.0; commit abc; 2026-01-01."
+
+
+def test_what_was_not_timed_says_why():
+    text = to_markdown(run_of({OURS: 10.0, "torch": None}))
+    assert "| rejected | - | - |" in text
+    assert "No peer was timed." in text
+    assert "| dcgan/2 | - | rejected | **0.0050** | - | - |" in to_markdown(run_of({OURS: None, "torch": 5.0}))
+
+
+def test_thread_counts_have_tables_of_their_own_and_every_commit_is_named():
+    text = to_markdown([*two_workloads(), *run_of({OURS: 5.0, "torch": 6.0}, threads=2, commit="def+")])
+    assert text.index("**1 thread**") < text.index("**2 threads**")
+    assert "commit abc;" in text and "commit def+;" in text
+
+
+def test_no_rows_are_an_error():
+    with pytest.raises(RowsError, match="no row of our kernels"):
+        to_markdown(run_of({"torch": 1.0}))
+
+
+def test_the_plot_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    plot([*two_workloads(), *run_of({OURS: 5.0, "torch": 5.0}, threads=2)], tmp_path / "ratios.png")
+    assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(RowsError, match="no workload has both"):
+        plot(run_of({OURS: 5.0}), tmp_path / "none.png")
+
+
+def test_a_plot_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.backends.backend_agg", None)
+    with pytest.raises(RowsError, match=r"pip install 'convt-tvm\[plot\]'"):
+        plot(two_workloads(), tmp_path / "ratios.png")
+
+
+def test_the_section_of_the_readme_is_replaced_and_nothing_else(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("# a\n\n<!-- results -->\nold \\1\n<!-- /results -->\n\n## b\n")
+    update_readme(path, two_workloads())
+    once = path.read_text()
+    assert once == f"# a\n\n<!-- results -->\n{to_markdown(two_workloads())}<!-- /results -->\n\n## b\n"
+    update_readme(path, two_workloads())
+    assert path.read_text() == once
+
+
+@pytest.mark.parametrize(("text", "count"), [("# a\n", 0), (2 * "<!-- results -->\n<!-- /results -->\n", 2)])
+def test_a_readme_without_one_section_is_left_alone(tmp_path, text, count):
+    path = tmp_path / "README.md"
+    path.write_text(text)
+    with pytest.raises(RowsError, match=f"has {count} sections"):
+        update_readme(path, two_workloads())
+    assert path.read_text() == text

@@ -1,0 +1,127 @@
+import json
+from dataclasses import fields, replace
+
+import pytest
+
+from convt_tvm.errors import RowsError
+from convt_tvm.rows import COPY, OURS, Row, append_rows, geometric_means, latest_runs, read_rows, regressions
+
+BASE = Row(
+    workload="dcgan/2",
+    spec="n1_ci512",
+    implementation=OURS,
+    status="ok",
+    threads=1,
+    rounds=3,
+    target="llvm:x86_64",
+    date="2026-01-01T00:00:00.000+00:00",
+    machine={"cpu": "a cpu", "cores": 2, "os": "Linux", "python": "3.11.0"},
+    versions={"torch": "2.13.0", "openvino": None},
+    commit="abc",
+    noise_floor=1.02,
+)
+
+
+def run_of(times, **changes):
+    """Rows of one run; a time of None is a peer that refused."""
+    return [
+        replace(
+            BASE,
+            implementation=name,
+            median_us=time,
+            status="ok" if time else "rejected",
+            reason="" if time else "not this one",
+            **changes,
+        )
+        for name, time in times.items()
+    ]
+
+
+def test_rows_survive_a_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    first = replace(BASE, samples_us=(1.0, 2.5), median_us=1.75, layout={"lanes": "co"}, bound_by="memory")
+    append_rows(path, [first])
+    append_rows(path, [BASE])
+    assert read_rows(path) == [first, BASE]
+
+
+def test_infinity_becomes_null():
+    row = replace(BASE, error_over_bound=float("inf")).to_json()
+    assert row["error_over_bound"] is None
+    json.dumps(row, allow_nan=False)
+
+
+def test_every_field_is_stored():
+    assert BASE.to_json().keys() == {field.name for field in fields(Row)}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: Expecting"),
+        ("[]", "line 2: a benchmark row lacks the fields .*'spec'"),
+        (json.dumps(BASE.to_json() | {"colour": 1}), r"unknown ones \['colour'\]; write rows with"),
+    ],
+)
+def test_a_line_that_is_no_row_is_named(tmp_path, line, message):
+    path = tmp_path / "rows.jsonl"
+    append_rows(path, [BASE])
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(RowsError, match=message):
+        read_rows(path)
+
+
+def test_a_run_compares_with_its_best_peer():
+    (run,) = latest_runs(run_of({OURS: 10.0, COPY: 9.0, "torch": 40.0, "openvino": 12.0, "onnxruntime": None}))
+    assert run.best_peer.implementation == "openvino"
+    assert (run.over_best, run.over_torch) == (pytest.approx(1.2), pytest.approx(4.0))
+    assert list(run.peers) == ["torch", "openvino", "onnxruntime"]
+    assert not run.is_behind
+
+
+@pytest.mark.parametrize(("peer", "behind"), [(9.9, False), (9.7, True)])
+def test_behind_means_by_more_than_the_noise(peer, behind):
+    (run,) = latest_runs(run_of({OURS: 10.0, "torch": peer}))
+    assert run.is_behind is behind
+
+
+def test_without_our_time_there_is_no_ratio():
+    (run,) = latest_runs(run_of({OURS: None, "torch": 4.0}))
+    assert (run.over_best, run.over_torch, run.is_behind) == (None, None, False)
+    (run,) = latest_runs(run_of({OURS: 4.0, "torch": None}))
+    assert (run.best_peer, run.over_best) == (None, None)
+
+
+def test_the_last_run_counts_and_runs_are_not_mixed():
+    old = run_of({OURS: 10.0, "torch": 40.0, "openvino": 12.0})
+    new = run_of({OURS: 8.0, "torch": 40.0}, date="2026-01-02T00:00:00.000+00:00")
+    two = run_of({OURS: 5.0}, threads=2)
+    runs = latest_runs([*new, *old, *two])
+    assert [(run.ours.threads, run.ours.median_us, list(run.peers)) for run in runs] == [
+        (1, 8.0, ["torch"]),
+        (2, 5.0, []),
+    ]
+
+
+def test_geometric_means_skip_what_was_not_compared():
+    runs = [*latest_runs(run_of({OURS: 10.0, "torch": 40.0})), *latest_runs(run_of({OURS: 10.0, "openvino": 10.0}))]
+    assert geometric_means(runs) == (pytest.approx(2.0), pytest.approx(4.0))
+    assert geometric_means([]) == (None, None)
+
+
+def test_a_regression_exceeds_both_noise_floors():
+    old = run_of({OURS: 10.0, "torch": 40.0})
+    within = run_of({OURS: 10.3, "torch": 40.0})
+    assert regressions(old, within) == []
+    (line,) = regressions(old, run_of({OURS: 10.5, "torch": 40.0}))
+    assert line == "dcgan/2: 3.81x torch, formerly 4.00x; slower by 5.0%, noise 4.0%"
+
+
+def test_a_slower_machine_is_no_regression():
+    assert regressions(run_of({OURS: 10.0, "torch": 40.0}), run_of({OURS: 30.0, "torch": 120.0})) == []
+
+
+@pytest.mark.parametrize("other", [run_of({OURS: 10.0}), run_of({OURS: 10.0, "torch": 4.0}, threads=2), []])
+def test_nothing_in_common_is_an_error(other):
+    with pytest.raises(RowsError, match="no workload in common"):
+        regressions(run_of({OURS: 10.0, "torch": 40.0}), other)
