@@ -268,7 +268,7 @@ class Kernel:
         ArtifactError
             As `artifact.copy`; or if the runtime library is asked for and found nowhere.
         """
-        extra = {RUNTIME_FILE: _find_runtime(self.directory)} if with_runtime else {}
+        extra = {RUNTIME_FILE: find_runtime(self.directory)} if with_runtime else {}
         artifact.copy(self.directory, Path(directory), extra=extra)
 
 
@@ -346,7 +346,7 @@ def _dlopen(path: Path) -> Any:
         raise ArtifactError(f"{path} cannot be opened: {reason}; build it on this machine.") from error
 
 
-def _find_runtime(directory: Path) -> Path:
+def find_runtime(directory: Path) -> Path:
     """Where TVM's runtime library is: in the installed apache-tvm, or else beside the kernel."""
     package = importlib.util.find_spec("tvm")
     places = [Path(place) / "lib" for place in (package.submodule_search_locations or ())] if package else []
@@ -364,7 +364,7 @@ def _open_runtime(directory: Path) -> None:
 
     if tvm_ffi.get_global_func("runtime.NumThreads", allow_missing=True) is not None:
         return
-    path = _find_runtime(directory)
+    path = find_runtime(directory)
     try:
         ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
     except OSError as error:

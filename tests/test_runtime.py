@@ -701,7 +701,7 @@ def test_an_artifact_with_its_runtime_needs_only_numpy_and_tvm_ffi(directory, tm
 
 def test_a_runtime_put_beside_the_kernel_by_hand_is_used(directory, tmp_path, isolated):
     shutil.copytree(directory, tmp_path / "saved")
-    shutil.copy(runtime._find_runtime(tmp_path), tmp_path / "saved")
+    shutil.copy(runtime.find_runtime(tmp_path), tmp_path / "saved")
     done = isolated(BARE_CALL, tmp_path / "saved")
     assert (done.returncode, done.stdout) == (0, "True False\n"), done.stderr
 
