@@ -208,7 +208,13 @@ def bench(
                 enter(name, prepare(name, spec, inputs, threads), peer=True)
             if settle_secs is None:
                 settle_secs = SETTLE_SECS[threads > 1]
-            samples = interleaved(contenders, rounds=rounds, settle_secs=settle_secs, min_sample_secs=min_sample_secs)
+            try:
+                samples = interleaved(
+                    contenders, rounds=rounds, settle_secs=settle_secs, min_sample_secs=min_sample_secs
+                )
+            except Exception as error:  # recorded in every row: an unfinished round compares nothing
+                reason = f"while being timed: {type(error).__name__}: {' '.join(str(error).split())}"
+                details |= {name: details[name] | {"status": "failed", "reason": reason} for name in contenders}
         contenders.clear()
     return _rows(workload, resolved, limits, rounds, details, samples)
 

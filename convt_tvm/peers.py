@@ -49,8 +49,9 @@ def prepare(name: str, spec: ConvTranspose2dSpec, inputs: Inputs, threads: int) 
     torch's number of threads is process-wide and is left as it is: the caller sets it. To be called, and the contender
     to be run, under `torch.inference_mode`.
     """
+    make = PEERS[name]
     try:
-        contender = PEERS[name](spec, inputs, threads)
+        contender = make(spec, inputs, threads)
         contender()
     except ImportError as error:
         return Refusal("unavailable", f"{_one_line(error)}; pip install 'convt-tvm[peers]'")

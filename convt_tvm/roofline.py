@@ -30,7 +30,7 @@ __all__ = ["WORKING_SETS", "Bandwidth", "Bound", "Limits", "bound", "measure_lim
 ACCUMULATORS = 12
 READ_ACCUMULATORS = 8
 WORKING_SETS = (1 << 19, 1 << 21, 1 << 23, 1 << 25, 1 << 27)
-"""512 KiB, half of a server core's second cache, to 128 MiB, beyond the last cache; all threads together."""
+"""512 KiB, half of a server core's second cache, to 128 MiB, beyond the last cache of most; all threads together."""
 
 _SAMPLE_SECS = 0.015
 _SAMPLES = 5

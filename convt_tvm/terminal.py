@@ -230,16 +230,22 @@ def print_bench(runs: Sequence[Run]) -> None:
     peers = list(dict.fromkeys(name for run in runs for name in run.peers))
     columns = [
         _Column("workload", lambda run: run.ours.workload, "left"),
-        _Column("schedule", lambda run: run.ours.schedule or "-", "left", dropped=2, title="schedule"),
-        _Column("bound\nms", _bound, dropped=4, title="bound"),
+        _Column("schedule", lambda run: run.ours.schedule or "-", "left", dropped=1, title="schedule"),
+        _Column("bound\nms", _bound, dropped=5, title="bound"),
         _Column("ours\nms", _our_time),
-        *(_peer_column(name, dropped=9 - (name == TORCH)) for name in peers),
-        _Column("best\npeer", lambda run: run.best_peer.implementation if run.best_peer else "-", "left", dropped=10),
+        *(_peer_column(name, dropped=3 + (name == TORCH)) for name in peers),
+        _Column(
+            "best\npeer",
+            lambda run: run.best_peer.implementation if run.best_peer else "-",
+            "left",
+            dropped=9,
+            title="best peer",
+        ),
         _Column("best/\nours", _over_best),
-        _Column("torch/\nours", lambda run: _number(run.over_torch, "{:.2f}x"), dropped=7, title="torch/ours"),
-        _Column("noise", lambda run: _noise(run.ours), dropped=5, title="noise"),
-        _Column("of\npeak", lambda run: _percent(run.ours.share_of_peak), dropped=3, title="share of peak"),
-        _Column("of\nbound", lambda run: _percent(run.ours.share_of_bound), dropped=6, title="share of bound"),
+        _Column("torch/\nours", lambda run: _number(run.over_torch, "{:.2f}x"), dropped=8, title="torch/ours"),
+        _Column("noise", lambda run: _noise(run.ours), dropped=6, title="noise"),
+        _Column("of\npeak", lambda run: _percent(run.ours.share_of_peak), dropped=2, title="share of peak"),
+        _Column("of\nbound", lambda run: _percent(run.ours.share_of_bound), dropped=7, title="share of bound"),
     ]
     _print_fitting(columns, runs, console)
     for run in runs:

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import subprocess
 
 import pytest
@@ -66,7 +67,7 @@ def test_a_wrong_answer_is_reported_and_not_timed(monkeypatch, change, reason):
     rows = bench(WORKLOAD, peers=["wrong", "torch"], limits=LIMITS, **FAST)
     found = {row.implementation: row for row in rows}
     assert found["wrong"].status == "wrong"
-    assert __import__("re").search(reason, found["wrong"].reason)
+    assert re.search(reason, found["wrong"].reason)
     assert (found["wrong"].median_us, found["wrong"].samples_us, found["wrong"].gflops) == (None, (), None)
     assert found["torch"].status == found[OURS].status == "ok"
 
@@ -86,6 +87,22 @@ def test_a_peer_that_raises_later_has_failed(monkeypatch):
     monkeypatch.setitem(PEERS, "late", prepare)
     row = bench(WORKLOAD, peers=["late"], limits=LIMITS, **FAST)[-1]
     assert (row.status, row.reason) == ("failed", "MemoryError: out of luck")
+
+
+def test_an_exception_while_timing_is_no_crash(monkeypatch):
+    def interleaved(functions, **options):
+        raise RuntimeError("gone")
+
+    monkeypatch.setattr(bench_module, "interleaved", interleaved)
+    rows = bench(WORKLOAD, peers=["torch"], limits=LIMITS, **FAST)
+    assert {(row.status, row.reason, row.median_us) for row in rows} == {
+        ("failed", "while being timed: RuntimeError: gone", None)
+    }
+
+
+def test_an_unknown_peer_is_an_error():
+    with pytest.raises(KeyError, match="cudnn"):
+        bench(WORKLOAD, peers=["cudnn"], limits=LIMITS, **FAST)
 
 
 def test_refusals_become_rows(monkeypatch):

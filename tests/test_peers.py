@@ -130,7 +130,8 @@ def test_torch_compile_is_given_up_after_its_limit(monkeypatch):
 
 
 @pytest.mark.slow
-def test_torch_compile_for_real():
+def test_torch_compile_for_real(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     inputs = normal_inputs(SPECS[0], 1)
     output = prepare("torch_compile", SPECS[0], inputs, 1)()
     assert torch.allclose(output, torch_eager(SPECS[0])(*inputs), atol=1e-5)
