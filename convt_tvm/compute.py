@@ -64,14 +64,15 @@ class Layout:
         (``ow``).
     co_block
         Output channels in a block of packed weights. The last block of a group is filled up with zeros.
-    column_block
-        Columns of a phase are computed in multiples of this.
+    row_block, column_block
+        Rows and columns of a phase are computed in multiples of these.
     vector_lanes
         Vector length in accumulators; divides ``co_block`` or ``column_block``, whichever the lanes run along.
     """
 
     lanes: Literal["co", "ow"]
     co_block: int
+    row_block: int
     column_block: int
     vector_lanes: int
 
@@ -87,6 +88,10 @@ class Layout:
         """Number of columns computed in each column phase."""
         widest = max(phase.count for phase in spec.axes[1].phases)
         return -(-widest // self.column_block) * self.column_block
+
+    def rows(self, band: "Band") -> int:
+        """Number of rows computed in each row phase of `band`."""
+        return -(-band.rows // self.row_block) * self.row_block
 
     def packed_shape(self, spec: ConvTranspose2dSpec) -> tuple[int, int, int, int, int]:
         """Shape of the packed weight: ``(groups * blocks, kh, kw, ci/groups, co_block)``."""
@@ -182,13 +187,14 @@ def declare_phases(spec: ConvTranspose2dSpec, layout: Layout, target: Target) ->
     columns, column phases)``. Blocks are named ``window``, ``acc<k>`` and ``band<k>``.
     """
     columns = layout.columns(spec)
-    row_phases, column_phases = spec.axes[0].phases, spec.axes[1].phases
+    column_phases = spec.axes[1].phases
 
     data = te.placeholder(spec.input_shape, spec.dtype, name="input")
     packed = te.placeholder(layout.packed_shape(spec), spec.accumulator_dtype, name="packed")
     bias = te.placeholder(spec.bias_shape, spec.dtype, name="bias")
 
-    top, bottom = _within(row_phases, [phase.count for phase in row_phases])
+    rows = [layout.rows(band) for band in bands(spec) for _ in band.phases]
+    top, bottom = _within([phase for band in bands(spec) for phase in band.phases], rows)
     left, right = _within(column_phases, [columns] * len(column_phases))
     inside = top >= 0 and left >= 0 and bottom < spec.ih and right < spec.iw
     if inside and layout.lanes == "ow" and spec.dtype == spec.accumulator_dtype:
@@ -264,7 +270,7 @@ def _accumulate(
             return value * weight
         return tirx.if_then_else(tw < taps, value * weight, tirx.const(0, spec.accumulator_dtype))
 
-    lead = (spec.n, spec.groups, layout.blocks(spec), len(band.phases), band.rows)
+    lead = (spec.n, spec.groups, layout.blocks(spec), len(band.phases), layout.rows(band))
     name, axes = f"acc{band.index}", [th, ic, tw]
     if layout.lanes == "co":
         return te.compute(
@@ -294,7 +300,7 @@ def _finish(spec: ConvTranspose2dSpec, layout: Layout, band: Band, acc: Any, bia
             total = total + bias[g * channels + channel].astype(spec.accumulator_dtype)
         return total.astype(spec.dtype)
 
-    lead = (spec.n, spec.groups, layout.blocks(spec), layout.co_block, len(band.phases), band.rows)
+    lead = (spec.n, spec.groups, layout.blocks(spec), layout.co_block, len(band.phases), layout.rows(band))
     return te.compute((*lead, columns, len(spec.axes[1].phases)), finish, name=f"band{band.index}")
 
 
@@ -390,7 +396,7 @@ def spec_of(function: ir.BaseFunc) -> ConvTranspose2dSpec:
 def layout_of(function: ir.BaseFunc) -> Layout:
     """The layout that `function` was declared with."""
     values = function.attrs["convt.layout"]
-    numbers = {name: int(values[name]) for name in ("co_block", "column_block", "vector_lanes")}
+    numbers = {name: int(values[name]) for name in ("co_block", "row_block", "column_block", "vector_lanes")}
     return Layout(lanes="co" if values["lanes"] == "co" else "ow", **numbers)
 
 

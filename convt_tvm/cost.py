@@ -6,6 +6,7 @@ two vector multiply-adds and two loads a cycle, with a latency of four cycles, n
 
 - half a cycle for each multiply-add,
 - half a cycle for each load, one per vector and one per scalar,
+- the time in which its vectors stream from the second cache, if no other step reads the same,
 - four cycles over the number of column phases worked on together, since a sum waits for the one before it.
 
 The cost of a layout is its number of steps, surplus lanes and columns included, times the largest of these, plus what
@@ -21,14 +22,17 @@ from convt_tvm.compute import Layout, bands
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.target import Target
 
-__all__ = ["Tile", "block_sizes", "blocks_outermost", "core_cycles", "lane_counts", "phase_block"]
+__all__ = ["Costs", "Tile", "block_sizes", "blocks_outermost", "core_cycles", "lane_counts", "phase_block"]
 
 FMA_PER_CYCLE = 2
 LOADS_PER_CYCLE = 2
 FMA_LATENCY = 4
 CACHE_BYTES = 1 << 20
 """Size of the second cache to rely on: that of a server core; half of a core of this project's measurements."""
-CACHE_MISS_BYTES_PER_CYCLE = 8
+MISS_BYTES_PER_CYCLE = 7
+"""What one core reads from beyond the second cache: 18 GB/s at 2.7 GHz on an Emerald Rapids server."""
+STREAM_BYTES_PER_CYCLE = 32
+"""What it reads from the second cache while it computes; 48 when it does nothing else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +46,26 @@ class Tile:
         """Whether the accumulators of so many column phases leave registers for one row of vectors and one scalar."""
         return self.vectors * self.broadcasts * phases + self.vectors + 1 <= target.vector_registers
 
-    def step_cycles(self, phases: int) -> float:
-        """Cycles for one tap of one input channel in one column phase, when `phases` of them are worked on together."""
+    def step_cycles(self, target: Target, phases: int, reuse: int) -> float:
+        """Cycles for one tap of one input channel in one column phase.
+
+        `phases` column phases are worked on together, and `reuse` such steps read the same vectors.
+        """
         products = self.vectors * self.broadcasts
-        return max(products / FMA_PER_CYCLE, (self.vectors + self.broadcasts) / LOADS_PER_CYCLE, FMA_LATENCY / phases)
+        return max(
+            products / FMA_PER_CYCLE,
+            (self.vectors + self.broadcasts) / LOADS_PER_CYCLE,
+            FMA_LATENCY / phases,
+            self.vectors * target.vector_bytes / STREAM_BYTES_PER_CYCLE / reuse,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What a schedule pays besides its sums: for bringing one input value into the window, and writing one output."""
+
+    cycles_per_input: float
+    cycles_per_output: float
 
 
 def lane_counts(spec: ConvTranspose2dSpec, target: Target) -> tuple[int, ...]:
@@ -66,7 +86,7 @@ def blocks_outermost(spec: ConvTranspose2dSpec, layout: Layout) -> bool:
     The first reads the image once for each block, the second the weights once for each row; whichever fits the second
     cache is read again from there. Of what does not fit, the choice moves less.
     """
-    return _block_traffic(spec, layout) <= _row_traffic(spec)
+    return _block_traffic(spec, layout) <= _row_traffic(spec, layout)
 
 
 def _weight_bytes(spec: ConvTranspose2dSpec) -> int:
@@ -84,42 +104,27 @@ def _block_traffic(spec: ConvTranspose2dSpec, layout: Layout) -> int:
     return spec.n * (image * repeats + weights)
 
 
-def _row_traffic(spec: ConvTranspose2dSpec) -> int:
+def _row_traffic(spec: ConvTranspose2dSpec, layout: Layout) -> int:
     """Bytes from beyond the second cache when rows are the outer loop."""
     image, weights = _image_bytes(spec), _weight_bytes(spec)
-    repeats = 1 if weights <= CACHE_BYTES else max(band.rows for band in bands(spec))
+    repeats = 1 if weights <= CACHE_BYTES else max(layout.rows(band) // layout.row_block for band in bands(spec))
     return spec.n * (image + weights * repeats)
 
 
 def core_cycles(
-    spec: ConvTranspose2dSpec,
-    layout: Layout,
-    tile: Tile,
-    *,
-    phases: int,
-    cycles_per_input: float,
-    cycles_per_output: float,
+    spec: ConvTranspose2dSpec, layout: Layout, tile: Tile, target: Target, *, phases: int, reuse: int, costs: Costs
 ) -> float:
-    """Estimated cycles of one core for `spec` in `layout`, `phases` column phases at a time.
-
-    Parameters
-    ----------
-    cycles_per_input
-        What bringing one input value into the window costs.
-    cycles_per_output
-        What writing one output element costs besides its sum, surplus ones included.
-    """
+    """Estimated cycles of one core for `spec` in `layout`; see `Tile.step_cycles` for `phases` and `reuse`."""
     column_taps = sum(phase.taps for phase in spec.axes[1].phases)
-    row_taps = sum(len(band.phases) * band.rows * band.taps for band in bands(spec))
-    columns = layout.columns(spec)
-    row_blocks = spec.n * spec.groups * layout.blocks(spec)
-    steps = row_blocks * row_taps * column_taps * (spec.ci // spec.groups) * (columns // layout.column_block)
-    outputs = row_blocks * layout.co_block * spec.oh * columns * len(spec.axes[1].phases)
+    tile_rows = sum(len(band.phases) * layout.rows(band) // layout.row_block * band.taps for band in bands(spec))
+    tile_columns = layout.columns(spec) // layout.column_block
+    blocks = spec.n * spec.groups * layout.blocks(spec)
+    steps = blocks * tile_rows * tile_columns * column_taps * (spec.ci // spec.groups)
     return (
-        steps * tile.step_cycles(phases)
-        + prod(spec.input_shape) * cycles_per_input
-        + outputs * cycles_per_output
-        + min(_block_traffic(spec, layout), _row_traffic(spec)) / CACHE_MISS_BYTES_PER_CYCLE
+        steps * tile.step_cycles(target, phases, reuse)
+        + prod(spec.input_shape) * costs.cycles_per_input
+        + prod(spec.output_shape) * costs.cycles_per_output
+        + min(_block_traffic(spec, layout), _row_traffic(spec, layout)) / MISS_BYTES_PER_CYCLE
     )
 
 

@@ -168,7 +168,8 @@ def lower_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
     rest = max(0, spec.ow - whole * stride_w)
 
     def store_band(k: int) -> Store:
-        residues = [phase.residue for phase in row_bands[k].phases]
+        band = row_bands[k]
+        residues = [phase.residue for phase in band.phases]
 
         def store(loops: Sequence[Loop], indices: Sequence[Expr], value: Expr) -> Any:
             n, g, b, ob, ph, qh, qw, pw = indices
@@ -176,6 +177,8 @@ def lower_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
             row, column = qh * stride_h + lookup(residues, ph), qw * stride_w + pw
             statement = tirx.BufferStore(output, value, [n, g * channels + channel, row, column])
             clips = [_Clip(channel, 0, channels)] if channels % layout.co_block else []
+            if layout.rows(band) != band.rows:
+                clips.append(_Clip(qh, 0, band.rows))
             if columns == whole:
                 return _nest(loops, statement, clips)
             nests = [_nest(loops, statement, [*clips, _Clip(qw, 0, whole)])]

@@ -47,11 +47,11 @@ def accumulate_in_registers(
     """
     local = sch.cache_write(acc, 0, "local")
     sch.reverse_compute_at(local, phases, preserve_unit_loops=True)
-    *_, outer, middle, inner = sch.get_loops(local)
+    *copies, inner = sch.get_loops(local)[-4:]
     vector, copy_lane = sch.split(inner, [None, layout_of(sch.mod["main"]).vector_lanes])
     for loop in (lane, copy_lane):
         sch.vectorize(loop)
-    for loop in (tap, *tile, outer, middle, vector):
+    for loop in (tap, *tile, *copies, vector):
         sch.unroll(loop)
     if prod(int(sch.get(loop).extent) for loop in (phases, tap, *tile)) <= MAX_UNROLLED:
         sch.unroll(phases)

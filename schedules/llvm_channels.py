@@ -8,19 +8,20 @@ channels the loop nest goes from
 
 to
 
-    for n*g*b*ph*qh:                          parallel
+    for n*g*b*ph*(qh / row_block):            parallel
       for qw / column_block:
         for pw:                               unrolled
           for th:
             for tw:                           unrolled
               for ic:
-                for qw % column_block:        unrolled     } column_block * co_block/lanes
-                  for ob / lanes:             unrolled     } accumulators in registers
+                for qh % row_block:           unrolled     } row_block * column_block * co_block/lanes
+                 for qw % column_block:       unrolled     } accumulators in registers
+                  for ob / lanes:             unrolled     }
                       for ob % lanes:         vectorized
-        for ob, qw % column_block, pw:        the output, channel by channel
+        for ob, qh % row_block, qw % column_block, pw: the output, channel by channel
 
-The blocks of a row's weights, ``taps * ci/groups * kw * co_block`` values, are read once for each row and should fit
-the second cache. The output's channels are far apart, so its elements are stored one by one.
+A block of weights streams from the second cache, once for each tile of rows and columns: a tile with few positions
+waits for it. The output's channels are far apart, so its elements are stored one by one.
 """
 
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from collections.abc import Iterator
 from tvm.s_tir import Schedule
 
 from convt_tvm.compute import Layout, bands, layout_of, spec_of
-from convt_tvm.cost import Tile, block_sizes, blocks_outermost, core_cycles, lane_counts
+from convt_tvm.cost import Costs, Tile, block_sizes, blocks_outermost, core_cycles, lane_counts
 from convt_tvm.schedule import accumulate_in_registers, parallelize, parallelize_window, reaches
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
@@ -37,9 +38,8 @@ NAME = "llvm_channels"
 TARGET_KIND = "llvm"
 
 MAX_VECTORS = 4
-MAX_COLUMNS = 28
-CYCLES_PER_INPUT = 1.5
-CYCLES_PER_OUTPUT = 1.5
+MAX_POSITIONS = 28
+COSTS = Costs(cycles_per_input=1.5, cycles_per_output=1.0)
 
 
 def applies(spec: ConvTranspose2dSpec) -> bool:
@@ -50,24 +50,15 @@ def applies(spec: ConvTranspose2dSpec) -> bool:
 def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout, float]]:
     """Layouts whose accumulators fit the registers, each with its estimated cycles."""
     channels = spec.co // spec.groups
-    widest = max(phase.count for phase in spec.axes[1].phases)
+    height, width = (max(phase.count for phase in axis.phases) for axis in spec.axes)
     for lanes in lane_counts(spec, target):
         for vectors in range(1, min(MAX_VECTORS, -(-channels // lanes)) + 1):
-            for columns in block_sizes(widest, MAX_COLUMNS):
-                tile = Tile(vectors, columns)
-                if tile.fits(target):
-                    layout = Layout("co", vectors * lanes, columns, lanes)
-                    yield (
-                        layout,
-                        core_cycles(
-                            spec,
-                            layout,
-                            tile,
-                            phases=1,
-                            cycles_per_input=CYCLES_PER_INPUT,
-                            cycles_per_output=CYCLES_PER_OUTPUT,
-                        ),
-                    )
+            for columns in block_sizes(width, MAX_POSITIONS):
+                for rows in block_sizes(height, MAX_POSITIONS // columns):
+                    tile = Tile(vectors, rows * columns)
+                    if tile.fits(target):
+                        layout = Layout("co", vectors * lanes, rows, columns, lanes)
+                        yield layout, core_cycles(spec, layout, tile, target, phases=1, reuse=1, costs=COSTS)
 
 
 def space(sch: Schedule) -> None:
@@ -77,15 +68,16 @@ def space(sch: Schedule) -> None:
     for band in bands(spec):
         output = sch.get_sblock(f"band{band.index}")
         n, g, b, ob, ph, qh, qw, pw = sch.get_loops(output)
+        row_block, row = sch.split(qh, [None, layout.row_block])
         column_block, column = sch.split(qw, [None, layout.column_block])
-        tasks = (n, g, b, ph, qh) if blocks_outermost(spec, layout) else (n, g, ph, qh, b)
-        sch.reorder(*tasks, column_block, ob, column, pw)
+        tasks = (n, g, b, ph, row_block) if blocks_outermost(spec, layout) else (n, g, ph, row_block, b)
+        sch.reorder(*tasks, column_block, ob, row, column, pw)
         parallelize(sch, spec, tasks)
         if reaches(spec, band):
             acc = sch.get_sblock(f"acc{band.index}")
             sch.compute_at(acc, column_block, preserve_unit_loops=True)
-            pw, qw, ob, th, ic, tw = sch.get_loops(acc)[-6:]
+            qh, pw, qw, ob, th, ic, tw = sch.get_loops(acc)[-7:]
             vector, lane = sch.split(ob, [None, layout.vector_lanes])
-            sch.reorder(pw, th, tw, ic, qw, vector, lane)
-            accumulate_in_registers(sch, acc, phases=pw, reduction=th, tap=tw, tile=(qw, vector), lane=lane)
+            sch.reorder(pw, th, tw, ic, qh, qw, vector, lane)
+            accumulate_in_registers(sch, acc, phases=pw, reduction=th, tap=tw, tile=(qh, qw, vector), lane=lane)
     parallelize_window(sch, spec)

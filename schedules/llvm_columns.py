@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from tvm.s_tir import Schedule
 
 from convt_tvm.compute import Layout, bands, layout_of, spec_of, target_of
-from convt_tvm.cost import Tile, block_sizes, blocks_outermost, core_cycles, lane_counts, phase_block
+from convt_tvm.cost import Costs, Tile, block_sizes, blocks_outermost, core_cycles, lane_counts, phase_block
 from convt_tvm.schedule import accumulate_in_registers, parallelize, parallelize_window, reaches
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
@@ -38,8 +38,7 @@ TARGET_KIND = "llvm"
 
 MAX_VECTORS = 4
 MAX_CHANNELS = 14
-CYCLES_PER_INPUT = 0.5
-CYCLES_PER_OUTPUT = 1.0
+COSTS = Costs(cycles_per_input=0.5, cycles_per_output=0.3)
 
 
 def applies(spec: ConvTranspose2dSpec) -> bool:
@@ -56,19 +55,10 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
             for co_block in block_sizes(channels, MAX_CHANNELS):
                 tile = Tile(vectors, co_block)
                 if tile.fits(target):
-                    layout = Layout("ow", co_block, vectors * lanes, lanes)
+                    layout = Layout("ow", co_block, 1, vectors * lanes, lanes)
                     phases = phase_block(spec, target, tile)
-                    yield (
-                        layout,
-                        core_cycles(
-                            spec,
-                            layout,
-                            tile,
-                            phases=phases,
-                            cycles_per_input=CYCLES_PER_INPUT,
-                            cycles_per_output=CYCLES_PER_OUTPUT,
-                        ),
-                    )
+                    reuse = phases * max(phase.taps for phase in spec.axes[1].phases)
+                    yield layout, core_cycles(spec, layout, tile, target, phases=phases, reuse=reuse, costs=COSTS)
 
 
 def space(sch: Schedule) -> None:

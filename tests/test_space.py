@@ -31,7 +31,7 @@ def test_vector_length_and_registers_come_from_the_target():
         assert max(choice.layout.vector_lanes for choice in found) == lanes
         for choice in found:
             layout = choice.layout
-            accumulators = layout.co_block * layout.column_block // layout.vector_lanes
+            accumulators = layout.co_block * layout.row_block * layout.column_block // layout.vector_lanes
             assert accumulators < registers
 
 
