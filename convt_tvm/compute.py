@@ -30,7 +30,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from tvm import DataType, ir, te, tirx
 
@@ -41,6 +41,7 @@ from convt_tvm.target import Target
 __all__ = [
     "Band",
     "Layout",
+    "Window",
     "bands",
     "column_starts",
     "declare_pack",
@@ -169,14 +170,49 @@ def _create_function(arguments: list[Any]) -> tirx.PrimFunc:
     return ir.load_json(json.dumps(graph)).with_attr("global_symbol", "main")
 
 
-def _within(phases: Iterable[Phase], positions: Sequence[int]) -> tuple[int, int]:
-    """First and last input index that the taps of `phases` read, where phase j has ``positions[j]`` positions."""
-    reads = [
-        (phase.base - (phase.taps - 1) * phase.input_step, count - 1 + phase.base)
-        for phase, count in zip(phases, positions, strict=True)
-        if phase.taps
-    ]
-    return min((low for low, _ in reads), default=0), max((high for _, high in reads), default=0)
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The rectangle of the padded, or cropped, input that a phase form reads: what the taps reach, border included.
+
+    ``first_row`` and ``first_column`` are the input's coordinates of its corner, negative where it begins in the
+    border. Its rows ``rows_inside`` and columns ``columns_inside``, counted from the corner, hold input; the others
+    zeros.
+    """
+
+    first_row: int
+    first_column: int
+    height: int
+    width: int
+    rows_inside: Pair
+    columns_inside: Pair
+
+    @classmethod
+    def of(cls, spec: ConvTranspose2dSpec, layout: Layout) -> Self:
+        """The window that the schedule's whole tiles read."""
+        row_phases = [(phase, layout.rows(band)) for band in bands(spec) for phase in band.phases]
+        column_phases = [(phase, layout.columns(spec)) for phase in spec.axes[1].phases]
+        (top, height, rows), (left, width, columns) = (
+            cls._extent(phases, size) for phases, size in ((row_phases, spec.ih), (column_phases, spec.iw))
+        )
+        return cls(top, left, height, width, rows, columns)
+
+    @staticmethod
+    def _extent(phases: Iterable[tuple[Phase, int]], input_size: int) -> tuple[int, int, Pair]:
+        """First index, size and the part inside the input of what phases with so many positions read."""
+        reads = [
+            (phase.base - (phase.taps - 1) * phase.input_step, positions - 1 + phase.base)
+            for phase, positions in phases
+            if phase.taps
+        ]
+        first, last = min((low for low, _ in reads), default=0), max((high for _, high in reads), default=0)
+        size = last - first + 1
+        inside = min(max(0, -first), size), max(0, min(size, input_size - first))
+        return first, size, (inside[0], max(inside))
+
+    @property
+    def is_input(self) -> bool:
+        """Whether it holds no border."""
+        return self.rows_inside == (0, self.height) and self.columns_inside == (0, self.width)
 
 
 def declare_phases(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> tirx.PrimFunc:
@@ -187,52 +223,46 @@ def declare_phases(spec: ConvTranspose2dSpec, layout: Layout, target: Target) ->
     columns, column phases)``. Blocks are named ``window``, ``acc<k>`` and ``band<k>``.
     """
     columns = layout.columns(spec)
-    column_phases = spec.axes[1].phases
-
     data = te.placeholder(spec.input_shape, spec.dtype, name="input")
     packed = te.placeholder(layout.packed_shape(spec), spec.accumulator_dtype, name="packed")
     bias = te.placeholder(spec.bias_shape, spec.dtype, name="bias")
 
-    rows = [layout.rows(band) for band in bands(spec) for _ in band.phases]
-    top, bottom = _within([phase for band in bands(spec) for phase in band.phases], rows)
-    left, right = _within(column_phases, [columns] * len(column_phases))
-    inside = top >= 0 and left >= 0 and bottom < spec.ih and right < spec.iw
-    if inside and layout.lanes == "ow" and spec.dtype == spec.accumulator_dtype:
-        window, top, left = data, 0, 0
+    extent = Window.of(spec, layout)
+    if extent.is_input and layout.lanes == "ow" and spec.dtype == spec.accumulator_dtype:
+        window, origin = data, (0, 0)
     else:
-        window = _window(spec, layout, data, (top, left), (bottom, right))
+        window, origin = _window(spec, layout, extent, data), (extent.first_row, extent.first_column)
 
     outputs = []
     for band in bands(spec):
         acc = None
-        if band.taps and any(phase.taps for phase in column_phases):
-            acc = _accumulate(spec, layout, band, window, packed, (top, left), columns)
+        if band.taps and any(phase.taps for phase in spec.axes[1].phases):
+            acc = _accumulate(spec, layout, band, window, packed, origin, columns)
         outputs.append(_finish(spec, layout, band, acc, bias, columns))
 
     function = _create_function([data, packed, *([bias] if spec.bias else []), *outputs])
     return function.with_attrs({"convt.spec": spec.name, "convt.layout": layout.to_json(), "convt.target": target.name})
 
 
-def _window(spec: ConvTranspose2dSpec, layout: Layout, data: Any, low: Pair, high: Pair) -> Any:
-    """Rows and columns ``low`` to ``high`` of the input, zero outside it, to be read without a check.
+def _window(spec: ConvTranspose2dSpec, layout: Layout, extent: Window, data: Any) -> Any:
+    """What the taps read, copied so that no read needs a check.
 
     NCHW where lanes run along columns; NHWC where one value at a time meets a vector of channels, so that the values
     that follow each other in the reduction share a cache line.
     """
     zero = tirx.const(0, spec.accumulator_dtype)
-    height, width = high[0] - low[0] + 1, high[1] - low[1] + 1
-    top, bottom = max(0, -low[0]), min(height, spec.ih - low[0])
-    left, right = max(0, -low[1]), min(width, spec.iw - low[1])
 
     def read(n: Expr, c: Expr, h: Expr, w: Expr) -> Expr:
-        value = data[n, c, h + low[0], w + low[1]].astype(spec.accumulator_dtype)
-        checks = [h >= top] * (top > 0) + [h < bottom] * (bottom < height)
-        checks += [w >= left] * (left > 0) + [w < right] * (right < width)
-        return tirx.if_then_else(tirx.all(*checks), value, zero) if checks else value
+        value = data[n, c, h + extent.first_row, w + extent.first_column].astype(spec.accumulator_dtype)
+        if extent.is_input:
+            return value
+        (top, bottom), (left, right) = extent.rows_inside, extent.columns_inside
+        return tirx.if_then_else(tirx.all(h >= top, h < bottom, w >= left, w < right), value, zero)
 
     if layout.lanes == "ow":
-        return te.compute((spec.n, spec.ci, height, width), read, name="window")
-    return te.compute((spec.n, height, width, spec.ci), lambda n, h, w, c: read(n, c, h, w), name="window")
+        return te.compute((spec.n, spec.ci, extent.height, extent.width), read, name="window")
+    shape = (spec.n, extent.height, extent.width, spec.ci)
+    return te.compute(shape, lambda n, h, w, c: read(n, c, h, w), name="window")
 
 
 def _accumulate(

@@ -14,7 +14,7 @@ from typing import Any
 import tvm
 from tvm import s_tir, tirx
 
-from convt_tvm.compute import bands, kernel_columns, layout_of, lookup, spec_of
+from convt_tvm.compute import Band, Window, bands, kernel_columns, layout_of, lookup, spec_of
 
 __all__ = ["lower_kernel", "lower_pack"]
 
@@ -23,8 +23,8 @@ MAX_STACK_BYTES = 32 << 10
 
 Expr = Any
 Loop = Any
-Store = Callable[[Sequence[Loop], Sequence[Expr], Expr], Any]
-"""Makes the statement that replaces a store and the loops directly around it, from those, its indices and its value."""
+Store = Callable[[Sequence[Loop], Any], Any]
+"""Makes the statement that replaces the loops directly around a store, and the store."""
 
 
 def _flatten_blocks(function: tirx.PrimFunc) -> tirx.PrimFunc:
@@ -61,15 +61,15 @@ def _loop(loop: Loop, body: Any, first: Expr = None, extent: Expr = None) -> Any
     return tirx.For(loop.loop_var, first, extent, loop.kind, body, loop.thread_binding, loop.annotations, loop.step)
 
 
-def _replace_stores(statement: Any, stores: Mapping[Any, Store]) -> Any:
-    """`statement` with each store to a buffer of `stores` replaced, loops directly around it included."""
+def _replace_stores(statement: Any, stores: Mapping[str, Store]) -> Any:
+    """`statement` with each store to a buffer that `stores` names replaced, loops directly around it included."""
 
     def visit(node: Any, loops: tuple[Loop, ...] = ()) -> Any:
         match node:
             case tirx.For() if isinstance(node.body, tirx.For | tirx.BufferStore):
                 return visit(node.body, (*loops, node))
-            case tirx.BufferStore() if node.buffer in stores:
-                return stores[node.buffer](loops, list(node.indices), node.value)
+            case tirx.BufferStore() if str(node.buffer.name) in stores:
+                return stores[str(node.buffer.name)](loops, node)
             case _:
                 replaced = visit_parts(node)
                 for loop in reversed(loops):
@@ -142,12 +142,24 @@ def _nest(loops: Sequence[Loop], store: Any, clips: Sequence[_Clip] = ()) -> Any
     return body
 
 
-def _assemble(function: tirx.PrimFunc, name: str, output: Any, stores: Callable[[int], Store]) -> tvm.IRModule:
-    """A module with `function` as `name`, its outputs joined in `output`; ``stores(k)`` writes what output k held."""
+def _fill_window(loops: Sequence[Loop], store: Any, inside: Sequence[_Clip]) -> Any:
+    """The copy into the window as zeros everywhere and input inside, without a choice for each value."""
+    value = store.value
+    if not (isinstance(value, tvm.ir.Call) and value.op.name == "tirx.if_then_else"):
+        return _nest(loops, store)
+    _, data, zero = value.args
+    shared = [loop for loop in loops if loop.kind == tirx.ForKind.PARALLEL]
+    own = [loop for loop in loops if loop.kind != tirx.ForKind.PARALLEL]
+    zeros = _nest(own, tirx.BufferStore(store.buffer, zero, store.indices))
+    copy = _nest(own, tirx.BufferStore(store.buffer, data, store.indices), inside)
+    return _nest(shared, tirx.SeqStmt([zeros, copy]))
+
+
+def _assemble(function: tirx.PrimFunc, name: str, output: Any, stores: Mapping[str, Store]) -> tvm.IRModule:
+    """A module with `function` as `name`, its outputs joined in `output` by `stores`."""
     function = _flatten_blocks(function)
-    inputs = [buffer for buffer in function.params if not _is_output(buffer)]
-    replaced = {buffer: stores(k) for k, buffer in enumerate(filter(_is_output, function.params))}
-    body = _replace_stores(function.body, replaced)
+    inputs = [buffer for buffer in function.params if str(buffer.name) not in stores]
+    body = _replace_stores(function.body, stores)
     joined = tirx.PrimFunc([*inputs, output], body, function.ret_type)
     module = tvm.IRModule({name: joined.with_attrs({**function.attrs, "global_symbol": name})})
     # A store in two nests has left their loop variables defined twice.
@@ -157,7 +169,7 @@ def _assemble(function: tirx.PrimFunc, name: str, output: Any, stores: Callable[
 def lower_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
     """The scheduled phase form `function` as ``convt(input, packed, [bias,] output)``, output NCHW."""
     spec, layout = spec_of(function), layout_of(function)
-    row_bands = bands(spec)
+    window = Window.of(spec, layout)
     channels = spec.co // spec.groups
     (stride_h, stride_w), columns = spec.stride, layout.columns(spec)
     output = _buffer("output", spec.output_shape, spec.dtype)
@@ -167,15 +179,14 @@ def lower_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
     whole = (spec.ow - phases) // stride_w + 1
     rest = max(0, spec.ow - whole * stride_w)
 
-    def store_band(k: int) -> Store:
-        band = row_bands[k]
+    def store_band(band: Band) -> Store:
         residues = [phase.residue for phase in band.phases]
 
-        def store(loops: Sequence[Loop], indices: Sequence[Expr], value: Expr) -> Any:
-            n, g, b, ob, ph, qh, qw, pw = indices
+        def store(loops: Sequence[Loop], node: Any) -> Any:
+            n, g, b, ob, ph, qh, qw, pw = node.indices
             channel = b * layout.co_block + ob
             row, column = qh * stride_h + lookup(residues, ph), qw * stride_w + pw
-            statement = tirx.BufferStore(output, value, [n, g * channels + channel, row, column])
+            statement = tirx.BufferStore(output, node.value, [n, g * channels + channel, row, column])
             clips = [_Clip(channel, 0, channels)] if channels % layout.co_block else []
             if layout.rows(band) != band.rows:
                 clips.append(_Clip(qh, 0, band.rows))
@@ -188,7 +199,12 @@ def lower_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
 
         return store
 
-    return _assemble(function, "convt", output, store_band)
+    def store_window(loops: Sequence[Loop], node: Any) -> Any:
+        row, column = node.indices[2:] if layout.lanes == "ow" else node.indices[1:3]
+        return _fill_window(loops, node, [_Clip(row, *window.rows_inside), _Clip(column, *window.columns_inside)])
+
+    stores = {f"band{band.index}": store_band(band) for band in bands(spec)}
+    return _assemble(function, "convt", output, {**stores, "window": store_window})
 
 
 def lower_pack(function: tirx.PrimFunc) -> tvm.IRModule:
@@ -197,19 +213,11 @@ def lower_pack(function: tirx.PrimFunc) -> tvm.IRModule:
     packed = _buffer("packed", layout.packed_shape(spec), spec.accumulator_dtype)
     places = kernel_columns(spec)
 
-    def store_packed(_: int) -> Store:
-        def store(loops: Sequence[Loop], indices: Sequence[Expr], value: Expr) -> Any:
-            block, kh, kw, ic, ob = indices
-            return _nest(loops, tirx.BufferStore(packed, value, [block, kh, lookup(places, kw), ic, ob]))
+    def store(loops: Sequence[Loop], node: Any) -> Any:
+        block, kh, kw, ic, ob = node.indices
+        return _nest(loops, tirx.BufferStore(packed, node.value, [block, kh, lookup(places, kw), ic, ob]))
 
-        return store
-
-    return _assemble(function, "pack", packed, store_packed)
-
-
-def _is_output(buffer: Any) -> bool:
-    name = str(buffer.name)
-    return name.startswith("band") or name == "ordered"
+    return _assemble(function, "pack", packed, {"ordered": store})
 
 
 def _buffer(name: str, shape: Sequence[int], dtype: str) -> Any:

@@ -9,7 +9,7 @@ from tvm.s_tir import Schedule
 from convt_tvm.compute import Band, layout_of
 from convt_tvm.spec import ConvTranspose2dSpec
 
-__all__ = ["accumulate_in_registers", "parallelize", "parallelize_window", "reaches"]
+__all__ = ["accumulate_in_registers", "parallelize", "reaches", "schedule_window"]
 
 LoopRV = Any
 SBlockRV = Any
@@ -69,7 +69,17 @@ def parallelize(sch: Schedule, spec: ConvTranspose2dSpec, loops: Sequence[LoopRV
         sch.parallel(fused)
 
 
-def parallelize_window(sch: Schedule, spec: ConvTranspose2dSpec) -> None:
-    """Copy the input's window, where there is one, in parallel."""
+def schedule_window(sch: Schedule, spec: ConvTranspose2dSpec) -> None:
+    """Copy the input's window, where there is one, in parallel.
+
+    Turning NCHW to NHWC goes by 16 channels at a time, so that the cache lines read stay in the cache until they are
+    used up, and those written are written once.
+    """
     if any(sch.get(block).name_hint == "window" for block in sch.get_child_blocks(sch.get_sblock("root"))):
-        parallelize(sch, spec, sch.get_loops(sch.get_sblock("window"))[:2])
+        first, second, third, fourth = sch.get_loops(sch.get_sblock("window"))
+        if layout_of(sch.mod["main"]).lanes == "co":
+            factor = max(size for size in (16, 8, 4, 2, 1) if spec.ci % size == 0)
+            outer, inner = sch.split(fourth, [None, factor])
+            sch.reorder(outer, third, inner)
+            sch.vectorize(inner)
+        parallelize(sch, spec, (first, second))

@@ -29,7 +29,7 @@ from tvm.s_tir import Schedule
 
 from convt_tvm.compute import Layout, bands, layout_of, spec_of, target_of
 from convt_tvm.cost import Costs, Tile, block_sizes, blocks_outermost, core_cycles, lane_counts, phase_block
-from convt_tvm.schedule import accumulate_in_registers, parallelize, parallelize_window, reaches
+from convt_tvm.schedule import accumulate_in_registers, parallelize, reaches, schedule_window
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
 
@@ -84,4 +84,4 @@ def space(sch: Schedule) -> None:
             accumulate_in_registers(
                 sch, acc, phases=phase_loop, reduction=th, tap=tw, tile=(ob, phase, vector), lane=lane
             )
-    parallelize_window(sch, spec)
+    schedule_window(sch, spec)
