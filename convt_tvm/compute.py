@@ -30,12 +30,13 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
+from math import gcd
 from typing import Any, Literal, Self
 
 from tvm import DataType, ir, te, tirx
 
 from convt_tvm.phases import Phase
-from convt_tvm.spec import ConvTranspose2dSpec, Pair
+from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec, Pair
 from convt_tvm.target import Target
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "Layout",
     "Window",
     "bands",
+    "collides",
     "column_starts",
     "declare_pack",
     "declare_phases",
@@ -116,6 +118,11 @@ class Band:
         """Row taps of each phase; 0 where no tap reaches these rows and they hold the bias alone."""
         return self.phases[0].taps
 
+    @property
+    def reads_one_row(self) -> bool:
+        """Whether all phases read the same single input row for their rows of the same number."""
+        return self.taps == 1 and len({phase.base for phase in self.phases}) == 1
+
 
 def bands(spec: ConvTranspose2dSpec) -> tuple[Band, ...]:
     """Row bands of `spec`, in the order of their first row; together they hold every output row once.
@@ -170,6 +177,17 @@ def _create_function(arguments: list[Any]) -> tirx.PrimFunc:
     return ir.load_json(json.dumps(graph)).with_attr("global_symbol", "main")
 
 
+CACHE_LINE_BYTES = 64
+CACHE_SET_BYTES = 4096
+"""Addresses so far apart share a set of the first cache, on every x86 and most Arm cores since 2006."""
+
+
+def collides(stride_bytes: int, count: int) -> bool:
+    """Whether `count` accesses `stride_bytes` apart crowd into less than half of the first cache's sets."""
+    sets = CACHE_SET_BYTES // gcd(stride_bytes, CACHE_SET_BYTES)
+    return sets < min(count, CACHE_SET_BYTES // CACHE_LINE_BYTES // 2)
+
+
 @dataclass(frozen=True, slots=True)
 class Window:
     """The rectangle of the padded, or cropped, input that a phase form reads: what the taps reach, border included.
@@ -210,7 +228,7 @@ class Window:
         return first, size, (inside[0], max(inside))
 
     @property
-    def is_input(self) -> bool:
+    def is_inside(self) -> bool:
         """Whether it holds no border."""
         return self.rows_inside == (0, self.height) and self.columns_inside == (0, self.width)
 
@@ -228,7 +246,9 @@ def declare_phases(spec: ConvTranspose2dSpec, layout: Layout, target: Target) ->
     bias = te.placeholder(spec.bias_shape, spec.dtype, name="bias")
 
     extent = Window.of(spec, layout)
-    if extent.is_input and layout.lanes == "ow" and spec.dtype == spec.accumulator_dtype:
+    image_bytes = spec.ih * spec.iw * DTYPE_BYTES[spec.dtype]
+    direct = extent.is_inside and spec.dtype == spec.accumulator_dtype and not collides(image_bytes, spec.ci)
+    if layout.lanes == "ow" and direct:
         window, origin = data, (0, 0)
     else:
         window, origin = _window(spec, layout, extent, data), (extent.first_row, extent.first_column)
@@ -254,7 +274,7 @@ def _window(spec: ConvTranspose2dSpec, layout: Layout, extent: Window, data: Any
 
     def read(n: Expr, c: Expr, h: Expr, w: Expr) -> Expr:
         value = data[n, c, h + extent.first_row, w + extent.first_column].astype(spec.accumulator_dtype)
-        if extent.is_input:
+        if extent.is_inside:
             return value
         (top, bottom), (left, right) = extent.rows_inside, extent.columns_inside
         return tirx.if_then_else(tirx.all(h >= top, h < bottom, w >= left, w < right), value, zero)

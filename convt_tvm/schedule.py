@@ -6,10 +6,10 @@ from typing import Any
 
 from tvm.s_tir import Schedule
 
-from convt_tvm.compute import Band, layout_of
-from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.compute import CACHE_LINE_BYTES, Band, collides, layout_of
+from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 
-__all__ = ["accumulate_in_registers", "parallelize", "reaches", "schedule_window"]
+__all__ = ["accumulate_in_registers", "copy_window", "find_window", "parallelize", "reaches", "spread_window"]
 
 LoopRV = Any
 SBlockRV = Any
@@ -19,6 +19,8 @@ MAX_UNROLLED = 4096
 compile (k64 stride 32 has 1,536)."""
 
 
+POSITION_STREAMS = 8
+"""Positions read side by side, one channel after the other, for which the 8 to 12 ways of one cache set are too few."""
 PARALLEL_WORK = 1 << 20
 """Multiply-adds, and 16 for each output, below which one thread does it all: about 10 us of one core, as long as it
 takes to hand work to another."""
@@ -69,17 +71,38 @@ def parallelize(sch: Schedule, spec: ConvTranspose2dSpec, loops: Sequence[LoopRV
         sch.parallel(fused)
 
 
-def schedule_window(sch: Schedule, spec: ConvTranspose2dSpec) -> None:
-    """Copy the input's window, where there is one, in parallel.
+def find_window(sch: Schedule) -> SBlockRV | None:
+    """The block that copies the input's window, or None where the input itself is read."""
+    names = [sch.get(block).name_hint for block in sch.get_child_blocks(sch.get_sblock("root"))]
+    return sch.get_sblock("window") if "window" in names else None
+
+
+def copy_window(sch: Schedule, spec: ConvTranspose2dSpec, window: SBlockRV) -> None:
+    """Copy the whole window before anything else, in parallel.
 
     Turning NCHW to NHWC goes by 16 channels at a time, so that the cache lines read stay in the cache until they are
     used up, and those written are written once.
     """
-    if any(sch.get(block).name_hint == "window" for block in sch.get_child_blocks(sch.get_sblock("root"))):
-        first, second, third, fourth = sch.get_loops(sch.get_sblock("window"))
-        if layout_of(sch.mod["main"]).lanes == "co":
-            factor = max(size for size in (16, 8, 4, 2, 1) if spec.ci % size == 0)
-            outer, inner = sch.split(fourth, [None, factor])
-            sch.reorder(outer, third, inner)
-            sch.vectorize(inner)
-        parallelize(sch, spec, (first, second))
+    spread_window(sch, spec, window)
+    first, second, third, fourth = sch.get_loops(window)
+    if layout_of(sch.mod["main"]).lanes == "co":
+        factor = max(size for size in (16, 8, 4, 2, 1) if spec.ci % size == 0)
+        outer, inner = sch.split(fourth, [None, factor])
+        sch.reorder(outer, third, inner)
+        sch.vectorize(inner)
+    parallelize(sch, spec, (first, second))
+
+
+def spread_window(sch: Schedule, spec: ConvTranspose2dSpec, window: SBlockRV) -> None:
+    """Lay out the window so that what is read one after the other falls into different sets of the first cache.
+
+    With lanes along columns these are rows of successive channels; with lanes along channels, successive positions. Each
+    then is an odd number of cache lines from the next.
+    """
+    itemsize = DTYPE_BYTES[spec.accumulator_dtype]
+    line = CACHE_LINE_BYTES // itemsize
+    _, *extents = (int(sch.get(loop).extent) for loop in sch.get_loops(window)[-4:])
+    columns = layout_of(sch.mod["main"]).lanes == "ow"
+    stride, count = (extents[1] * extents[2], extents[0]) if columns else (extents[2], POSITION_STREAMS)
+    if collides(stride * itemsize, count):
+        sch.storage_align(window, 0, axis=1 if columns else 2, factor=2 * line, offset=line)

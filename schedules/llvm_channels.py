@@ -30,7 +30,7 @@ from tvm.s_tir import Schedule
 
 from convt_tvm.compute import Layout, bands, layout_of, spec_of
 from convt_tvm.cost import Costs, Tile, block_sizes, blocks_outermost, core_cycles, lane_counts
-from convt_tvm.schedule import accumulate_in_registers, parallelize, reaches, schedule_window
+from convt_tvm.schedule import accumulate_in_registers, copy_window, find_window, parallelize, reaches
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
 
@@ -80,4 +80,6 @@ def space(sch: Schedule) -> None:
             vector, lane = sch.split(ob, [None, layout.vector_lanes])
             sch.reorder(pw, th, tw, ic, qh, qw, vector, lane)
             accumulate_in_registers(sch, acc, phases=pw, reduction=th, tap=tw, tile=(qh, qw, vector), lane=lane)
-    schedule_window(sch, spec)
+    window = find_window(sch)
+    if window is not None:
+        copy_window(sch, spec, window)

@@ -29,7 +29,7 @@ from tvm.s_tir import Schedule
 
 from convt_tvm.compute import Layout, bands, layout_of, spec_of, target_of
 from convt_tvm.cost import Costs, Tile, block_sizes, blocks_outermost, core_cycles, lane_counts, phase_block
-from convt_tvm.schedule import accumulate_in_registers, parallelize, reaches, schedule_window
+from convt_tvm.schedule import accumulate_in_registers, copy_window, find_window, parallelize, reaches, spread_window
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
 
@@ -67,13 +67,22 @@ def space(sch: Schedule) -> None:
     spec, layout, target = spec_of(function), layout_of(function), target_of(function)
     tile = Tile(layout.column_block // layout.vector_lanes, layout.co_block)
     phases = phase_block(spec, target, tile)
+    window = find_window(sch)
+    # With one tap per row phase a row of the window serves one row of each phase: it is copied where it is used.
+    reached = [band for band in bands(spec) if reaches(spec, band)]
+    by_row = window is not None and len(reached) == 1 and reached[0].reads_one_row and spec.groups == 1
+    if window is not None and not by_row:
+        copy_window(sch, spec, window)
     for band in bands(spec):
         output = sch.get_sblock(f"band{band.index}")
         n, g, b, ob, ph, qh, qw, pw = sch.get_loops(output)
         column_block, column = sch.split(qw, [None, layout.column_block])
-        tasks = (n, g, b, ph, qh) if blocks_outermost(spec, layout) else (n, g, ph, qh, b)
-        sch.reorder(*tasks, column_block, ob, column, pw)
-        parallelize(sch, spec, tasks)
+        if by_row and band in reached:
+            order, shared = (n, g, qh, ph, b), 3
+        else:
+            order, shared = ((n, g, b, ph, qh) if blocks_outermost(spec, layout) else (n, g, ph, qh, b)), 5
+        sch.reorder(*order, column_block, ob, column, pw)
+        parallelize(sch, spec, order[:shared])
         if reaches(spec, band):
             acc = sch.get_sblock(f"acc{band.index}")
             sch.compute_at(acc, column_block, preserve_unit_loops=True)
@@ -84,4 +93,6 @@ def space(sch: Schedule) -> None:
             accumulate_in_registers(
                 sch, acc, phases=phase_loop, reduction=th, tap=tw, tile=(ob, phase, vector), lane=lane
             )
-    schedule_window(sch, spec)
+    if by_row:
+        sch.compute_at(window, sch.get_loops(sch.get_sblock(f"band{reached[0].index}"))[0], preserve_unit_loops=True)
+        spread_window(sch, spec, window)
