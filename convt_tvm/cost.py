@@ -2,10 +2,10 @@
 
 The innermost loops of every CPU schedule here are an outer product: `Tile.vectors` vectors times `Tile.broadcasts`
 scalars are multiplied and added into as many accumulators, for each kernel tap and input channel. A core that issues
-two vector multiply-adds and two loads a cycle, with a latency of four cycles, needs for one such step at least
+two vector multiply-adds a cycle, with a latency of four cycles, needs for one such step at least
 
 - half a cycle for each multiply-add,
-- half a cycle for each load, one per vector and one per scalar,
+- two thirds of a cycle for each load, one per vector and one per scalar,
 - the time in which its vectors stream from the second cache, if no other step reads the same,
 - four cycles over the number of column phases worked on together, since a sum waits for the one before it.
 
@@ -25,14 +25,13 @@ from convt_tvm.target import Target
 __all__ = ["Costs", "Tile", "block_sizes", "blocks_outermost", "core_cycles", "lane_counts", "phase_block"]
 
 FMA_PER_CYCLE = 2
-LOADS_PER_CYCLE = 2
-FMA_LATENCY = 4
-CACHE_BYTES = 1 << 20
-"""Size of the second cache to rely on: that of a server core; half of a core of this project's measurements."""
-MISS_BYTES_PER_CYCLE = 7
-"""What one core reads from beyond the second cache: 18 GB/s at 2.7 GHz on an Emerald Rapids server."""
-STREAM_BYTES_PER_CYCLE = 32
-"""What it reads from the second cache while it computes; 48 when it does nothing else."""
+LOADS_PER_CYCLE = 1.5
+"""Of the two or three that a core can issue, what is left beside multiply-adds (pose/2, 1 x 24 against 2 x 12
+tiles).""" FMA_LATENCY = 4 CACHE_BYTES = 1 << 20 """Size of the second cache to rely on: that of a server core; half
+of a core of this project's measurements.""" MISS_BYTES_PER_CYCLE = 7 """What one core reads from beyond the second
+cache: 18 GB/s at 2.7 GHz on an Emerald Rapids server.""" STREAM_BYTES_PER_CYCLE = 32 """What it reads from the second
+cache while it computes; 48 when it does nothing else.""" STALL_BYTES_PER_CYCLE = 128 """What of that is not hidden:
+13 % at 16 bytes a cycle (dilated/k3d2, 8 against 10 channels in a block)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +51,14 @@ class Tile:
         `phases` column phases are worked on together, and `reuse` such steps read the same vectors.
         """
         products = self.vectors * self.broadcasts
-        return max(
+        streamed_bytes = self.vectors * target.vector_bytes / reuse
+        limit = max(
             products / FMA_PER_CYCLE,
             (self.vectors + self.broadcasts) / LOADS_PER_CYCLE,
             FMA_LATENCY / phases,
-            self.vectors * target.vector_bytes / STREAM_BYTES_PER_CYCLE / reuse,
+            streamed_bytes / STREAM_BYTES_PER_CYCLE,
         )
+        return limit + streamed_bytes / STALL_BYTES_PER_CYCLE
 
 
 @dataclass(frozen=True, slots=True)

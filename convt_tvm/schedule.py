@@ -96,8 +96,8 @@ def copy_window(sch: Schedule, spec: ConvTranspose2dSpec, window: SBlockRV) -> N
 def spread_window(sch: Schedule, spec: ConvTranspose2dSpec, window: SBlockRV) -> None:
     """Lay out the window so that what is read one after the other falls into different sets of the first cache.
 
-    With lanes along columns these are rows of successive channels; with lanes along channels, successive positions. Each
-    then is an odd number of cache lines from the next.
+    With lanes along columns these are rows of successive channels; with lanes along channels, successive positions.
+    Each then is an odd number of cache lines from the next.
     """
     itemsize = DTYPE_BYTES[spec.accumulator_dtype]
     line = CACHE_LINE_BYTES // itemsize

@@ -39,7 +39,10 @@ TARGET_KIND = "llvm"
 
 MAX_VECTORS = 4
 MAX_POSITIONS = 28
-COSTS = Costs(cycles_per_input=1.5, cycles_per_output=1.0)
+CYCLES_PER_INPUT = 1.5
+CYCLES_PER_OUTPUT = 2.0
+CYCLES_PER_RUN = 32.0
+"""Cycles for each run of outputs that a tile writes side by side: it opens a cache line, often a page, of its own."""
 
 
 def applies(spec: ConvTranspose2dSpec) -> bool:
@@ -50,6 +53,7 @@ def applies(spec: ConvTranspose2dSpec) -> bool:
 def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout, float]]:
     """Layouts whose accumulators fit the registers, each with its estimated cycles."""
     channels = spec.co // spec.groups
+    phases = len(spec.axes[1].phases)
     height, width = (max(phase.count for phase in axis.phases) for axis in spec.axes)
     for lanes in lane_counts(spec, target):
         for vectors in range(1, min(MAX_VECTORS, -(-channels // lanes)) + 1):
@@ -58,7 +62,8 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
                     tile = Tile(vectors, rows * columns)
                     if tile.fits(target):
                         layout = Layout("co", vectors * lanes, rows, columns, lanes)
-                        yield layout, core_cycles(spec, layout, tile, target, phases=1, reuse=1, costs=COSTS)
+                        costs = Costs(CYCLES_PER_INPUT, CYCLES_PER_OUTPUT + CYCLES_PER_RUN / (columns * phases))
+                        yield layout, core_cycles(spec, layout, tile, target, phases=1, reuse=1, costs=costs)
 
 
 def space(sch: Schedule) -> None:

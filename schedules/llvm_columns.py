@@ -38,7 +38,7 @@ TARGET_KIND = "llvm"
 
 MAX_VECTORS = 4
 MAX_CHANNELS = 14
-COSTS = Costs(cycles_per_input=0.5, cycles_per_output=0.3)
+COSTS = Costs(cycles_per_input=0.5, cycles_per_output=1.0)
 
 
 def applies(spec: ConvTranspose2dSpec) -> bool:
