@@ -26,12 +26,16 @@ __all__ = ["Costs", "Tile", "block_sizes", "blocks_outermost", "core_cycles", "l
 
 FMA_PER_CYCLE = 2
 LOADS_PER_CYCLE = 1.5
-"""Of the two or three that a core can issue, what is left beside multiply-adds (pose/2, 1 x 24 against 2 x 12
-tiles).""" FMA_LATENCY = 4 CACHE_BYTES = 1 << 20 """Size of the second cache to rely on: that of a server core; half
-of a core of this project's measurements.""" MISS_BYTES_PER_CYCLE = 7 """What one core reads from beyond the second
-cache: 18 GB/s at 2.7 GHz on an Emerald Rapids server.""" STREAM_BYTES_PER_CYCLE = 32 """What it reads from the second
-cache while it computes; 48 when it does nothing else.""" STALL_BYTES_PER_CYCLE = 128 """What of that is not hidden:
-13 % at 16 bytes a cycle (dilated/k3d2, 8 against 10 channels in a block)."""
+"""Of the two or three that a core can issue, what is left beside multiply-adds (pose/2: tiles of 1 x 24 and 2 x 12)."""
+FMA_LATENCY = 4
+CACHE_BYTES = 1 << 20
+"""Size of the second cache to rely on: that of a server core; half of a core of this project's measurements."""
+MISS_BYTES_PER_CYCLE = 7
+"""What one core reads from beyond the second cache: 18 GB/s at 2.7 GHz on an Emerald Rapids server."""
+STREAM_BYTES_PER_CYCLE = 32
+"""What it reads from the second cache while it computes; 48 when it does nothing else."""
+STALL_BYTES_PER_CYCLE = 128
+"""What of that is not hidden: 13 % at 16 bytes a cycle (dilated/k3d2, 8 against 10 channels in a block)."""
 
 
 @dataclass(frozen=True, slots=True)
