@@ -9,7 +9,15 @@ from tvm.s_tir import Schedule
 from convt_tvm.compute import CACHE_LINE_BYTES, Band, collides, layout_of
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 
-__all__ = ["accumulate_in_registers", "copy_window", "find_window", "parallelize", "reaches", "spread_window"]
+__all__ = [
+    "accumulate_in_registers",
+    "band_cycles",
+    "copy_window",
+    "find_window",
+    "parallelize",
+    "reaches",
+    "spread_window",
+]
 
 LoopRV = Any
 SBlockRV = Any
@@ -21,9 +29,13 @@ compile (k64 stride 32 has 1,536)."""
 
 POSITION_STREAMS = 8
 """Positions read side by side, one channel after the other, for which the 8 to 12 ways of one cache set are too few."""
-PARALLEL_WORK = 1 << 20
-"""Multiply-adds, and 16 for each output, below which one thread does it all: about 10 us of one core, as long as it
-takes to hand work to another."""
+PARALLEL_CYCLES = 250_000
+"""Cycles of one core below which it does a loop alone: another, if it sleeps, takes 20 to 60 us to begin.
+
+On a two-core Emerald Rapids dcgan/5 took 57 us on one thread and 83 on two, dcgan/1 214 and 97.
+"""
+LANE_OPERATIONS_PER_CYCLE = 32
+BYTES_PER_CYCLE = 7
 
 
 def reaches(spec: ConvTranspose2dSpec, band: Band) -> bool:
@@ -64,10 +76,17 @@ def accumulate_in_registers(
         sch.unroll(loop)
 
 
-def parallelize(sch: Schedule, spec: ConvTranspose2dSpec, loops: Sequence[LoopRV]) -> None:
-    """Share the iterations of adjacent `loops` among threads if `spec` is large enough for that to pay."""
+def band_cycles(spec: ConvTranspose2dSpec) -> float:
+    """Roughly what all bands cost one core: multiply-adds, one cycle for each output, and the weights from memory."""
+    weight_bytes = prod(spec.weight_shape) * DTYPE_BYTES[spec.accumulator_dtype]
+    sums = spec.multiply_adds / LANE_OPERATIONS_PER_CYCLE
+    return sums + prod(spec.output_shape) + weight_bytes / BYTES_PER_CYCLE
+
+
+def parallelize(sch: Schedule, loops: Sequence[LoopRV], cycles: float) -> None:
+    """Share the iterations of adjacent `loops` among threads if their `cycles` are enough for that to pay."""
     fused = sch.fuse(*loops)
-    if spec.multiply_adds + 16 * prod(spec.output_shape) >= PARALLEL_WORK:
+    if cycles >= PARALLEL_CYCLES:
         sch.parallel(fused)
 
 
@@ -78,7 +97,7 @@ def find_window(sch: Schedule) -> SBlockRV | None:
 
 
 def copy_window(sch: Schedule, spec: ConvTranspose2dSpec, window: SBlockRV) -> None:
-    """Copy the whole window before anything else, in parallel.
+    """Copy the whole window before anything else, at about a cycle for each value.
 
     Turning NCHW to NHWC goes by 16 channels at a time, so that the cache lines read stay in the cache until they are
     used up, and those written are written once.
@@ -90,7 +109,7 @@ def copy_window(sch: Schedule, spec: ConvTranspose2dSpec, window: SBlockRV) -> N
         outer, inner = sch.split(fourth, [None, factor])
         sch.reorder(outer, third, inner)
         sch.vectorize(inner)
-    parallelize(sch, spec, (first, second))
+    parallelize(sch, (first, second), prod(spec.input_shape))
 
 
 def spread_window(sch: Schedule, spec: ConvTranspose2dSpec, window: SBlockRV) -> None:

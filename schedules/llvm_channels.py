@@ -30,7 +30,7 @@ from tvm.s_tir import Schedule
 
 from convt_tvm.compute import Layout, bands, layout_of, spec_of
 from convt_tvm.cost import Costs, Tile, block_sizes, blocks_outermost, core_cycles, lane_counts
-from convt_tvm.schedule import accumulate_in_registers, copy_window, find_window, parallelize, reaches
+from convt_tvm.schedule import accumulate_in_registers, band_cycles, copy_window, find_window, parallelize, reaches
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
 
@@ -77,7 +77,7 @@ def space(sch: Schedule) -> None:
         column_block, column = sch.split(qw, [None, layout.column_block])
         tasks = (n, g, b, ph, row_block) if blocks_outermost(spec, layout) else (n, g, ph, row_block, b)
         sch.reorder(*tasks, column_block, ob, row, column, pw)
-        parallelize(sch, spec, tasks)
+        parallelize(sch, tasks, band_cycles(spec))
         if reaches(spec, band):
             acc = sch.get_sblock(f"acc{band.index}")
             sch.compute_at(acc, column_block, preserve_unit_loops=True)

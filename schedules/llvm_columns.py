@@ -29,7 +29,15 @@ from tvm.s_tir import Schedule
 
 from convt_tvm.compute import Layout, bands, layout_of, spec_of, target_of
 from convt_tvm.cost import Costs, Tile, block_sizes, blocks_outermost, core_cycles, lane_counts, phase_block
-from convt_tvm.schedule import accumulate_in_registers, copy_window, find_window, parallelize, reaches, spread_window
+from convt_tvm.schedule import (
+    accumulate_in_registers,
+    band_cycles,
+    copy_window,
+    find_window,
+    parallelize,
+    reaches,
+    spread_window,
+)
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
 
@@ -82,7 +90,7 @@ def space(sch: Schedule) -> None:
         else:
             order, shared = ((n, g, b, ph, qh) if blocks_outermost(spec, layout) else (n, g, ph, qh, b)), 5
         sch.reorder(*order, column_block, ob, column, pw)
-        parallelize(sch, spec, order[:shared])
+        parallelize(sch, order[:shared], band_cycles(spec))
         if reaches(spec, band):
             acc = sch.get_sblock(f"acc{band.index}")
             sch.compute_at(acc, column_block, preserve_unit_loops=True)
