@@ -5,6 +5,7 @@ import tempfile
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tvm.s_tir import Schedule
 from tvm.support import cc
 
 from convt_tvm.artifact import KERNEL_FILE, Manifest, publish, source_fingerprint
-from convt_tvm.compute import declare_pack, declare_phases
+from convt_tvm.compute import Layout, Window, declare_pack, declare_phases
 from convt_tvm.errors import BuildError
 from convt_tvm.lower import lower_kernel, lower_pack
 from convt_tvm.runtime import Kernel, load
@@ -23,6 +24,8 @@ from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target, package_versions
 
 __all__ = ["build", "build_artifact", "compile_kernel"]
+
+MAX_ELEMENTS = 2**31 - 1
 
 
 def build(spec: ConvTranspose2dSpec, target: str | Target = "llvm") -> Kernel:
@@ -79,6 +82,7 @@ def build_artifact(spec: ConvTranspose2dSpec, target: str | Target, directory: P
     # An empty batch computes nothing, but its kernel packs weights like any other.
     declared = replace(spec, n=1) if spec.n == 0 else spec
     choice = default_choice(declared, resolved)
+    _check_indexable(declared, choice.layout)
     with tempfile.TemporaryDirectory(prefix="convt-tvm-") as scratch:
         library = Path(scratch) / KERNEL_FILE
         try:
@@ -103,6 +107,23 @@ def build_artifact(spec: ConvTranspose2dSpec, target: str | Target, directory: P
             fingerprint=source_fingerprint(),
             files={KERNEL_FILE: library},
         )
+
+
+def _check_indexable(spec: ConvTranspose2dSpec, layout: Layout) -> None:
+    """Raise BuildError if a tensor or a buffer has more elements than a 32-bit index can tell apart."""
+    window = Window.of(spec, layout)
+    elements = {
+        "input": prod(spec.input_shape),
+        "window of the input": spec.n * spec.ci * window.height * window.width,
+        "packed weight": prod(layout.packed_shape(spec)),
+        "output": prod(spec.output_shape),
+    }
+    for name, count in elements.items():
+        if count > MAX_ELEMENTS:
+            raise BuildError(
+                f"the {name} of {spec.name} has {count} elements; kernels count to {MAX_ELEMENTS}: split the batch or "
+                f"the channels."
+            )
 
 
 def compile_kernel(kernel: Any, pack: Any, target: Target, library: Path) -> None:

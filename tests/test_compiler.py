@@ -122,6 +122,20 @@ def test_a_schedule_that_tvm_rejects_is_a_build_error_in_one_line(tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("what", "sizes"),
+    [
+        ("input", dict(n=70_000, ci=1024, ih=4, iw=8, co=1, kernel_size=1)),
+        ("packed weight", dict(n=1, ci=1024, ih=4, iw=8, co=140_000, kernel_size=4)),
+        ("output", dict(n=1400, ci=1, ih=100, iw=100, co=160, kernel_size=1)),
+    ],
+)
+def test_tensors_beyond_32_bit_indices_are_refused_before_any_work(what, sizes, tmp_path):
+    with pytest.raises(BuildError, match=f"the {what} of n{sizes['n']}_.* elements; kernels count to 2147483647"):
+        build_artifact(ConvTranspose2dSpec(**sizes), "llvm", tmp_path / "kernel")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_files_of_an_unsaved_kernel_go_with_it():
     kernel = build(ConvTranspose2dSpec(n=1, ci=1, ih=1, iw=1, co=1, kernel_size=1))
     directory = Path(kernel.directory)
