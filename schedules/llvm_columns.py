@@ -65,7 +65,7 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
                 if tile.fits(target):
                     layout = Layout("ow", co_block, 1, vectors * lanes, lanes)
                     phases = phase_block(spec, target, tile)
-                    reuse = phases * max(phase.taps for phase in spec.axes[1].phases)
+                    reuse = phases * max(1, *(phase.taps for phase in spec.axes[1].phases))
                     yield layout, core_cycles(spec, layout, tile, target, phases=phases, reuse=reuse, costs=COSTS)
 
 
