@@ -22,11 +22,11 @@ __all__ = [
 LoopRV = Any
 SBlockRV = Any
 
-MAX_UNROLLED = 4096
-"""Multiply-add instructions in one unrolled body; beyond it the column phases stay a loop. 4096 take about a second to
-compile (k64 stride 32 has 1,536)."""
+MAX_UNROLLED = 512
+"""Multiply-add instructions in one unrolled body; beyond it the column phases stay a loop.
 
-
+224 (fcn8s/up8) take two seconds to compile; 1,024 (kernel 64, stride 32) took half a minute.
+"""
 POSITION_STREAMS = 8
 """Positions read side by side, one channel after the other, for which the 8 to 12 ways of one cache set are too few."""
 PARALLEL_CYCLES = 250_000
