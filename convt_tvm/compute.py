@@ -50,6 +50,7 @@ __all__ = [
     "declare_phases",
     "declare_reference",
     "kernel_columns",
+    "reaches",
 ]
 
 Expr = Any
@@ -133,6 +134,11 @@ def bands(spec: ConvTranspose2dSpec) -> tuple[Band, ...]:
     for phase in spec.axes[0].phases:
         grouped.setdefault((phase.taps, phase.count), []).append(phase)
     return tuple(Band(index, tuple(phases)) for index, phases in enumerate(grouped.values()))
+
+
+def reaches(spec: ConvTranspose2dSpec, band: Band) -> bool:
+    """Whether any tap reaches the outputs of `band`, which otherwise hold the bias alone."""
+    return band.taps > 0 and any(phase.taps for phase in spec.axes[1].phases)
 
 
 def column_starts(spec: ConvTranspose2dSpec) -> tuple[int, ...]:
@@ -256,7 +262,7 @@ def declare_phases(spec: ConvTranspose2dSpec, layout: Layout, target: Target) ->
     outputs = []
     for band in bands(spec):
         acc = None
-        if band.taps and any(phase.taps for phase in spec.axes[1].phases):
+        if reaches(spec, band):
             acc = _accumulate(spec, layout, band, window, packed, origin, columns)
         outputs.append(_finish(spec, layout, band, acc, bias, columns))
 
@@ -320,7 +326,7 @@ def _accumulate(
             return value * weight
         return tirx.if_then_else(tw < taps, value * weight, tirx.const(0, spec.accumulator_dtype))
 
-    lead = (spec.n, spec.groups, layout.blocks(spec), len(band.phases), layout.rows(band))
+    lead = (spec.n, spec.groups, blocks, len(band.phases), layout.rows(band))
     name, axes = f"acc{band.index}", [th, ic, tw]
     if layout.lanes == "co":
         return te.compute(

@@ -22,12 +22,23 @@ from convt_tvm.compute import Layout, bands
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.target import Target
 
-__all__ = ["Costs", "Tile", "block_sizes", "blocks_outermost", "core_cycles", "lane_counts", "phase_block"]
+__all__ = [
+    "Costs",
+    "Tile",
+    "band_cycles",
+    "block_sizes",
+    "blocks_outermost",
+    "core_cycles",
+    "lane_counts",
+    "phase_block",
+]
 
 FMA_PER_CYCLE = 2
 LOADS_PER_CYCLE = 1.5
 """Of the two or three that a core can issue, what is left beside multiply-adds (pose/2: tiles of 1 x 24 and 2 x 12)."""
 FMA_LATENCY = 4
+LANES_PER_CYCLE = 32
+"""Multiply-adds of single lanes, for telling large layers from small ones: those of AVX-512 in float32."""
 CACHE_BYTES = 1 << 20
 """Size of the second cache to rely on: that of a server core; half of a core of this project's measurements."""
 MISS_BYTES_PER_CYCLE = 7
@@ -114,6 +125,12 @@ def _row_traffic(spec: ConvTranspose2dSpec, layout: Layout) -> int:
     image, weights = _image_bytes(spec), _weight_bytes(spec)
     repeats = 1 if weights <= CACHE_BYTES else max(layout.rows(band) // layout.row_block for band in bands(spec))
     return spec.n * (image + weights * repeats)
+
+
+def band_cycles(spec: ConvTranspose2dSpec) -> float:
+    """Roughly what all bands cost one core: multiply-adds, one cycle for each output, and the weights from memory."""
+    sums = spec.multiply_adds / LANES_PER_CYCLE
+    return sums + prod(spec.output_shape) + _weight_bytes(spec) / MISS_BYTES_PER_CYCLE
 
 
 def core_cycles(

@@ -6,16 +6,14 @@ from typing import Any
 
 from tvm.s_tir import Schedule
 
-from convt_tvm.compute import CACHE_LINE_BYTES, Band, collides, layout_of
+from convt_tvm.compute import CACHE_LINE_BYTES, collides, layout_of
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 
 __all__ = [
     "accumulate_in_registers",
-    "band_cycles",
     "copy_window",
     "find_window",
     "parallelize",
-    "reaches",
     "spread_window",
 ]
 
@@ -34,13 +32,6 @@ PARALLEL_CYCLES = 250_000
 
 On a two-core Emerald Rapids dcgan/5 took 57 us on one thread and 83 on two, dcgan/1 214 and 97.
 """
-LANE_OPERATIONS_PER_CYCLE = 32
-BYTES_PER_CYCLE = 7
-
-
-def reaches(spec: ConvTranspose2dSpec, band: Band) -> bool:
-    """Whether any tap reaches the outputs of `band`, which otherwise hold the bias alone."""
-    return band.taps > 0 and any(phase.taps for phase in spec.axes[1].phases)
 
 
 def accumulate_in_registers(
@@ -74,13 +65,6 @@ def accumulate_in_registers(
     sch.vectorize(init_lane)
     for loop in init_loops[-len(tile) :]:
         sch.unroll(loop)
-
-
-def band_cycles(spec: ConvTranspose2dSpec) -> float:
-    """Roughly what all bands cost one core: multiply-adds, one cycle for each output, and the weights from memory."""
-    weight_bytes = prod(spec.weight_shape) * DTYPE_BYTES[spec.accumulator_dtype]
-    sums = spec.multiply_adds / LANE_OPERATIONS_PER_CYCLE
-    return sums + prod(spec.output_shape) + weight_bytes / BYTES_PER_CYCLE
 
 
 def parallelize(sch: Schedule, loops: Sequence[LoopRV], cycles: float) -> None:
