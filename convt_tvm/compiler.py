@@ -15,8 +15,9 @@ from tvm.s_tir import Schedule
 from tvm.support import cc
 
 from convt_tvm.artifact import KERNEL_FILE, Manifest, publish, source_fingerprint
-from convt_tvm.compute import Layout, Window, declare_pack, declare_phases
+from convt_tvm.compute import declare_pack, declare_phases
 from convt_tvm.errors import BuildError
+from convt_tvm.layout import Layout, Window
 from convt_tvm.lower import lower_kernel, lower_pack
 from convt_tvm.runtime import Kernel, load
 from convt_tvm.space import default_choice

@@ -27,133 +27,27 @@ stores to bands into stores to the output and drops the surplus. Sums are kept i
 """
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from itertools import accumulate
-from math import gcd
-from typing import Any, Literal, Self
+from collections.abc import Sequence
+from typing import Any
 
 from tvm import DataType, ir, te, tirx
 
-from convt_tvm.phases import Phase
-from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec, Pair
+from convt_tvm.layout import Band, Layout, Window, bands, collides, column_starts, reaches
+from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.target import Target
 
 __all__ = [
-    "Band",
-    "Layout",
-    "Window",
-    "bands",
-    "collides",
-    "column_starts",
     "declare_pack",
     "declare_phases",
     "declare_reference",
-    "kernel_columns",
-    "reaches",
+    "layout_of",
+    "lookup",
+    "spec_of",
+    "target_of",
 ]
 
 Expr = Any
 """A TVM expression; the wheel ships no types."""
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How a phase form is laid out for its schedule.
-
-    Parameters
-    ----------
-    lanes
-        The axis that vector lanes run along, innermost in the accumulators: output channels (``co``) or output columns
-        (``ow``).
-    co_block
-        Output channels in a block of packed weights. The last block of a group is filled up with zeros.
-    row_block, column_block
-        Rows and columns of a phase are computed in multiples of these.
-    vector_lanes
-        Vector length in accumulators; divides ``co_block`` or ``column_block``, whichever the lanes run along.
-    """
-
-    lanes: Literal["co", "ow"]
-    co_block: int
-    row_block: int
-    column_block: int
-    vector_lanes: int
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return asdict(self)
-
-    def blocks(self, spec: ConvTranspose2dSpec) -> int:
-        """Number of channel blocks in a group."""
-        return -(-(spec.co // spec.groups) // self.co_block)
-
-    def columns(self, spec: ConvTranspose2dSpec) -> int:
-        """Number of columns computed in each column phase."""
-        widest = max(phase.count for phase in spec.axes[1].phases)
-        return -(-widest // self.column_block) * self.column_block
-
-    def rows(self, band: "Band") -> int:
-        """Number of rows computed in each row phase of `band`."""
-        return -(-band.rows // self.row_block) * self.row_block
-
-    def packed_shape(self, spec: ConvTranspose2dSpec) -> tuple[int, int, int, int, int]:
-        """Shape of the packed weight: ``(groups * blocks, kh, kw, ci/groups, co_block)``."""
-        return spec.groups * self.blocks(spec), *spec.kernel_size, spec.ci // spec.groups, self.co_block
-
-
-@dataclass(frozen=True, slots=True)
-class Band:
-    """Row phases that have the same number of taps and of rows, and so share one loop nest."""
-
-    index: int
-    phases: tuple[Phase, ...]
-
-    @property
-    def rows(self) -> int:
-        """Rows in each phase."""
-        return self.phases[0].count
-
-    @property
-    def taps(self) -> int:
-        """Row taps of each phase; 0 where no tap reaches these rows and they hold the bias alone."""
-        return self.phases[0].taps
-
-    @property
-    def reads_one_row(self) -> bool:
-        """Whether all phases read the same single input row for their rows of the same number."""
-        return self.taps == 1 and len({phase.base for phase in self.phases}) == 1
-
-
-def bands(spec: ConvTranspose2dSpec) -> tuple[Band, ...]:
-    """Row bands of `spec`, in the order of their first row; together they hold every output row once.
-
-    At most two tap counts other than zero and two row counts occur, so there are at most six.
-    """
-    grouped: dict[tuple[int, int], list[Phase]] = {}
-    for phase in spec.axes[0].phases:
-        grouped.setdefault((phase.taps, phase.count), []).append(phase)
-    return tuple(Band(index, tuple(phases)) for index, phases in enumerate(grouped.values()))
-
-
-def reaches(spec: ConvTranspose2dSpec, band: Band) -> bool:
-    """Whether any tap reaches the outputs of `band`, which otherwise hold the bias alone."""
-    return band.taps > 0 and any(phase.taps for phase in spec.axes[1].phases)
-
-
-def column_starts(spec: ConvTranspose2dSpec) -> tuple[int, ...]:
-    """For each column phase, how many kernel columns the phases before it have."""
-    return tuple(accumulate((phase.taps for phase in spec.axes[1].phases), initial=0))[:-1]
-
-
-def kernel_columns(spec: ConvTranspose2dSpec) -> tuple[int, ...]:
-    """For each kernel column, its place in packed order: those of one column phase side by side.
-
-    Columns that reach no output (an output narrower than the stride has fewer phases than the stride) come last.
-    """
-    order = [column for phase in spec.axes[1].phases for column in phase.kernel_indices]
-    order += [column for column in range(spec.kernel_size[1]) if column not in order]
-    return tuple(order.index(column) for column in range(spec.kernel_size[1]))
 
 
 def lookup(values: Sequence[int], index: Expr) -> Expr:
@@ -181,62 +75,6 @@ def _create_function(arguments: list[Any]) -> tirx.PrimFunc:
     for parameter, buffer in zip(nodes[root["params"]]["data"], function.params, strict=True):
         nodes[nodes[parameter]["data"]["ty"]]["data"]["data_alignment"] = DataType(buffer.dtype).itemsize
     return ir.load_json(json.dumps(graph)).with_attr("global_symbol", "main")
-
-
-CACHE_LINE_BYTES = 64
-CACHE_SET_BYTES = 4096
-"""Addresses so far apart share a set of the first cache, on every x86 and most Arm cores since 2006."""
-
-
-def collides(stride_bytes: int, count: int) -> bool:
-    """Whether `count` accesses `stride_bytes` apart crowd into less than half of the first cache's sets."""
-    sets = CACHE_SET_BYTES // gcd(stride_bytes, CACHE_SET_BYTES)
-    return sets < min(count, CACHE_SET_BYTES // CACHE_LINE_BYTES // 2)
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """The rectangle of the padded, or cropped, input that a phase form reads: what the taps reach, border included.
-
-    ``first_row`` and ``first_column`` are the input's coordinates of its corner, negative where it begins in the
-    border. Its rows ``rows_inside`` and columns ``columns_inside``, counted from the corner, hold input; the others
-    zeros.
-    """
-
-    first_row: int
-    first_column: int
-    height: int
-    width: int
-    rows_inside: Pair
-    columns_inside: Pair
-
-    @classmethod
-    def of(cls, spec: ConvTranspose2dSpec, layout: Layout) -> Self:
-        """The window that the schedule's whole tiles read."""
-        row_phases = [(phase, layout.rows(band)) for band in bands(spec) for phase in band.phases]
-        column_phases = [(phase, layout.columns(spec)) for phase in spec.axes[1].phases]
-        (top, height, rows), (left, width, columns) = (
-            cls._extent(phases, size) for phases, size in ((row_phases, spec.ih), (column_phases, spec.iw))
-        )
-        return cls(top, left, height, width, rows, columns)
-
-    @staticmethod
-    def _extent(phases: Iterable[tuple[Phase, int]], input_size: int) -> tuple[int, int, Pair]:
-        """First index, size and the part inside the input of what phases with so many positions read."""
-        reads = [
-            (phase.base - (phase.taps - 1) * phase.input_step, positions - 1 + phase.base)
-            for phase, positions in phases
-            if phase.taps
-        ]
-        first, last = min((low for low, _ in reads), default=0), max((high for _, high in reads), default=0)
-        size = last - first + 1
-        inside = min(max(0, -first), size), max(0, min(size, input_size - first))
-        return first, size, (inside[0], max(inside))
-
-    @property
-    def is_inside(self) -> bool:
-        """Whether it holds no border."""
-        return self.rows_inside == (0, self.height) and self.columns_inside == (0, self.width)
 
 
 def declare_phases(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> tirx.PrimFunc:

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
-from convt_tvm.compute import Layout, bands
+from convt_tvm.layout import Layout, bands
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.target import Target
 

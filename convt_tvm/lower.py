@@ -14,7 +14,8 @@ from typing import Any
 import tvm
 from tvm import s_tir, tirx
 
-from convt_tvm.compute import Band, Window, bands, kernel_columns, layout_of, lookup, spec_of
+from convt_tvm.compute import layout_of, lookup, spec_of
+from convt_tvm.layout import Band, Window, bands, kernel_columns
 
 __all__ = ["lower_kernel", "lower_pack"]
 

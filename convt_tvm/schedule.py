@@ -6,7 +6,8 @@ from typing import Any
 
 from tvm.s_tir import Schedule
 
-from convt_tvm.compute import CACHE_LINE_BYTES, collides, layout_of
+from convt_tvm.compute import layout_of
+from convt_tvm.layout import CACHE_LINE_BYTES, collides
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 
 __all__ = [

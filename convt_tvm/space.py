@@ -10,8 +10,8 @@ from typing import Any
 from tvm.s_tir import Schedule
 
 import convt_tvm.schedules
-from convt_tvm.compute import Layout
 from convt_tvm.errors import BuildError
+from convt_tvm.layout import Layout
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
 

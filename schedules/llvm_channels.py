@@ -28,8 +28,9 @@ from collections.abc import Iterator
 
 from tvm.s_tir import Schedule
 
-from convt_tvm.compute import Layout, bands, layout_of, reaches, spec_of
+from convt_tvm.compute import layout_of, spec_of
 from convt_tvm.cost import Costs, Tile, band_cycles, block_sizes, blocks_outermost, core_cycles, lane_counts
+from convt_tvm.layout import Layout, bands, reaches
 from convt_tvm.schedule import accumulate_in_registers, copy_window, find_window, parallelize
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target

@@ -27,7 +27,7 @@ from collections.abc import Iterator
 
 from tvm.s_tir import Schedule
 
-from convt_tvm.compute import Layout, bands, layout_of, reaches, spec_of, target_of
+from convt_tvm.compute import layout_of, spec_of, target_of
 from convt_tvm.cost import (
     Costs,
     Tile,
@@ -38,6 +38,7 @@ from convt_tvm.cost import (
     lane_counts,
     phase_block,
 )
+from convt_tvm.layout import Layout, bands, reaches
 from convt_tvm.schedule import (
     accumulate_in_registers,
     copy_window,

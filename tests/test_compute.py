@@ -11,8 +11,9 @@ import tvm
 from hypothesis import strategies as st
 
 from convt_tvm import compute
-from convt_tvm.compute import Layout, bands, declare_pack, declare_phases, declare_reference
+from convt_tvm.compute import declare_pack, declare_phases, declare_reference
 from convt_tvm.errors import SpecError
+from convt_tvm.layout import Layout, bands, kernel_columns
 from convt_tvm.lower import lower_kernel, lower_pack
 from convt_tvm.reference import integer_inputs, reference
 from convt_tvm.spec import ConvTranspose2dSpec
@@ -96,7 +97,7 @@ def test_half_width_types_accumulate_in_float32(dtype):
 def test_a_tap_read_from_the_wrong_place_is_noticed(monkeypatch):
     spec = ConvTranspose2dSpec(n=1, ci=2, ih=4, iw=4, co=3, kernel_size=3, stride=2, padding=1)
     inputs = integer_inputs(spec, seed=0)
-    honest = compute.kernel_columns
+    honest = kernel_columns
     swapped = lambda spec: tuple(reversed(honest(spec)))  # noqa: E731
     monkeypatch.setattr("convt_tvm.lower.kernel_columns", swapped)
     assert not torch.equal(run_phases(spec, LAYOUTS[0], inputs).double(), reference(spec, *inputs))

@@ -22,13 +22,14 @@ MAY_IMPORT = {
     "arguments": "errors spec",
     "threads": "errors",
     "runtime": "errors spec target artifact arguments threads",
-    "compute": "phases spec target",
-    "cost": "spec target compute",
-    "schedule": "spec compute",
-    "schedules": "spec target compute cost schedule",
-    "space": "errors spec target compute schedules",
-    "lower": "compute",
-    "compiler": "errors spec target artifact runtime compute space lower",
+    "layout": "phases spec",
+    "compute": "spec target layout",
+    "cost": "spec target layout",
+    "schedule": "spec layout compute",
+    "schedules": "spec target layout compute cost schedule",
+    "space": "errors spec target layout schedules",
+    "lower": "layout compute",
+    "compiler": "errors spec target layout artifact runtime compute space lower",
     "cache": "errors spec target artifact runtime compiler",
     "plan": "errors phases spec runtime cache",
     "functional": "errors plan",
@@ -54,7 +55,7 @@ MAY_IMPORT = {
 }
 
 # These import tvm when they are imported; the others may do so inside a function only.
-COMPILING = {"compute", "cost", "schedule", "schedules", "space", "lower", "compiler"}
+COMPILING = {"compute", "schedule", "schedules", "space", "lower", "compiler"}
 
 # What runs where no compiler is installed.
 SERVING = ["__init__", "artifact", "runtime", "cache", "plan", "functional", "packed", "nn", "cli"]
