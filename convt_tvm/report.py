@@ -7,7 +7,7 @@ from statistics import geometric_mean
 from typing import Any
 
 from convt_tvm.errors import RowsError
-from convt_tvm.rows import Row, Run, geometric_means, latest_runs
+from convt_tvm.rows import OURS, TORCH, Row, Run, geometric_means, latest_runs
 
 __all__ = ["plot", "to_markdown", "update_readme"]
 
@@ -79,6 +79,12 @@ def _table(runs: Sequence[Run]) -> list[str]:
     return lines
 
 
+def _overhead(run: Run) -> str:
+    ours, torch = (run.rows[name].median_us if name in run.rows else None for name in (OURS, TORCH))
+    text = f"What a call costs ({run.ours.workload}, torch tensors, packed weight, `out=`): {_digits(ours)} µs"
+    return f"{text}, torch eager's {_digits(torch)} µs."
+
+
 def _summary(runs: Sequence[Run]) -> str:
     over_best, over_torch = geometric_means(runs)
     compared = [run for run in runs if run.over_best is not None]
@@ -114,13 +120,16 @@ def to_markdown(rows: Sequence[Row]) -> str:
         if there are no rows of our kernels.
     """
     parts = []
-    for count, runs in _by_threads(rows).items():
+    for count, every in _by_threads(rows).items():
+        runs = [run for run in every if not run.is_overhead]
         peaks = [run.ours.peak_gflops for run in runs if run.ours.peak_gflops is not None]
-        parts.append(f"**{_threads(count)}**, milliseconds a call, median of {runs[0].ours.rounds} rounds")
-        parts.append("\n".join(_table(runs)))
-        parts.append(_summary(runs))
+        parts.append(f"**{_threads(count)}**, milliseconds a call, median of {every[0].ours.rounds} rounds")
+        if runs:
+            parts.append("\n".join(_table(runs)))
+            parts.append(_summary(runs))
         if peaks:
             parts.append(f"Measured peak: {_digits(max(peaks))} GFLOP/s.")
+        parts += [_overhead(run) for run in every if run.is_overhead]
     parts.append(
         "*bound*: the roofline's time from the measured peak and bandwidth, and which of them binds. *noise*: by how "
         "much two copies of our kernel differed. Weights are constant everywhere; all in one process, by turns."
@@ -145,7 +154,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     except ImportError as error:
         raise RowsError(f"plots need matplotlib ({error}); pip install 'convt-tvm[plot]'.") from error
 
-    panels = {count: [run for run in runs if run.over_best is not None] for count, runs in _by_threads(rows).items()}
+    panels = {
+        count: [run for run in runs if run.over_best is not None and not run.is_overhead]
+        for count, runs in _by_threads(rows).items()
+    }
     panels = {count: runs for count, runs in panels.items() if runs}
     if not panels:
         raise RowsError("no workload has both our time and a peer's; run `convt-tvm bench` with peers.")

@@ -131,6 +131,11 @@ class Run:
         return self.rows[OURS]
 
     @property
+    def is_overhead(self) -> bool:
+        """Whether this is the workload so small that it measures what a call costs, and not the kernel."""
+        return self.ours.workload.startswith("overhead/")
+
+    @property
     def peers(self) -> dict[str, Row]:
         """The others' rows, without the copy of our kernel."""
         return {name: row for name, row in self.rows.items() if name not in (OURS, COPY)}

@@ -265,6 +265,7 @@ def _noise(row: Row) -> str:
 
 
 def _bench_summary(runs: Sequence[Run]) -> str:
+    runs = [run for run in runs if not run.is_overhead] or runs
     over_best, over_torch = geometric_means(runs)
     threads = runs[0].ours.threads
     with_threads = f"with {threads} thread{'s' if threads > 1 else ''}"

@@ -48,7 +48,7 @@ def suites() -> dict[str, tuple[Workload, ...]]:
     Examples
     --------
     >>> list(suites())
-    ['seed', 'dcgan', 'vision', 'other']
+    ['seed', 'dcgan', 'vision', 'other', 'overhead']
     >>> suites()["dcgan"][1].spec.output_shape
     (1, 256, 8, 8)
     """

@@ -50,6 +50,19 @@ def test_thread_counts_have_tables_of_their_own_and_every_commit_is_named():
     assert "commit abc;" in text and "commit def+;" in text
 
 
+def test_the_overhead_of_a_call_is_told_apart_from_kernels():
+    tiny = run_of({OURS: 2.5, "torch": 7.5}, spec="tiny", workload="overhead/call")
+    text = to_markdown([*two_workloads(), *tiny])
+    assert "| overhead/call |" not in text
+    assert "Geometric means of 2: 0.772 times" in text
+    told = "What a call costs (overhead/call, torch tensors, packed weight, `out=`): 2.50 µs, torch eager's 7.50 µs."
+    assert told in text.splitlines()
+    assert told in to_markdown(tiny)
+    assert "- µs, torch eager's 7.50 µs" in to_markdown(
+        run_of({OURS: None, "torch": 7.5}, spec="tiny", workload="overhead/call")
+    )
+
+
 def test_no_rows_are_an_error():
     with pytest.raises(RowsError, match="no row of our kernels"):
         to_markdown(run_of({"torch": 1.0}))
