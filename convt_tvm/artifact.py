@@ -54,7 +54,19 @@ RUNTIME_FILE = "libtvm_runtime.so"
 
 _FILES = (KERNEL_FILE, MANIFEST_FILE, RUNTIME_FILE)
 _REBUILD = "build it again with `convt-tvm build`, or copy the whole directory again"
-_SOURCES = ("phases", "spec", "target", "layout", "compute", "cost", "schedule", "space", "lower", "compiler")
+_SOURCES = (
+    "phases",
+    "spec",
+    "target",
+    "layout",
+    "compute",
+    "cost",
+    "schedule",
+    "space",
+    "transpose",
+    "lower",
+    "compiler",
+)
 _COMPILERS = ("apache-tvm", "apache-tvm-ffi")
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2

@@ -37,6 +37,8 @@ from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.target import Target
 
 __all__ = [
+    "SKIPS_ROWS",
+    "TRANSPOSED",
     "declare_pack",
     "declare_phases",
     "declare_reference",
@@ -45,6 +47,11 @@ __all__ = [
     "spec_of",
     "target_of",
 ]
+
+SKIPS_ROWS = "convt.skips_rows"
+"""Annotation of a loop in a reduction: it is left out where no row that it reads belongs to the image."""
+TRANSPOSED = "convt.transposed"
+"""Annotation of the loop over lanes around a store whose vectors are to be transposed; columns and phases follow it."""
 
 Expr = Any
 """A TVM expression; the wheel ships no types."""
@@ -160,9 +167,12 @@ def _accumulate(
         column = qw + lookup(column_base, pw) - tw * step_w
         value = window[n, channel, row, column] if layout.lanes == "ow" else window[n, row, column, channel]
         weight = packed[g * blocks + b, lookup(row_tap, ph) + th * tap_step, lookup(column_start, pw) + tw, ic, ob]
-        if min(column_taps) == max(column_taps):
+        checks = [] if min(column_taps) == max(column_taps) else [tw < taps]
+        if layout.skips_columns(spec):
+            checks += [column >= -origin[1], column < spec.iw - origin[1]]
+        if not checks:
             return value * weight
-        return tirx.if_then_else(tw < taps, value * weight, tirx.const(0, spec.accumulator_dtype))
+        return tirx.if_then_else(tirx.all(*checks), value * weight, tirx.const(0, spec.accumulator_dtype))
 
     lead = (spec.n, spec.groups, blocks, len(band.phases), layout.rows(band))
     name, axes = f"acc{band.index}", [th, ic, tw]
@@ -289,9 +299,7 @@ def spec_of(function: ir.BaseFunc) -> ConvTranspose2dSpec:
 
 def layout_of(function: ir.BaseFunc) -> Layout:
     """The layout that `function` was declared with."""
-    values = function.attrs["convt.layout"]
-    numbers = {name: int(values[name]) for name in ("co_block", "row_block", "column_block", "vector_lanes")}
-    return Layout(lanes="co" if values["lanes"] == "co" else "ow", **numbers)
+    return Layout.from_json(function.attrs["convt.layout"])
 
 
 def target_of(function: ir.BaseFunc) -> Target:

@@ -27,10 +27,10 @@ __all__ = [
     "Tile",
     "band_cycles",
     "block_sizes",
-    "blocks_outermost",
     "core_cycles",
     "lane_counts",
-    "phase_block",
+    "phase_blocks",
+    "row_chunks",
 ]
 
 FMA_PER_CYCLE = 2
@@ -39,8 +39,6 @@ LOADS_PER_CYCLE = 1.5
 FMA_LATENCY = 4
 LANES_PER_CYCLE = 32
 """Multiply-adds of single lanes, for telling large layers from small ones: those of AVX-512 in float32."""
-CACHE_BYTES = 1 << 20
-"""Size of the second cache to rely on: that of a server core; half of a core of this project's measurements."""
 MISS_BYTES_PER_CYCLE = 7
 """What one core reads from beyond the second cache: 18 GB/s at 2.7 GHz on an Emerald Rapids server."""
 STREAM_BYTES_PER_CYCLE = 32
@@ -90,19 +88,40 @@ def lane_counts(spec: ConvTranspose2dSpec, target: Target) -> tuple[int, ...]:
     return tuple(full >> shift for shift in range(3) if full >> shift >= 2)
 
 
-def phase_block(spec: ConvTranspose2dSpec, target: Target, tile: Tile) -> int:
-    """How many column phases to work on together: the largest divisor of their number whose accumulators fit."""
+def phase_blocks(spec: ConvTranspose2dSpec, target: Target, tile: Tile) -> list[int]:
+    """How many column phases may be worked on together: divisors of their number whose accumulators fit, or one."""
     phases = len(spec.axes[1].phases)
-    return max((k for k in range(1, phases + 1) if phases % k == 0 and tile.fits(target, k)), default=1)
+    return [k for k in range(1, phases + 1) if phases % k == 0 and tile.fits(target, k)] or [1]
 
 
-def blocks_outermost(spec: ConvTranspose2dSpec, layout: Layout) -> bool:
-    """Whether to run over all rows for one block of channels, and not over all blocks for one row.
+def row_chunks(spec: ConvTranspose2dSpec, row_block: int, target: Target) -> list[int]:
+    """Sizes of row chunks to choose from: one tile, all rows, and what half the second cache holds of the image."""
+    tiles = max(-(-band.rows // row_block) for band in bands(spec))
+    row_bytes = spec.ci * spec.iw * DTYPE_BYTES[spec.accumulator_dtype]
+    held = max(1, target.cache_bytes // 2 // (row_bytes * row_block))
+    # As many chunks as needed, of sizes as equal as can be.
+    counts = {tiles, 1, -(-tiles // min(held, tiles))}
+    return sorted({-(-tiles // count) * row_block for count in counts})
 
-    The first reads the image once for each block, the second the weights once for each row; whichever fits the second
-    cache is read again from there. Of what does not fit, the choice moves less.
+
+def _traffic_bytes(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> float:
+    """Bytes that come from beyond the second cache.
+
+    For each chunk of rows all weights are read, for each block of channels and row phase in it the chunk's rows; what
+    fits half the second cache is read again from there. So is a block's slice of the weights, or of one tap of them, by
+    the tiles of a chunk; a slice that does not fit is read anew for each.
     """
-    return _block_traffic(spec, layout) <= _row_traffic(spec, layout)
+    held = target.cache_bytes // 2
+    weights, image = _weight_bytes(spec), _image_bytes(spec)
+    rows = max(layout.rows(band) for band in bands(spec))
+    chunk = min(layout.row_chunk, rows)
+    tiles = chunk // layout.row_block * (layout.columns(spec) // layout.column_block)
+    passes = rows // chunk if weights > held else 1
+    if layout.slice_bytes(spec) > held:
+        passes = max(passes, rows // chunk * tiles)
+    chunk_bytes = image * chunk / max(1, rows)
+    repeats = layout.blocks(spec) * sum(len(band.phases) for band in bands(spec)) if chunk_bytes > held else 1
+    return spec.n * (image * repeats + weights * passes)
 
 
 def _weight_bytes(spec: ConvTranspose2dSpec) -> int:
@@ -113,20 +132,6 @@ def _image_bytes(spec: ConvTranspose2dSpec) -> int:
     return spec.ci * spec.ih * spec.iw * DTYPE_BYTES[spec.accumulator_dtype]
 
 
-def _block_traffic(spec: ConvTranspose2dSpec, layout: Layout) -> int:
-    """Bytes from beyond the second cache when blocks of channels are the outer loop."""
-    image, weights = _image_bytes(spec), _weight_bytes(spec)
-    repeats = 1 if image <= CACHE_BYTES else layout.blocks(spec) * sum(len(band.phases) for band in bands(spec))
-    return spec.n * (image * repeats + weights)
-
-
-def _row_traffic(spec: ConvTranspose2dSpec, layout: Layout) -> int:
-    """Bytes from beyond the second cache when rows are the outer loop."""
-    image, weights = _image_bytes(spec), _weight_bytes(spec)
-    repeats = 1 if weights <= CACHE_BYTES else max(layout.rows(band) // layout.row_block for band in bands(spec))
-    return spec.n * (image + weights * repeats)
-
-
 def band_cycles(spec: ConvTranspose2dSpec) -> float:
     """Roughly what all bands cost one core: multiply-adds, one cycle for each output, and the weights from memory."""
     sums = spec.multiply_adds / LANES_PER_CYCLE
@@ -134,19 +139,16 @@ def band_cycles(spec: ConvTranspose2dSpec) -> float:
 
 
 def core_cycles(
-    spec: ConvTranspose2dSpec, layout: Layout, tile: Tile, target: Target, *, phases: int, reuse: int, costs: Costs
+    spec: ConvTranspose2dSpec, layout: Layout, tile: Tile, target: Target, *, reuse: int, costs: Costs
 ) -> float:
-    """Estimated cycles of one core for `spec` in `layout`; see `Tile.step_cycles` for `phases` and `reuse`."""
-    column_taps = sum(phase.taps for phase in spec.axes[1].phases)
-    tile_rows = sum(len(band.phases) * layout.rows(band) // layout.row_block * band.taps for band in bands(spec))
-    tile_columns = layout.columns(spec) // layout.column_block
-    blocks = spec.n * spec.groups * layout.blocks(spec)
-    steps = blocks * tile_rows * tile_columns * column_taps * (spec.ci // spec.groups)
+    """Estimated cycles of one core for `spec` in `layout`; see `Tile.step_cycles` for `reuse`."""
+    rows = sum(band.row_steps(layout, spec.ih) for band in bands(spec))
+    steps = spec.n * spec.groups * layout.blocks(spec) * rows * layout.column_steps(spec) * (spec.ci // spec.groups)
     return (
-        steps * tile.step_cycles(target, phases, reuse)
+        steps * tile.step_cycles(target, layout.phases, reuse)
         + prod(spec.input_shape) * costs.cycles_per_input
         + prod(spec.output_shape) * costs.cycles_per_output
-        + min(_block_traffic(spec, layout), _row_traffic(spec, layout)) / MISS_BYTES_PER_CYCLE
+        + _traffic_bytes(spec, layout, target) / MISS_BYTES_PER_CYCLE
     )
 
 

@@ -3,14 +3,15 @@
 Integers in, integers out; `convt_tvm.compute` declares from these, and schedules and their cost rules reckon with them.
 """
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from itertools import accumulate
 from math import gcd
 from typing import Any, Literal, Self
 
 from convt_tvm.phases import Phase
-from convt_tvm.spec import ConvTranspose2dSpec, Pair
+from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec, Pair
 
 __all__ = [
     "CACHE_LINE_BYTES",
@@ -24,6 +25,11 @@ __all__ = [
     "reaches",
 ]
 
+MAX_UNROLLED = 512
+"""Multiply-add instructions in one unrolled body; beyond it the column phases stay a loop.
+
+224 (fcn8s/up8) take two seconds to compile; 1,024 (kernel 64, stride 32) took half a minute.
+"""
 CACHE_LINE_BYTES = 64
 CACHE_SET_BYTES = 4096
 """Addresses so far apart share a set of the first cache, on every x86 and most Arm cores since 2006."""
@@ -47,9 +53,17 @@ class Layout:
     co_block
         Output channels in a block of packed weights. The last block of a group is filled up with zeros.
     row_block, column_block
-        Rows and columns of a phase are computed in multiples of these.
+        Rows and columns of a phase in a tile, whose sums are kept in registers.
     vector_lanes
         Vector length in accumulators; divides ``co_block`` or ``column_block``, whichever the lanes run along.
+    row_chunk
+        Rows of a phase that are worked on for one block of channels before the next block is; a multiple of
+        ``row_block``. Rows are computed in multiples of it.
+    phases
+        Column phases whose sums are in registers together; divides their number.
+    taps
+        ``inner``: a tile's sums stay in registers for all taps. ``outer``: for one tap after the other all tiles of a
+        chunk are worked on, with their sums in memory in between.
     """
 
     lanes: Literal["co", "ow"]
@@ -57,10 +71,21 @@ class Layout:
     row_block: int
     column_block: int
     vector_lanes: int
+    row_chunk: int
+    phases: int = 1
+    taps: Literal["inner", "outer"] = "inner"
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """The layout that `to_json` wrote."""
+        numbers = {field.name: int(values[field.name]) for field in fields(cls) if field.name not in ("lanes", "taps")}
+        lanes: Literal["co", "ow"] = "co" if values["lanes"] == "co" else "ow"
+        taps: Literal["inner", "outer"] = "outer" if values["taps"] == "outer" else "inner"
+        return cls(lanes=lanes, taps=taps, **numbers)
 
     def blocks(self, spec: ConvTranspose2dSpec) -> int:
         """Number of channel blocks in a group."""
@@ -73,7 +98,43 @@ class Layout:
 
     def rows(self, band: "Band") -> int:
         """Number of rows computed in each row phase of `band`."""
-        return -(-band.rows // self.row_block) * self.row_block
+        chunk = self.chunk(band)
+        return -(-band.rows // chunk) * chunk
+
+    def chunk(self, band: "Band") -> int:
+        """Rows in a chunk of `band`: ``row_chunk``, or what covers a band with fewer rows."""
+        return min(self.row_chunk, -(-band.rows // self.row_block) * self.row_block)
+
+    def slice_bytes(self, spec: ConvTranspose2dSpec) -> int:
+        """Size of the packed weights that the tiles of a chunk read again: those of a row phase, or of a tap."""
+        taps = max(band.taps for band in bands(spec)) * spec.kernel_size[1] if self.taps == "inner" else 1
+        return taps * (spec.ci // spec.groups) * self.co_block * DTYPE_BYTES[spec.accumulator_dtype]
+
+    def skips_columns(self, spec: ConvTranspose2dSpec) -> bool:
+        """Whether products with columns beyond the image's border are left out.
+
+        They can be where one tile holds all columns and its body is unrolled: all indices of columns are constant then.
+        """
+        return self.lanes == "co" and self.columns(spec) == self.column_block and self.unrolls_phases(spec)
+
+    def column_steps(self, spec: ConvTranspose2dSpec) -> float:
+        """Tiles of columns times their column taps; where a tile leaves out the border, the share that is left."""
+        phases = spec.axes[1].phases
+        if not self.skips_columns(spec):
+            return self.columns(spec) // self.column_block * sum(phase.taps for phase in phases)
+        inside = sum(
+            0 <= column + phase.base - tap * phase.input_step < spec.iw
+            for phase in phases
+            for tap in range(phase.taps)
+            for column in range(self.column_block)
+        )
+        return inside / self.column_block
+
+    def unrolls_phases(self, spec: ConvTranspose2dSpec) -> bool:
+        """Whether the loop over column phases is unrolled too; see `MAX_UNROLLED`."""
+        phases = spec.axes[1].phases
+        vectors = self.co_block * self.row_block * self.column_block // self.vector_lanes
+        return len(phases) * max(1, *(phase.taps for phase in phases)) * vectors <= MAX_UNROLLED
 
     def packed_shape(self, spec: ConvTranspose2dSpec) -> tuple[int, int, int, int, int]:
         """Shape of the packed weight: ``(groups * blocks, kh, kw, ci/groups, co_block)``."""
@@ -97,12 +158,30 @@ class Band:
         """Row taps of each phase; 0 where no tap reaches these rows and they hold the bias alone."""
         return self.phases[0].taps
 
+    def row_steps(self, layout: Layout, input_size: int) -> int:
+        """Pairs of a tile of rows and a row tap that reads any row of the image, which has `input_size` rows."""
+        return _row_steps(self.phases, layout.rows(self), layout.row_block, input_size)
+
     @property
     def reads_one_row(self) -> bool:
         """Whether all phases read the same single input row for their rows of the same number."""
         return self.taps == 1 and len({phase.base for phase in self.phases}) == 1
 
 
+@lru_cache(maxsize=1024)
+def _row_steps(phases: tuple[Phase, ...], rows: int, row_block: int, input_size: int) -> int:
+    """See `Band.row_steps`; kept, since layouts that differ in columns or channels ask for the same."""
+    steps = 0
+    for phase in phases:
+        for first in range(0, rows, row_block):
+            low, high = first + phase.base, first + row_block - 1 + phase.base
+            # 0 <= high - u*step and low - u*step < input_size
+            start = max(0, (low - input_size) // phase.input_step + 1)
+            steps += max(0, min(phase.taps, high // phase.input_step + 1) - start)
+    return steps
+
+
+@lru_cache(maxsize=64)
 def bands(spec: ConvTranspose2dSpec) -> tuple[Band, ...]:
     """Row bands of `spec`, in the order of their first row; together they hold every output row once.
 

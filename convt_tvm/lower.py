@@ -12,10 +12,12 @@ from math import prod
 from typing import Any
 
 import tvm
-from tvm import s_tir, tirx
+from tvm import ir, s_tir, tirx
 
-from convt_tvm.compute import layout_of, lookup, spec_of
+from convt_tvm.compute import SKIPS_ROWS, TRANSPOSED, layout_of, lookup, spec_of
 from convt_tvm.layout import Band, Window, bands, kernel_columns
+from convt_tvm.spec import Pair
+from convt_tvm.transpose import pieces, ramp, transpose
 
 __all__ = ["lower_kernel", "lower_pack"]
 
@@ -55,18 +57,27 @@ def _on_stack(node: Any) -> Any:
     return tirx.AllocBuffer(buffer, {**node.annotations, "disable_lower_builtin": tirx.const(1, "bool")})
 
 
-def _loop(loop: Loop, body: Any, first: Expr = None, extent: Expr = None) -> Any:
-    """`loop` around another body, over other values if they are given."""
+def _loop(loop: Loop, body: Any, first: Expr = None, extent: Expr = None, kind: Any = None) -> Any:
+    """`loop` around another body, over other values or of another kind if they are given."""
     first = loop.min if first is None else first
     extent = loop.extent if extent is None else extent
-    return tirx.For(loop.loop_var, first, extent, loop.kind, body, loop.thread_binding, loop.annotations, loop.step)
+    kind = loop.kind if kind is None else kind
+    return tirx.For(loop.loop_var, first, extent, kind, body, loop.thread_binding, loop.annotations, loop.step)
 
 
-def _replace_stores(statement: Any, stores: Mapping[str, Store]) -> Any:
-    """`statement` with each store to a buffer that `stores` names replaced, loops directly around it included."""
+def _replace_stores(statement: Any, stores: Mapping[str, Store], skip: Callable[[Any], Any]) -> Any:
+    """`statement` with each store to a buffer that `stores` names replaced, loops directly around it included.
+
+    `skip` replaces loops with `SKIPS_ROWS`.
+    """
 
     def visit(node: Any, loops: tuple[Loop, ...] = ()) -> Any:
         match node:
+            case tirx.For() if SKIPS_ROWS in node.annotations:
+                replaced = skip(node)
+                for loop in reversed(loops):
+                    replaced = _loop(loop, replaced)
+                return replaced
             case tirx.For() if isinstance(node.body, tirx.For | tirx.BufferStore):
                 return visit(node.body, (*loops, node))
             case tirx.BufferStore() if str(node.buffer.name) in stores:
@@ -98,6 +109,30 @@ def _replace_stores(statement: Any, stores: Mapping[str, Store]) -> Any:
     return visit(statement)
 
 
+def _find_load(node: Any, buffer: str) -> Any:
+    """A load from `buffer` in an expression or a nest of loops around a store; None if there is none."""
+    if isinstance(node, ir.TensorLoad):
+        return node if node.source.name == buffer else None
+    parts = [getattr(node, field, None) for field in ("body", "value", "a", "b")]
+    if isinstance(node, ir.Call):
+        parts += node.args
+    found = (_find_load(part, buffer) for part in parts if part is not None)
+    return next((load for load in found if load is not None), None)
+
+
+def _skip_rows(nest: Any, axis: int, inside: Pair) -> Any:
+    """`nest`, if any row of the window that it reads is `inside`; `axis` is where the window's indices name the row."""
+    load = _find_load(nest, "window")
+    if load is None:
+        return nest
+    first = last = load.indices[axis]
+    loop = nest
+    while isinstance(loop, tirx.For):
+        first, last = _with_value(first, loop.loop_var, 0), _with_value(last, loop.loop_var, loop.extent - 1)
+        loop = loop.body
+    return tirx.IfThenElse(tirx.all(last >= inside[0], first < inside[1]), nest, None)
+
+
 @dataclass(frozen=True)
 class _Clip:
     """The part ``first <= index < stop`` of the values that an index expression takes."""
@@ -114,7 +149,7 @@ class _Clip:
         mask of one lane (bfloat16, 17 columns in vectors of 8).
         """
         for loop in reversed(loops):
-            base = _with_zero(self.index, loop.loop_var)
+            base = _with_value(self.index, loop.loop_var, 0)
             if tvm.sym.Analyzer().can_prove_equal(self.index - base, loop.loop_var):
                 zero, extent = tirx.const(0, "int32"), loop.extent
                 first = tirx.min(tirx.max(self.first - base, zero), extent)
@@ -124,10 +159,10 @@ class _Clip:
         checks += [self.index >= self.first, self.index < self.stop]
 
 
-def _with_zero(expression: Expr, variable: Any) -> Expr:
-    """`expression` where `variable` is 0, simplified."""
+def _with_value(expression: Expr, variable: Any, value: Expr) -> Expr:
+    """`expression` where `variable` is `value`, simplified."""
     analyzer = tvm.sym.Analyzer()
-    analyzer.bind(variable, tirx.const(0, "int32"))
+    analyzer.bind(variable, tirx.const(value, "int32") if isinstance(value, int) else value)
     return analyzer.simplify(expression)
 
 
@@ -156,11 +191,40 @@ def _fill_window(loops: Sequence[Loop], store: Any, inside: Sequence[_Clip]) -> 
     return _nest(shared, tirx.SeqStmt([zeros, copy]))
 
 
-def _assemble(function: tirx.PrimFunc, name: str, output: Any, stores: Mapping[str, Store]) -> tvm.IRModule:
+def _store_transposed(
+    loops: Sequence[Loop], value: Expr, position: Expr, positions: int, output: Any, corner: Sequence[Expr]
+) -> Any:
+    """Store `value`, whose lanes the first of `loops` counts and whose `position` the others do, along positions.
+
+    `corner` is where the first lane of the first position goes; lanes go to successive channels.
+    """
+    lane, *others = loops
+    lanes = int(lane.extent)
+    cast = isinstance(value, tirx.Cast)
+    summed = value.value if cast else value
+    dtype = str(summed.ty.dtype)
+    staged = tirx.decl_buffer((positions, lanes), dtype, name="staged")
+    stage = tirx.BufferStore(staged, summed, [position, lane.loop_var])
+    stage = _loop(lane, stage, kind=tirx.ForKind.VECTORIZED)
+    for loop in reversed(others):
+        stage = _loop(loop, stage, kind=tirx.ForKind.UNROLLED)
+    statements: list[Any] = [_on_stack(tirx.AllocBuffer(staged)), stage]
+    n, channel, row, first = corner
+    for start, size in pieces(positions, lanes):
+        vectors = [tirx.BufferLoad(staged, [start + i, ramp(0, lanes)]) for i in range(size)]
+        for i, vector in enumerate(transpose(vectors, lanes, dtype, statements)):
+            stored = tirx.Cast(f"{output.dtype}x{size}" if size > 1 else output.dtype, vector) if cast else vector
+            statements.append(tirx.BufferStore(output, stored, [n, channel + i, row, ramp(first + start, size)]))
+    return tirx.SeqStmt(statements)
+
+
+def _assemble(
+    function: tirx.PrimFunc, name: str, output: Any, stores: Mapping[str, Store], skip: Callable[[Any], Any]
+) -> tvm.IRModule:
     """A module with `function` as `name`, its outputs joined in `output` by `stores`."""
     function = _flatten_blocks(function)
     inputs = [buffer for buffer in function.params if str(buffer.name) not in stores]
-    body = _replace_stores(function.body, stores)
+    body = _replace_stores(function.body, stores, skip)
     joined = tirx.PrimFunc([*inputs, output], body, function.ret_type)
     module = tvm.IRModule({name: joined.with_attrs({**function.attrs, "global_symbol": name})})
     # A store in two nests has left their loop variables defined twice.
@@ -188,15 +252,36 @@ def lower_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
             channel = b * layout.co_block + ob
             row, column = qh * stride_h + lookup(residues, ph), qw * stride_w + pw
             statement = tirx.BufferStore(output, node.value, [n, g * channels + channel, row, column])
-            clips = [_Clip(channel, 0, channels)] if channels % layout.co_block else []
-            if layout.rows(band) != band.rows:
-                clips.append(_Clip(qh, 0, band.rows))
-            if columns == whole:
-                return _nest(loops, statement, clips)
-            nests = [_nest(loops, statement, [*clips, _Clip(qw, 0, whole)])]
-            if rest:
-                nests.append(_nest(loops, statement, [*clips, _Clip(qw, whole, whole + 1), _Clip(pw, 0, rest)]))
-            return tirx.SeqStmt(nests) if len(nests) > 1 else nests[0]
+            rows = [] if layout.rows(band) == band.rows else [_Clip(qh, 0, band.rows)]
+            filled = [_Clip(channel, 0, channels)] if channels % layout.co_block else []
+
+            def one_by_one(loops: Sequence[Loop], clips: Sequence[_Clip]) -> Any:
+                if columns == whole:
+                    return _nest(loops, statement, clips)
+                nests = [_nest(loops, statement, [*clips, _Clip(qw, 0, whole)])]
+                if rest:
+                    nests.append(_nest(loops, statement, [*clips, _Clip(qw, whole, whole + 1), _Clip(pw, 0, rest)]))
+                return tirx.SeqStmt(nests) if len(nests) > 1 else nests[0]
+
+            outside = next((i for i, loop in enumerate(loops) if TRANSPOSED in loop.annotations), None)
+            if outside is None:
+                return one_by_one(loops, [*filled, *rows])
+            inner = loops[outside:]
+            first_channel, first_column = channel, qw
+            for loop in inner:
+                first_channel, first_column = (
+                    _with_value(index, loop.loop_var, 0) for index in (first_channel, first_column)
+                )
+            corner = [n, g * channels + first_channel, row, first_column * stride_w]
+            positions = layout.column_block * phases
+            position = (qw - first_column) * phases + pw
+            body = _store_transposed(inner, node.value, position, positions, output, corner)
+            checks = [first_channel + inner[0].extent <= channels] if filled else []
+            if columns != whole:
+                checks.append(first_column + layout.column_block <= whole)
+            if checks:
+                body = tirx.IfThenElse(tirx.all(*checks), body, one_by_one(inner, filled))
+            return _nest(loops[:outside], body, rows)
 
         return store
 
@@ -204,8 +289,11 @@ def lower_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
         row, column = node.indices[2:] if layout.lanes == "ow" else node.indices[1:3]
         return _fill_window(loops, node, [_Clip(row, *window.rows_inside), _Clip(column, *window.columns_inside)])
 
+    def skip(nest: Any) -> Any:
+        return _skip_rows(nest, 2 if layout.lanes == "ow" else 1, window.rows_inside)
+
     stores = {f"band{band.index}": store_band(band) for band in bands(spec)}
-    return _assemble(function, "convt", output, {**stores, "window": store_window})
+    return _assemble(function, "convt", output, {**stores, "window": store_window}, skip)
 
 
 def lower_pack(function: tirx.PrimFunc) -> tvm.IRModule:
@@ -218,7 +306,7 @@ def lower_pack(function: tirx.PrimFunc) -> tvm.IRModule:
         block, kh, kw, ic, ob = node.indices
         return _nest(loops, tirx.BufferStore(packed, node.value, [block, kh, lookup(places, kw), ic, ob]))
 
-    return _assemble(function, "pack", packed, {"ordered": store})
+    return _assemble(function, "pack", packed, {"ordered": store}, lambda nest: nest)
 
 
 def _buffer(name: str, shape: Sequence[int], dtype: str) -> Any:

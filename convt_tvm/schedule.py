@@ -6,26 +6,23 @@ from typing import Any
 
 from tvm.s_tir import Schedule
 
-from convt_tvm.compute import layout_of
+from convt_tvm.compute import SKIPS_ROWS, layout_of, spec_of
 from convt_tvm.layout import CACHE_LINE_BYTES, collides
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 
 __all__ = [
+    "accumulate_in_memory",
     "accumulate_in_registers",
     "copy_window",
     "find_window",
     "parallelize",
+    "skip_rows",
     "spread_window",
 ]
 
 LoopRV = Any
 SBlockRV = Any
 
-MAX_UNROLLED = 512
-"""Multiply-add instructions in one unrolled body; beyond it the column phases stay a loop.
-
-224 (fcn8s/up8) take two seconds to compile; 1,024 (kernel 64, stride 32) took half a minute.
-"""
 POSITION_STREAMS = 8
 """Positions read side by side, one channel after the other, for which the 8 to 12 ways of one cache set are too few."""
 PARALLEL_CYCLES = 250_000
@@ -51,15 +48,17 @@ def accumulate_in_registers(
     ``tap``, those of ``tile``, ``lane``. A cache stage in local memory whose indices are all constant becomes
     registers in LLVM.
     """
+    function = sch.mod["main"]
+    layout = layout_of(function)
     local = sch.cache_write(acc, 0, "local")
     sch.reverse_compute_at(local, phases, preserve_unit_loops=True)
     *copies, inner = sch.get_loops(local)[-4:]
-    vector, copy_lane = sch.split(inner, [None, layout_of(sch.mod["main"]).vector_lanes])
+    vector, copy_lane = sch.split(inner, [None, layout.vector_lanes])
     for loop in (lane, copy_lane):
         sch.vectorize(loop)
     for loop in (tap, *tile, *copies, vector):
         sch.unroll(loop)
-    if prod(int(sch.get(loop).extent) for loop in (phases, tap, *tile)) <= MAX_UNROLLED:
+    if layout.unrolls_phases(spec_of(function)):
         sch.unroll(phases)
 
     *init_loops, init_lane = sch.get_loops(sch.decompose_reduction(acc, reduction))
@@ -68,11 +67,43 @@ def accumulate_in_registers(
         sch.unroll(loop)
 
 
-def parallelize(sch: Schedule, loops: Sequence[LoopRV], cycles: float) -> None:
-    """Share the iterations of adjacent `loops` among threads if their `cycles` are enough for that to pay."""
+def accumulate_in_memory(
+    sch: Schedule,
+    acc: SBlockRV,
+    *,
+    phases: LoopRV,
+    reduction: LoopRV,
+    tap: LoopRV,
+    tile: Sequence[LoopRV],
+    lane: LoopRV,
+) -> None:
+    """Add to the sums of `acc` in memory; LLVM keeps those of a tile in registers for the innermost reduction.
+
+    The loops are, from the outside: ``phases``, ``reduction``, others, ``tap``, those of all tiles, a reduction, those
+    of ``tile``, ``lane``.
+    """
+    for loop in (tap, *tile):
+        sch.unroll(loop)
+    sch.vectorize(lane)
+    if layout_of(sch.mod["main"]).unrolls_phases(spec_of(sch.mod["main"])):
+        sch.unroll(phases)
+    sch.vectorize(sch.get_loops(sch.decompose_reduction(acc, reduction))[-1])
+
+
+def skip_rows(sch: Schedule, loops: Sequence[LoopRV]) -> None:
+    """Leave out the outermost of `loops`, and all in it, where it reads rows of the border only.
+
+    A loop of one iteration is no candidate: it is simplified away, and its annotation with it.
+    """
+    sch.annotate(next(loop for loop in loops if int(sch.get(loop).extent) > 1), SKIPS_ROWS, True)
+
+
+def parallelize(sch: Schedule, loops: Sequence[LoopRV], cycles: float) -> LoopRV:
+    """Share the iterations of adjacent `loops`, fused, among threads if their `cycles` are enough for that to pay."""
     fused = sch.fuse(*loops)
     if cycles >= PARALLEL_CYCLES:
         sch.parallel(fused)
+    return fused
 
 
 def find_window(sch: Schedule) -> SBlockRV | None:

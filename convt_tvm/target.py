@@ -238,6 +238,11 @@ class Target:
         """Number of vector registers: 32 with AVX-512 and on aarch64, otherwise 16."""
         return 32 if self.arch == "aarch64" or "avx512f" in self.features else 16
 
+    @property
+    def cache_bytes(self) -> int:
+        """Size of a core's second cache to rely on: 1 MiB with AVX-512, as since Skylake-SP; otherwise 256 KiB."""
+        return 1 << 20 if "avx512f" in self.features else 1 << 18
+
     def require_host(self) -> None:
         """Return if this machine can run the code.
 

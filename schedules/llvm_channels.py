@@ -25,13 +25,21 @@ waits for it. The output's channels are far apart, so its elements are stored on
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from tvm.s_tir import Schedule
 
-from convt_tvm.compute import layout_of, spec_of
-from convt_tvm.cost import Costs, Tile, band_cycles, block_sizes, blocks_outermost, core_cycles, lane_counts
+from convt_tvm.compute import TRANSPOSED, layout_of, spec_of
+from convt_tvm.cost import Costs, Tile, band_cycles, block_sizes, core_cycles, lane_counts, row_chunks
 from convt_tvm.layout import Layout, bands, reaches
-from convt_tvm.schedule import accumulate_in_registers, copy_window, find_window, parallelize
+from convt_tvm.schedule import (
+    accumulate_in_memory,
+    accumulate_in_registers,
+    copy_window,
+    find_window,
+    parallelize,
+    skip_rows,
+)
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
 
@@ -39,6 +47,7 @@ NAME = "llvm_channels"
 TARGET_KIND = "llvm"
 
 MAX_VECTORS = 4
+MAX_TRANSPOSED = 128
 MAX_POSITIONS = 28
 CYCLES_PER_INPUT = 1.5
 CYCLES_PER_OUTPUT = 2.0
@@ -62,9 +71,13 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
                 for rows in block_sizes(height, MAX_POSITIONS // columns):
                     tile = Tile(vectors, rows * columns)
                     if tile.fits(target):
-                        layout = Layout("co", vectors * lanes, rows, columns, lanes)
                         costs = Costs(CYCLES_PER_INPUT, CYCLES_PER_OUTPUT + CYCLES_PER_RUN / (columns * phases))
-                        yield layout, core_cycles(spec, layout, tile, target, phases=1, reuse=1, costs=costs)
+                        for chunk in row_chunks(spec, rows, target):
+                            layout = Layout("co", vectors * lanes, rows, columns, lanes, chunk)
+                            yield layout, core_cycles(spec, layout, tile, target, reuse=1, costs=costs)
+                            if layout.slice_bytes(spec) > target.cache_bytes // 2:
+                                layout = replace(layout, taps="outer")
+                                yield layout, core_cycles(spec, layout, tile, target, reuse=1, costs=costs)
 
 
 def space(sch: Schedule) -> None:
@@ -74,18 +87,31 @@ def space(sch: Schedule) -> None:
     for band in bands(spec):
         output = sch.get_sblock(f"band{band.index}")
         n, g, b, ob, ph, qh, qw, pw = sch.get_loops(output)
-        row_block, row = sch.split(qh, [None, layout.row_block])
+        chunk, row_block, row = sch.split(qh, [None, layout.chunk(band) // layout.row_block, layout.row_block])
         column_block, column = sch.split(qw, [None, layout.column_block])
-        tasks = (n, g, b, ph, row_block) if blocks_outermost(spec, layout) else (n, g, ph, row_block, b)
-        sch.reorder(*tasks, column_block, ob, row, column, pw)
-        parallelize(sch, tasks, band_cycles(spec))
+        vector, lane = sch.split(ob, [None, layout.vector_lanes])
+        tiles = (row_block, column_block)
+        sch.reorder(n, g, chunk, b, ph, *tiles, row, vector, lane, column, pw)
+        if reaches(spec, band) and 1 < layout.column_block * len(spec.axes[1].phases) <= MAX_TRANSPOSED:
+            sch.annotate(lane, TRANSPOSED, True)
+        inner = layout.taps == "inner"
+        task = parallelize(sch, (n, g, chunk, b, ph, row_block) if inner else (n, g, chunk, b, ph), band_cycles(spec))
         if reaches(spec, band):
             acc = sch.get_sblock(f"acc{band.index}")
-            sch.compute_at(acc, column_block, preserve_unit_loops=True)
+            sch.compute_at(acc, column_block if inner else task, preserve_unit_loops=True)
             qh, pw, qw, ob, th, ic, tw = sch.get_loops(acc)[-7:]
             vector, lane = sch.split(ob, [None, layout.vector_lanes])
-            sch.reorder(pw, th, tw, ic, qh, qw, vector, lane)
-            accumulate_in_registers(sch, acc, phases=pw, reduction=th, tap=tw, tile=(qh, qw, vector), lane=lane)
+            row_block, row = sch.split(qh, [None, layout.row_block])
+            column_block, column = sch.split(qw, [None, layout.column_block])
+            tile = (row, column, vector)
+            if inner:
+                sch.reorder(row_block, column_block, pw, th, tw, ic, *tile, lane)
+                skip_rows(sch, (tw, ic, *tile, lane))
+                accumulate_in_registers(sch, acc, phases=pw, reduction=th, tap=tw, tile=tile, lane=lane)
+            else:
+                sch.reorder(pw, th, tw, row_block, column_block, ic, *tile, lane)
+                skip_rows(sch, (ic, *tile, lane))
+                accumulate_in_memory(sch, acc, phases=pw, reduction=th, tap=tw, tile=tile, lane=lane)
     window = find_window(sch)
     if window is not None:
         copy_window(sch, spec, window)

@@ -27,16 +27,16 @@ from collections.abc import Iterator
 
 from tvm.s_tir import Schedule
 
-from convt_tvm.compute import layout_of, spec_of, target_of
+from convt_tvm.compute import layout_of, spec_of
 from convt_tvm.cost import (
     Costs,
     Tile,
     band_cycles,
     block_sizes,
-    blocks_outermost,
     core_cycles,
     lane_counts,
-    phase_block,
+    phase_blocks,
+    row_chunks,
 )
 from convt_tvm.layout import Layout, bands, reaches
 from convt_tvm.schedule import (
@@ -44,6 +44,7 @@ from convt_tvm.schedule import (
     copy_window,
     find_window,
     parallelize,
+    skip_rows,
     spread_window,
 )
 from convt_tvm.spec import ConvTranspose2dSpec
@@ -71,41 +72,41 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
             for co_block in block_sizes(channels, MAX_CHANNELS):
                 tile = Tile(vectors, co_block)
                 if tile.fits(target):
-                    layout = Layout("ow", co_block, 1, vectors * lanes, lanes)
-                    phases = phase_block(spec, target, tile)
-                    reuse = phases * max(1, *(phase.taps for phase in spec.axes[1].phases))
-                    yield layout, core_cycles(spec, layout, tile, target, phases=phases, reuse=reuse, costs=COSTS)
+                    for phases in phase_blocks(spec, target, tile):
+                        reuse = phases * max(1, *(phase.taps for phase in spec.axes[1].phases))
+                        for chunk in row_chunks(spec, 1, target):
+                            layout = Layout("ow", co_block, 1, vectors * lanes, lanes, chunk, phases)
+                            yield layout, core_cycles(spec, layout, tile, target, reuse=reuse, costs=COSTS)
 
 
 def space(sch: Schedule) -> None:
     """Schedule the phase form in `sch` in place; deterministic for a declaration."""
     function = sch.mod["main"]
-    spec, layout, target = spec_of(function), layout_of(function), target_of(function)
-    tile = Tile(layout.column_block // layout.vector_lanes, layout.co_block)
-    phases = phase_block(spec, target, tile)
+    spec, layout = spec_of(function), layout_of(function)
     window = find_window(sch)
     # With one tap per row phase a row of the window serves one row of each phase: it is copied where it is used.
     reached = [band for band in bands(spec) if reaches(spec, band)]
-    by_row = window is not None and len(reached) == 1 and reached[0].reads_one_row and spec.groups == 1
+    one_row = len(reached) == 1 and reached[0].reads_one_row and layout.row_chunk == spec.groups == 1
+    by_row = window is not None and one_row
     if window is not None and not by_row:
         copy_window(sch, spec, window)
     for band in bands(spec):
         output = sch.get_sblock(f"band{band.index}")
         n, g, b, ob, ph, qh, qw, pw = sch.get_loops(output)
         column_block, column = sch.split(qw, [None, layout.column_block])
-        if by_row and band in reached:
-            order, shared = (n, g, qh, ph, b), 3
-        else:
-            order, shared = ((n, g, b, ph, qh) if blocks_outermost(spec, layout) else (n, g, ph, qh, b)), 5
+        chunk, row = sch.split(qh, [None, layout.chunk(band)])
+        order = (n, g, chunk, b, ph, row)
         sch.reorder(*order, column_block, ob, column, pw)
-        parallelize(sch, order[:shared], band_cycles(spec))
+        parallelize(sch, order[:3] if by_row and band in reached else order, band_cycles(spec))
         if reaches(spec, band):
             acc = sch.get_sblock(f"acc{band.index}")
             sch.compute_at(acc, column_block, preserve_unit_loops=True)
             ob, pw, qw, th, ic, tw = sch.get_loops(acc)[-6:]
-            phase_loop, phase = sch.split(pw, [None, phases])
+            phase_loop, phase = sch.split(pw, [None, layout.phases])
             vector, lane = sch.split(qw, [None, layout.vector_lanes])
             sch.reorder(phase_loop, th, ic, tw, ob, phase, vector, lane)
+            if not by_row:
+                skip_rows(sch, (ic, tw, ob, phase, vector, lane))
             accumulate_in_registers(
                 sch, acc, phases=phase_loop, reduction=th, tap=tw, tile=(ob, phase, vector), lane=lane
             )

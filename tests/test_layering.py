@@ -25,10 +25,11 @@ MAY_IMPORT = {
     "layout": "phases spec",
     "compute": "spec target layout",
     "cost": "spec target layout",
+    "transpose": "",
     "schedule": "spec layout compute",
     "schedules": "spec target layout compute cost schedule",
     "space": "errors spec target layout schedules",
-    "lower": "layout compute",
+    "lower": "spec layout compute transpose",
     "compiler": "errors spec target layout artifact runtime compute space lower",
     "cache": "errors spec target artifact runtime compiler",
     "plan": "errors phases spec runtime cache",
@@ -55,7 +56,7 @@ MAY_IMPORT = {
 }
 
 # These import tvm when they are imported; the others may do so inside a function only.
-COMPILING = {"compute", "schedule", "schedules", "space", "lower", "compiler"}
+COMPILING = {"compute", "transpose", "schedule", "schedules", "space", "lower", "compiler"}
 
 # What runs where no compiler is installed.
 SERVING = ["__init__", "artifact", "runtime", "cache", "plan", "functional", "packed", "nn", "cli"]
