@@ -20,7 +20,17 @@ from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
 from convt_tvm.workloads import Workload
 
-__all__ = ["CheckRow", "Comparison", "Operator", "check", "compare", "thread_count", "torch_eager"]
+__all__ = [
+    "CheckRow",
+    "Comparison",
+    "Operator",
+    "bits",
+    "check",
+    "compare",
+    "mismatch",
+    "thread_count",
+    "torch_eager",
+]
 
 Operator: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """Input, weight and bias (None where the spec has none) to output, all in the spec's dtype."""
@@ -128,11 +138,12 @@ def torch_eager(spec: ConvTranspose2dSpec) -> Operator:
     return run
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's bits as integers of its element's size: two NaN can be equal, 0.0 and -0.0 are not."""
     return tensor.contiguous().view(_SAME_SIZE_INTEGER[tensor.element_size()])
 
 
-def _mismatch(spec: ConvTranspose2dSpec, output: torch.Tensor) -> str:
+def mismatch(spec: ConvTranspose2dSpec, output: torch.Tensor) -> str:
     """What is wrong with the output apart from its values; empty if nothing is."""
     if tuple(output.shape) != spec.output_shape:
         return f"the output has shape {tuple(output.shape)} instead of {spec.output_shape}"
@@ -175,12 +186,12 @@ def compare(spec: ConvTranspose2dSpec, *operators: Operator, seed: int = 0) -> C
     """
     inputs = integer_inputs(spec, seed)
     exact = reference(spec, *inputs)
-    expected = _bits(exact.to(inputs[0].dtype))
+    expected = bits(exact.to(inputs[0].dtype))
     problems = []
     for operator in operators:
         output = operator(*inputs)
-        problem = _mismatch(spec, output)
-        if not problem and (wrong := _bits(output) != expected).any():
+        problem = mismatch(spec, output)
+        if not problem and (wrong := bits(output) != expected).any():
             problem = _describe_worst(wrong, (output.double() - exact).abs(), output, exact)
         if problem:
             problems.append(f"integer inputs: {problem}")
@@ -191,7 +202,7 @@ def compare(spec: ConvTranspose2dSpec, *operators: Operator, seed: int = 0) -> C
     max_error = error_over_bound = 0.0
     for operator in operators:
         output = operator(*inputs)
-        problem = _mismatch(spec, output)
+        problem = mismatch(spec, output)
         if problem:
             max_error = error_over_bound = math.nan
         else:

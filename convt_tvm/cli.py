@@ -9,28 +9,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from convt_tvm import cli_bench
+from convt_tvm import cli_bench, cli_check
 from convt_tvm.cli_options import (
     FAILED,
     INTERRUPTED,
     USAGE,
     Json,
     TargetName,
-    Threads,
     Workloads,
     each,
     print_json,
-    require_cores,
     stop_if_interrupted,
 )
 from convt_tvm.errors import ConvTError, SpecError, TargetError, UnknownWorkloadError
-
-if TYPE_CHECKING:
-    from convt_tvm.check import CheckRow
 
 __all__ = ["app", "main"]
 
@@ -90,43 +85,7 @@ def _root(
     pass
 
 
-@app.command(short_help="Build, run, compare with torch and float64.")
-def check(
-    workloads: Workloads,
-    target: TargetName = "llvm",
-    threads: Threads = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, metavar="N", help="Of the inputs.")] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="Skip the timing.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Build, save, load and run kernels, and compare them with torch and with float64.
-
-    Integer inputs have to give the exact bits; random ones have to stay within the error bound of a dot product
-    (error/bound at most 1). Exits with 1 if a verdict is bad. With --json, one line a workload.
-    """
-    from convt_tvm.target import Target
-    from convt_tvm.workloads import resolve
-
-    chosen, compiled_for = resolve(workloads), Target.parse(target)
-    require_cores(threads)
-    from convt_tvm.check import check as check_workload
-
-    rows: list[CheckRow] = []
-
-    def work(workload: Any) -> None:
-        row = check_workload(workload, compiled_for, seed=seed, threads=threads, quick=quick)
-        rows.append(row)
-        if as_json:
-            print_json(row.to_json())
-
-    finished = each(chosen, work, len(chosen), quiet=as_json and sys.stdout.isatty())
-    if rows and not as_json:
-        from convt_tvm.terminal import print_check
-
-        print_check(rows)
-    stop_if_interrupted(finished, len(rows), len(chosen))
-    if any(row.verdict == "bad" for row in rows):
-        raise typer.Exit(FAILED)
+app.command(short_help="Build, run, compare with torch and float64.")(cli_check.check)
 
 
 @app.command(short_help="Compile kernels ahead of time.")

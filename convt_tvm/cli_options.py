@@ -60,10 +60,10 @@ def each(items: Iterable[Any], work: Callable[[Any], None], total: int, *, quiet
     return True
 
 
-def stop_if_interrupted(finished: bool, done: int, total: int) -> None:
+def stop_if_interrupted(finished: bool, done: int, total: int, what: str = "workloads") -> None:
     """Exit with `INTERRUPTED` and a line that counts, unless everything was finished."""
     if not finished:
-        print(f"interrupted: {done} of {total} workloads done", file=sys.stderr)
+        print(f"interrupted: {done} of {total} {what} done", file=sys.stderr)
         raise typer.Exit(INTERRUPTED)
 
 

@@ -20,7 +20,7 @@ from convt_tvm.errors import BuildError
 from convt_tvm.layout import Layout, Window
 from convt_tvm.lower import lower_kernel, lower_pack
 from convt_tvm.runtime import Kernel, load
-from convt_tvm.space import default_choice
+from convt_tvm.space import Choice, default_choice
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target, package_versions
 
@@ -29,7 +29,7 @@ __all__ = ["build", "build_artifact", "compile_kernel"]
 MAX_ELEMENTS = 2**31 - 1
 
 
-def build(spec: ConvTranspose2dSpec, target: str | Target = "llvm") -> Kernel:
+def build(spec: ConvTranspose2dSpec, target: str | Target = "llvm", *, choice: Choice | None = None) -> Kernel:
     """A kernel for `spec`, compiled now and loaded; its files live in a temporary directory as long as it does.
 
     Parameters
@@ -37,6 +37,8 @@ def build(spec: ConvTranspose2dSpec, target: str | Target = "llvm") -> Kernel:
     target
         ``llvm`` for this processor, or what else `Target.parse` reads. The kernel of a target with features that this
         machine lacks cannot be loaded here; compile it with `build_artifact`.
+    choice
+        The schedule and layout, as for `build_artifact`.
 
     Raises
     ------
@@ -59,7 +61,7 @@ def build(spec: ConvTranspose2dSpec, target: str | Target = "llvm") -> Kernel:
     resolved.require_host()
     directory = Path(tempfile.mkdtemp(prefix="convt-tvm-"))
     try:
-        build_artifact(spec, resolved, directory / spec.name)
+        build_artifact(spec, resolved, directory / spec.name, choice=choice)
         kernel = load(directory / spec.name)
     except BaseException:
         shutil.rmtree(directory, ignore_errors=True)
@@ -68,11 +70,18 @@ def build(spec: ConvTranspose2dSpec, target: str | Target = "llvm") -> Kernel:
     return kernel
 
 
-def build_artifact(spec: ConvTranspose2dSpec, target: str | Target, directory: Path) -> Manifest:
+def build_artifact(
+    spec: ConvTranspose2dSpec, target: str | Target, directory: Path, *, choice: Choice | None = None
+) -> Manifest:
     """Compile `spec` for `target` and publish it as `directory`.
 
     `convt_tvm.artifact.publish` says what that promises. Runs without loading what it compiled, so `target` need not
     be this machine.
+
+    Parameters
+    ----------
+    choice
+        The schedule and layout; by default what the cost rule finds cheapest.
 
     Raises
     ------
@@ -82,7 +91,7 @@ def build_artifact(spec: ConvTranspose2dSpec, target: str | Target, directory: P
     resolved = Target.parse(target)
     # An empty batch computes nothing, but its kernel packs weights like any other.
     declared = replace(spec, n=1) if spec.n == 0 else spec
-    choice = default_choice(declared, resolved)
+    choice = choice or default_choice(declared, resolved)
     _check_indexable(declared, choice.layout)
     with tempfile.TemporaryDirectory(prefix="convt-tvm-") as scratch:
         library = Path(scratch) / KERNEL_FILE

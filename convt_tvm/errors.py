@@ -9,6 +9,7 @@ __all__ = [
     "BuildError",
     "ConvTError",
     "IncompatibleMachineError",
+    "InputsError",
     "RowsError",
     "SpecError",
     "SpecTypeError",
@@ -71,6 +72,10 @@ class ArtifactCorruptError(ArtifactError):
 
 class IncompatibleMachineError(ArtifactError):
     """An artifact compiled for a machine that this one is not."""
+
+
+class InputsError(ConvTError, ValueError):
+    """Data on which a wrong kernel could give the right answer."""
 
 
 class RowsError(ConvTError, ValueError):

@@ -5,7 +5,8 @@ go with it: integers, for which a kernel has to give the same bits as the oracle
 it has to stay within the error bound of a dot product.
 """
 
-from math import sqrt
+from dataclasses import dataclass
+from math import inf, sqrt
 from typing import TypeAlias
 
 import torch
@@ -13,7 +14,17 @@ import torch
 from convt_tvm.errors import SpecError
 from convt_tvm.spec import ConvTranspose2dSpec
 
-__all__ = ["Inputs", "error_bound", "integer_inputs", "longest_reduction", "normal_inputs", "reference"]
+__all__ = [
+    "Expected",
+    "Inputs",
+    "error_bound",
+    "expect",
+    "integer_inputs",
+    "integer_reference",
+    "longest_reduction",
+    "normal_inputs",
+    "reference",
+]
 
 Inputs: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """Input, weight and bias (None where the spec has none)."""
@@ -136,10 +147,39 @@ def normal_inputs(spec: ConvTranspose2dSpec, seed: int) -> Inputs:
     return input, weight, draw(spec.bias_shape) if spec.bias else None
 
 
-def error_bound(
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What outputs should be, and how far from it a correct kernel may be.
+
+    Attributes
+    ----------
+    exact
+        `reference`, ``(n, co, oh, ow)`` in float64.
+    bound
+        Largest permitted distance from it, of the same shape; see `expect`.
+    lengths
+        How many products each output sums, ``(1, 1, oh, ow)``.
+    """
+
+    exact: torch.Tensor
+    bound: torch.Tensor
+    lengths: torch.Tensor
+
+    def ratio(self, output: torch.Tensor) -> torch.Tensor:
+        """Each output's distance over its bound: infinite for NaN, and where a bound of 0 is not met."""
+        error = (output.double() - self.exact).abs()
+        return torch.where(error == 0, 0.0, error / self.bound).nan_to_num(nan=inf, posinf=inf)
+
+
+def integer_reference(
     spec: ConvTranspose2dSpec, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    r"""How far each output of a correct kernel may be from `reference`, ``(n, co, oh, ow)`` in float64.
+    """The output in int64, ``(n, co, oh, ow)``, of integer values in any dtype."""
+    return _gather(spec, input.long(), weight.long(), None if bias is None else bias.long(), spec.groups)
+
+
+def expect(spec: ConvTranspose2dSpec, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Expected:
+    r"""The float64 reference and how far from it each output of a correct kernel may be.
 
     For a sum of ``k`` products (the bias counts as one more) evaluated in any order, with or without fused
     multiply-adds, N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd edition, section 3.1, equation
@@ -172,4 +212,12 @@ def error_bound(
     if spec.dtype != spec.accumulator_dtype:
         rounding = (output.eps / 2) * (exact.abs() + bound) + output.smallest_normal * output.eps / 2
         bound = bound + torch.where(products > 0, rounding, 0.0)
-    return bound + gamma(torch.finfo(torch.float64).eps / 2) * magnitude
+    bound = bound + gamma(torch.finfo(torch.float64).eps / 2) * magnitude
+    return Expected(exact, bound, products)
+
+
+def error_bound(
+    spec: ConvTranspose2dSpec, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """How far each output of a correct kernel may be from `reference`: the bound of `expect` alone."""
+    return expect(spec, input, weight, bias).bound

@@ -22,7 +22,14 @@ if TYPE_CHECKING:
     from convt_tvm.doctor import Finding
     from convt_tvm.explain import AxisPhase, Explanation
 
-__all__ = ["print_bench", "print_check", "print_explanation", "print_facts", "print_findings", "progress"]
+__all__ = [
+    "print_bench",
+    "print_check",
+    "print_explanation",
+    "print_facts",
+    "print_findings",
+    "progress",
+]
 
 _UNLIMITED_WIDTH = 10_000
 _LONGEST_REASON = 600
@@ -31,7 +38,7 @@ _CANDIDATES_SHOWN = 6
 _PHASES_SHOWN = 8
 
 
-def _stdout() -> Console:
+def stdout_console() -> Console:
     """A console for results: as wide as the terminal, or as wide as it takes where there is none."""
     terminal = sys.stdout.isatty()
     return Console(file=sys.stdout, width=None if terminal else _UNLIMITED_WIDTH, highlight=False, emoji=False)
@@ -72,7 +79,7 @@ def progress(total: int, *, quiet: bool) -> Iterator[Callable[[str], None]]:
 
 
 @dataclass(frozen=True)
-class _Column:
+class Column:
     """A column of a table of rows; ``title`` is what a note calls it that is not shown.
 
     ``dropped`` orders the columns that a narrow terminal goes without, lowest first; 0 is never dropped. ``timing``
@@ -116,23 +123,23 @@ def _verdict(row: "CheckRow") -> str:
 
 
 _COLUMNS = (
-    _Column("workload", lambda row: row.workload, "left"),
-    _Column("output\nNCHW", lambda row: "x".join(map(str, row.output_shape)), "left", dropped=2, title="output"),
-    _Column("schedule", lambda row: row.schedule or "-", "left", dropped=1, title="schedule"),
-    _Column("max error\nours", lambda row: _number(row.max_error, "{:.1e}")),
-    _Column("\ntorch", lambda row: _number(row.max_error_torch, "{:.1e}"), dropped=3, title="torch's error"),
-    _Column("error/\nbound", lambda row: _number(row.error_over_bound, "{:.2g}")),
-    _Column("time, ms\nours", lambda row: _milliseconds(row.latency_us), timing=True),
-    _Column("\ntorch", lambda row: _milliseconds(row.torch_latency_us), dropped=4, timing=True, title="torch's time"),
-    _Column("torch/\nours", _speedup, timing=True),
-    _Column("verdict", _verdict, "left"),
+    Column("workload", lambda row: row.workload, "left"),
+    Column("output\nNCHW", lambda row: "x".join(map(str, row.output_shape)), "left", dropped=2, title="output"),
+    Column("schedule", lambda row: row.schedule or "-", "left", dropped=1, title="schedule"),
+    Column("max error\nours", lambda row: _number(row.max_error, "{:.1e}")),
+    Column("\ntorch", lambda row: _number(row.max_error_torch, "{:.1e}"), dropped=3, title="torch's error"),
+    Column("error/\nbound", lambda row: _number(row.error_over_bound, "{:.2g}")),
+    Column("time, ms\nours", lambda row: _milliseconds(row.latency_us), timing=True),
+    Column("\ntorch", lambda row: _milliseconds(row.torch_latency_us), dropped=4, timing=True, title="torch's time"),
+    Column("torch/\nours", _speedup, timing=True),
+    Column("verdict", _verdict, "left"),
 )
 
 
-def _print_fitting(columns: Sequence[_Column], rows: Sequence[Any], console: Console) -> None:
+def print_table(columns: Sequence[Column], rows: Sequence[Any], console: Console) -> None:
     """Print a table of rows; where it is too wide, without its less important columns and with a line naming them."""
 
-    def table_of(shown: Sequence[_Column]) -> Table:
+    def table_of(shown: Sequence[Column]) -> Table:
         table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
         for column in shown:
             table.add_column(
@@ -165,9 +172,9 @@ def print_check(rows: "Sequence[CheckRow]") -> None:
 
     A terminal too narrow for the table gets it without its less important columns, and a line that names them.
     """
-    console = _stdout()
+    console = stdout_console()
     timed = any(row.speedup is not None for row in rows)
-    _print_fitting([column for column in _COLUMNS if timed or not column.timing], rows, console)
+    print_table([column for column in _COLUMNS if timed or not column.timing], rows, console)
     bad = [row for row in rows if row.verdict == "bad"]
     for row in bad:
         reason = row.reason if len(row.reason) <= _LONGEST_REASON else row.reason[:_LONGEST_REASON] + " ..."
@@ -190,7 +197,7 @@ def _summary(rows: "Sequence[CheckRow]") -> str:
     return f"{text}; {mean} with {threads}, slower on {slower}{note}"
 
 
-def _peer_column(name: str, dropped: int) -> _Column:
+def _peer_column(name: str, dropped: int) -> Column:
     def text(run: Run) -> str:
         row = run.peers.get(name)
         if row is None or row.median_us is None:
@@ -203,7 +210,7 @@ def _peer_column(name: str, dropped: int) -> _Column:
         "torch_compile": "torch\ncompile",
         "onnxruntime": "onnx\nruntime",
     }
-    return _Column(words.get(name, name), text, dropped=dropped, title=name)
+    return Column(words.get(name, name), text, dropped=dropped, title=name)
 
 
 def _over_best(run: Run) -> str:
@@ -226,28 +233,28 @@ def _our_time(run: Run) -> str:
 
 def print_bench(runs: Sequence[Run]) -> None:
     """Print benchmark runs: a table, the reason of each missing time, and one line that sums it up."""
-    console = _stdout()
+    console = stdout_console()
     peers = list(dict.fromkeys(name for run in runs for name in run.peers))
     columns = [
-        _Column("workload", lambda run: run.ours.workload, "left"),
-        _Column("schedule", lambda run: run.ours.schedule or "-", "left", dropped=1, title="schedule"),
-        _Column("bound\nms", _bound, dropped=5, title="bound"),
-        _Column("ours\nms", _our_time),
+        Column("workload", lambda run: run.ours.workload, "left"),
+        Column("schedule", lambda run: run.ours.schedule or "-", "left", dropped=1, title="schedule"),
+        Column("bound\nms", _bound, dropped=5, title="bound"),
+        Column("ours\nms", _our_time),
         *(_peer_column(name, dropped=3 + (name == TORCH)) for name in peers),
-        _Column(
+        Column(
             "best\npeer",
             lambda run: run.best_peer.implementation if run.best_peer else "-",
             "left",
             dropped=9,
             title="best peer",
         ),
-        _Column("best/\nours", _over_best),
-        _Column("torch/\nours", lambda run: _number(run.over_torch, "{:.2f}x"), dropped=8, title="torch/ours"),
-        _Column("noise", lambda run: _noise(run.ours), dropped=6, title="noise"),
-        _Column("of\npeak", lambda run: _percent(run.ours.share_of_peak), dropped=2, title="share of peak"),
-        _Column("of\nbound", lambda run: _percent(run.ours.share_of_bound), dropped=7, title="share of bound"),
+        Column("best/\nours", _over_best),
+        Column("torch/\nours", lambda run: _number(run.over_torch, "{:.2f}x"), dropped=8, title="torch/ours"),
+        Column("noise", lambda run: _noise(run.ours), dropped=6, title="noise"),
+        Column("of\npeak", lambda run: _percent(run.ours.share_of_peak), dropped=2, title="share of peak"),
+        Column("of\nbound", lambda run: _percent(run.ours.share_of_bound), dropped=7, title="share of bound"),
     ]
-    _print_fitting(columns, runs, console)
+    print_table(columns, runs, console)
     for run in runs:
         for row in (run.ours, *run.peers.values()):
             if row.status != "ok":
@@ -327,21 +334,21 @@ def print_explanation(found: "Explanation") -> None:
         if candidate.schedule not in {other.schedule for other in shown}:
             shown.append(candidate)
     print()
-    _print_fitting(
+    print_table(
         [
-            _Column("schedule", lambda candidate: candidate.schedule, "left"),
-            _Column(
+            Column("schedule", lambda candidate: candidate.schedule, "left"),
+            Column(
                 "layout",
                 lambda candidate: ", ".join(f"{key}={value}" for key, value in candidate.layout.items()),
                 "left",
                 dropped=1,
                 title="layout",
             ),
-            _Column("estimated\ncycles", lambda candidate: f"{candidate.cycles:,.0f}"),
-            _Column("times the\ncheapest", lambda candidate: f"{candidate.cycles / cheapest:.2f}"),
+            Column("estimated\ncycles", lambda candidate: f"{candidate.cycles:,.0f}"),
+            Column("times the\ncheapest", lambda candidate: f"{candidate.cycles / cheapest:.2f}"),
         ],
         shown,
-        _stdout(),
+        stdout_console(),
     )
     if len(found.candidates) > len(shown):
         print(f"{len(found.candidates) - len(shown)} dearer ones not shown")
@@ -354,7 +361,7 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
     grid.add_column(overflow="fold")
     for name, value in facts:
         grid.add_row(escape(name), escape(value))
-    _print(grid, _stdout())
+    _print(grid, stdout_console())
 
 
 def print_findings(findings: "Iterable[Finding]") -> None:
@@ -368,4 +375,4 @@ def print_findings(findings: "Iterable[Finding]") -> None:
         advice = f"\n{escape(finding.advice)}" if finding.advice else ""
         status = f"[{styles[finding.status]}]{finding.status}[/]"
         grid.add_row(status, escape(finding.name), f"{escape(finding.found)}[dim]{advice}[/]")
-    _print(grid, _stdout())
+    _print(grid, stdout_console())

@@ -109,7 +109,7 @@ def test_the_module_is_the_command():
     [
         ([], "Usage: convt-tvm"),
         (["nonsense"], "No such command 'nonsense'"),
-        (["check"], "Missing argument 'WORKLOAD'"),
+        (["check"], "name workloads, or give --conformance, or --replay FILE: one of them"),
         (
             ["check", "dcgn/2"],
             "error: 'dcgn/2' is no suite, no workload and no canonical spec name; did you mean dcgan/2",
@@ -222,7 +222,9 @@ def test_an_interrupt_before_the_first_row_prints_nothing_else(run, checking):
 )
 def test_a_narrow_terminal_loses_whole_columns_and_no_text(run, checking, monkeypatch, width, hidden):
     monkeypatch.setattr(
-        terminal, "_stdout", lambda: Console(file=sys.stdout, width=width, force_terminal=True, color_system=None)
+        terminal,
+        "stdout_console",
+        lambda: Console(file=sys.stdout, width=width, force_terminal=True, color_system=None),
     )
     slow = {"latency_us": 128_000.0, "torch_latency_us": 1_280_000.0, "schedule": "llvm_channels"}
     checking({"dcgan/2": WRONG, "seed/square": slow, "bilinear/depthwise": slow})
@@ -241,7 +243,7 @@ def test_a_narrow_terminal_loses_whole_columns_and_no_text(run, checking, monkey
 
 def test_a_canonical_name_folds_instead_of_being_cut(run, checking, monkeypatch):
     monkeypatch.setattr(
-        terminal, "_stdout", lambda: Console(file=sys.stdout, width=80, force_terminal=True, color_system=None)
+        terminal, "stdout_console", lambda: Console(file=sys.stdout, width=80, force_terminal=True, color_system=None)
     )
     checking()
     _, out, _ = run("check", TINY)

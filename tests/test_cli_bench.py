@@ -167,7 +167,9 @@ def test_a_baseline_of_other_workloads_is_one_error_line(run, benching, tmp_path
 @pytest.mark.parametrize("width", [80, 100, 140])
 def test_a_narrow_terminal_keeps_ours_and_the_ratio(run, benching, monkeypatch, width):
     monkeypatch.setattr(
-        terminal, "_stdout", lambda: Console(file=sys.stdout, width=width, force_terminal=True, color_system=None)
+        terminal,
+        "stdout_console",
+        lambda: Console(file=sys.stdout, width=width, force_terminal=True, color_system=None),
     )
     peers = ["torch", "torch_channels_last", "torch_compile", "onnxruntime", "openvino"]
     benching({"bilinear/depthwise": dict.fromkeys([OURS, COPY, *peers], 123456.0)})

@@ -1,0 +1,210 @@
+"""The command `check`: the quick verdict, the numerics lab's report, conformance, and replay."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from convt_tvm.cli_options import (
+    FAILED,
+    Json,
+    TargetName,
+    Threads,
+    each,
+    print_json,
+    require_cores,
+    stop_if_interrupted,
+)
+
+if TYPE_CHECKING:
+    from convt_tvm.check import CheckRow
+    from convt_tvm.conformance import Tally
+    from convt_tvm.replay import Reproducer
+    from convt_tvm.target import Target
+
+__all__ = ["check"]
+
+_FAILURES = Path("convt-tvm-failures")
+
+
+def check(
+    workloads: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="WORKLOAD",
+            help="A suite (dcgan), a name (dcgan/2), a canonical spec name, or all.",
+            show_default=False,
+        ),
+    ] = None,
+    target: TargetName = "llvm",
+    threads: Threads = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, metavar="N", help="Of the inputs.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Skip the timing.")] = False,
+    conformance: Annotated[
+        bool, typer.Option("--conformance", help="Try torch's and ONNX's cases, and fuzzed ones, instead.")
+    ] = False,
+    fuzz: Annotated[int, typer.Option(min=0, metavar="N", help="With --conformance: how many fuzzed cases.")] = 100,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="With --conformance: processes; one a core by default.")
+    ] = None,
+    peers: Annotated[
+        bool, typer.Option("--peers/--no-peers", help="Compare other libraries too, or our schedules alone.")
+    ] = True,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="With --conformance: append tallies; what it has is not tried again."
+        ),
+    ] = None,
+    failures: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where each failure leaves a file for --replay.")
+    ] = _FAILURES,
+    replay: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Run again what such a file describes, and nothing else.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Build, save, load and run kernels, and compare them with torch and with float64.
+
+    Integer inputs have to give the exact bits; random ones have to stay within the error bound of a dot product
+    (error/bound at most 1). Exits with 1 if a verdict is bad. With --json, one line a workload.
+
+    With --conformance no workload is named: cases of torch's own tests, of ONNX's, and fuzzed ones are tried with every
+    schedule space and every other implementation there is. Exits with 1 if one of ours fails. With --json, one line for
+    each block of cases and implementation.
+    """
+    from convt_tvm.target import Target
+
+    chosen_modes = [bool(workloads), conformance, replay is not None]
+    if sum(chosen_modes) != 1:
+        raise typer.BadParameter("name workloads, or give --conformance, or --replay FILE: one of them.")
+    compiled_for = Target.parse(target)
+    require_cores(threads)
+    if replay is not None:
+        _replay(replay, as_json=as_json)
+    elif conformance:
+        _conform(
+            compiled_for,
+            seed=seed,
+            fuzz=fuzz,
+            jobs=jobs,
+            peers=peers,
+            output=output,
+            failures=failures,
+            as_json=as_json,
+        )
+    else:
+        _check(workloads or [], compiled_for, threads=threads, seed=seed, quick=quick, as_json=as_json)
+
+
+def _check(
+    workloads: Sequence[str], target: "Target", *, threads: int | None, seed: int, quick: bool, as_json: bool
+) -> None:
+    from convt_tvm.workloads import resolve
+
+    chosen = resolve(workloads)
+    from convt_tvm.check import check as check_workload
+
+    rows: list[CheckRow] = []
+
+    def work(workload: Any) -> None:
+        row = check_workload(workload, target, seed=seed, threads=threads, quick=quick)
+        rows.append(row)
+        if as_json:
+            print_json(row.to_json())
+
+    finished = each(chosen, work, len(chosen), quiet=as_json and sys.stdout.isatty())
+    if rows and not as_json:
+        from convt_tvm.terminal import print_check
+
+        print_check(rows)
+    stop_if_interrupted(finished, len(rows), len(chosen))
+    if any(row.verdict == "bad" for row in rows):
+        raise typer.Exit(FAILED)
+
+
+def _conform(
+    target: "Target",
+    *,
+    seed: int,
+    fuzz: int,
+    jobs: int | None,
+    peers: bool,
+    output: Path | None,
+    failures: Path,
+    as_json: bool,
+) -> None:
+    from convt_tvm.bench import current_commit
+    from convt_tvm.cases import FAMILIES, FUZZ
+    from convt_tvm.conformance import append_tallies, blocks, conform, read_tallies, untried
+    from convt_tvm.terminal import progress
+    from convt_tvm.terminal_numerics import print_conformance
+
+    commit = current_commit()
+    before = [] if output is None else read_tallies(output)
+    wanted = blocks([*FAMILIES, FUZZ], seed=seed, fuzz=fuzz)
+    left = untried(wanted, before, commit)
+    tallies = [tally for tally in before if tally.block in wanted and tally.block not in left]
+    if len(left) < len(wanted):
+        print(f"{len(wanted) - len(left)} of {len(wanted)} blocks were tried at this commit already", file=sys.stderr)
+    interrupted = False
+    try:
+        with progress(len(left), quiet=as_json and sys.stdout.isatty()) as begin:
+            begin("blocks of 25 cases")
+            for found in conform(left, target, peers=peers, jobs=jobs, commit=commit):
+                tallies += found
+                if output is not None:
+                    append_tallies(output, found)
+                if as_json:
+                    for tally in found:
+                        print_json(tally.to_json())
+                begin(found[0].block.family)
+    except KeyboardInterrupt:
+        interrupted = True
+    if tallies and not as_json:
+        print_conformance(tallies)
+    bad = _leave_reproducers(tallies, failures)
+    stop_if_interrupted(not interrupted, len({tally.block for tally in tallies}), len(wanted), what="blocks")
+    if bad:
+        raise typer.Exit(FAILED)
+
+
+def _leave_reproducers(tallies: "Sequence[Tally]", directory: Path) -> "list[Reproducer]":
+    """Write a reproducer for each failure of ours, name it on stderr, and return them."""
+    from convt_tvm.implementations import OURS
+    from convt_tvm.replay import write_reproducer
+
+    ours = [failure for tally in tallies if tally.implementation.split("/")[0] == OURS for failure in tally.failures]
+    for failure in ours:
+        print(f"failed: {failure.implementation}: {failure.reason}", file=sys.stderr)
+        print(f"  convt-tvm check --replay {write_reproducer(directory, failure)}", file=sys.stderr)
+    return ours
+
+
+def _replay(path: Path, *, as_json: bool) -> None:
+    from convt_tvm.replay import read_reproducer
+    from convt_tvm.replay import replay as run_again
+
+    reproducer = read_reproducer(path)
+    found = run_again(reproducer)
+    finding = found.finding
+    if as_json:
+        print_json({"finding": finding.to_json(), "same_artifact": found.same_artifact})
+    else:
+        from convt_tvm.terminal import print_facts
+
+        same = {None: "not ours", True: "the one that failed", False: "another one: other sources or versions"}
+        print_facts(
+            [
+                ("implementation", finding.implementation),
+                ("spec", finding.spec),
+                ("stage", f"{finding.stage}, {finding.data}, seed {finding.seed}"),
+                ("then", reproducer.reason),
+                ("now", f"{finding.status}{': ' * bool(finding.reason)}{finding.reason}"),
+                ("artifact", same[found.same_artifact]),
+            ]
+        )
+    if finding.status == "fail":
+        raise typer.Exit(FAILED)

@@ -1,0 +1,139 @@
+"""What the numerics lab compares: our kernels by schedule space, torch by back end, other libraries."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+
+from convt_tvm.check import Operator, torch_eager
+from convt_tvm.errors import RowsError
+from convt_tvm.peers import PEERS, Refusal, prepare
+from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.target import Target
+
+__all__ = ["OURS", "Implementation", "RefusedError", "find_implementation", "implementations", "our_implementations"]
+
+OURS = "ours"
+"""The kernel that would run; ``ours/SCHEDULE`` is the best layout of one schedule space."""
+
+_SLOW = ("torch_compile",)
+"""Peers that take seconds to prepare for each data set, and compute with the kernels of others that are compared."""
+
+
+class RefusedError(Exception):
+    """An implementation that does not take the spec, or is not installed; carries the `Refusal`."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.reason)
+        self.refusal = refusal
+
+
+@dataclass(frozen=True, slots=True)
+class Implementation:
+    """One way to compute the operator.
+
+    Attributes
+    ----------
+    name
+        ``ours``, ``ours/SCHEDULE``, ``torch``, ``torch_native`` (without oneDNN), or a name of `convt_tvm.peers.PEERS`.
+    prepare
+        Gives an operator for a spec; raises RefusedError for a spec that is not taken.
+    """
+
+    name: str
+    prepare: Callable[[ConvTranspose2dSpec], Operator]
+    _kept: dict[ConvTranspose2dSpec, Operator] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether its failures are ours."""
+        return self.name.split("/")[0] == OURS
+
+    def make(self, spec: ConvTranspose2dSpec) -> Operator:
+        """The operator for a spec, prepared when it is first asked for and kept until `forget`."""
+        if spec not in self._kept:
+            self._kept[spec] = self.prepare(spec)
+        return self._kept[spec]
+
+    def forget(self) -> None:
+        """Let go of what `make` kept."""
+        self._kept.clear()
+
+
+def our_implementations(target: Target) -> list[Implementation]:
+    """Our kernel as it would run, then the best layout of every schedule space for the target."""
+    from convt_tvm.space import spaces
+
+    names = [space.name for space in spaces() if space.target_kind == target.kind]
+    return [
+        Implementation(OURS, partial(_build, target, None)),
+        *(Implementation(f"{OURS}/{name}", partial(_build, target, name)) for name in names),
+    ]
+
+
+def _build(target: Target, schedule: str | None, spec: ConvTranspose2dSpec) -> Operator:
+    from convt_tvm.compiler import build
+    from convt_tvm.space import choices
+
+    choice = None
+    if schedule is not None:
+        declared = replace(spec, n=max(1, spec.n))
+        choice = next((each for each in choices(declared, target) if each.space.name == schedule), None)
+        if choice is None:
+            raise RefusedError(Refusal("rejected", f"the schedule space {schedule} does not apply"))
+    return build(spec, target, choice=choice)
+
+
+def _native(spec: ConvTranspose2dSpec) -> Operator:
+    """PyTorch without oneDNN: its own column-to-image code over a matrix product."""
+    eager = torch_eager(spec)
+
+    def run(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        # The library's own switch: `torch.backends.mkldnn.flags` warns about a feature of Intel's GPUs.
+        before = torch._C._get_mkldnn_enabled()
+        torch._C._set_mkldnn_enabled(False)
+        try:
+            return eager(input, weight, bias)
+        finally:
+            torch._C._set_mkldnn_enabled(before)
+
+    return run
+
+
+def _peer(name: str) -> Callable[[ConvTranspose2dSpec], Operator]:
+    def make(spec: ConvTranspose2dSpec) -> Operator:
+        def run(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            contender = prepare(name, spec, (input, weight, bias), torch.get_num_threads())
+            if isinstance(contender, Refusal):
+                raise RefusedError(contender)
+            return contender().contiguous()
+
+        return run
+
+    return make
+
+
+def implementations(target: Target, *, spaces: bool = False, peers: bool = True) -> list[Implementation]:
+    """Everything there is to compare.
+
+    Parameters
+    ----------
+    spaces
+        Whether to force every schedule space besides running the one chosen.
+    peers
+        Whether to compare other libraries as well as torch.
+    """
+    ours = our_implementations(target)
+    found = ours if spaces else ours[:1]
+    found += [Implementation("torch", torch_eager), Implementation("torch_native", _native)]
+    others = [name for name in PEERS if name not in ("torch", *_SLOW)] if peers else []
+    return found + [Implementation(name, _peer(name)) for name in others]
+
+
+def find_implementation(name: str, target: Target) -> Implementation:
+    """The implementation of that name; raises RowsError, listing those there are, for another."""
+    known = {each.name: each for each in implementations(target, spaces=True)}
+    if name not in known:
+        raise RowsError(f"there is no implementation {name!r}; there are {', '.join(known)}.")
+    return known[name]
