@@ -16,6 +16,7 @@ import convt_tvm.compiler as build_module
 from convt_tvm.artifact import read_manifest
 from convt_tvm.compiler import build, build_artifact
 from convt_tvm.errors import BuildError, IncompatibleMachineError, SpecError, TargetError
+from convt_tvm.fuzz import draw_spec
 from convt_tvm.reference import error_bound, integer_inputs, normal_inputs, reference
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
@@ -174,30 +175,8 @@ def assert_exact_and_within_bounds(spec, seed):
 
 @st.composite
 def specs(draw, dtypes):
-    """Configurations over the whole domain, wide enough for every tile and its surplus."""
-
-    def pair(low, high):
-        return draw(st.integers(low, high)), draw(st.integers(low, high))
-
-    groups = draw(st.sampled_from([1, 1, 2, 5]))
-    stride, dilation = pair(1, 6), pair(1, 4)
-    limits = [max(s, d) - 1 for s, d in zip(stride, dilation, strict=True)]
     try:
-        return ConvTranspose2dSpec(
-            n=draw(st.integers(1, 3)),
-            ci=groups * draw(st.integers(1, 6)),
-            ih=draw(st.integers(1, 9)),
-            iw=draw(st.integers(1, 40)),
-            co=groups * draw(st.integers(1, 40)),
-            kernel_size=pair(1, 6),
-            stride=stride,
-            padding=pair(0, 5),
-            output_padding=tuple(draw(st.integers(0, limit)) for limit in limits),
-            dilation=dilation,
-            groups=groups,
-            bias=draw(st.booleans()),
-            dtype=draw(st.sampled_from(dtypes)),
-        )
+        return draw_spec(lambda low, high: draw(st.integers(low, high)), dtypes=dtypes)
     except SpecError:
         hypothesis.reject()
 
