@@ -63,7 +63,7 @@ _SOURCES = (
     "cost",
     "schedule",
     "space",
-    "transpose",
+    "shuffle",
     "lower",
     "compiler",
 )

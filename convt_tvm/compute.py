@@ -37,8 +37,8 @@ from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.target import Target
 
 __all__ = [
+    "IN_VECTORS",
     "SKIPS_ROWS",
-    "TRANSPOSED",
     "declare_pack",
     "declare_phases",
     "declare_reference",
@@ -50,8 +50,12 @@ __all__ = [
 
 SKIPS_ROWS = "convt.skips_rows"
 """Annotation of a loop in a reduction: it is left out where no row that it reads belongs to the image."""
-TRANSPOSED = "convt.transposed"
-"""Annotation of the loop over lanes around a store whose vectors are to be transposed; columns and phases follow it."""
+IN_VECTORS = "convt.in_vectors"
+"""Annotation of the outermost loop around an output's store that becomes vectors along the row.
+
+With lanes along channels it is the loop over lanes, with lanes along columns that over the columns of a tile; loops
+over columns and phases follow.
+"""
 
 Expr = Any
 """A TVM expression; the wheel ships no types."""

@@ -14,10 +14,10 @@ from typing import Any
 import tvm
 from tvm import ir, s_tir, tirx
 
-from convt_tvm.compute import SKIPS_ROWS, TRANSPOSED, layout_of, lookup, spec_of
+from convt_tvm.compute import IN_VECTORS, SKIPS_ROWS, layout_of, lookup, spec_of
 from convt_tvm.layout import Band, Window, bands, kernel_columns
+from convt_tvm.shuffle import binary, extract, interleave, pieces, ramp, transpose
 from convt_tvm.spec import Pair
-from convt_tvm.transpose import pieces, ramp, transpose
 
 __all__ = ["lower_kernel", "lower_pack"]
 
@@ -191,30 +191,53 @@ def _fill_window(loops: Sequence[Loop], store: Any, inside: Sequence[_Clip]) -> 
     return _nest(shared, tirx.SeqStmt([zeros, copy]))
 
 
-def _store_transposed(
-    loops: Sequence[Loop], value: Expr, position: Expr, positions: int, output: Any, corner: Sequence[Expr]
-) -> Any:
-    """Store `value`, whose lanes the first of `loops` counts and whose `position` the others do, along positions.
+def _stage(loops: Sequence[Loop], value: Expr, indices: Sequence[Expr], shape: Pair) -> tuple[Any, list[Any]]:
+    """A buffer in registers with `value` at `indices` for all of `loops`, the last of them as a vector."""
+    staged = tirx.decl_buffer(shape, value.ty.dtype, name="staged")
+    nest = tirx.BufferStore(staged, value, indices)
+    for loop in reversed(loops):
+        nest = _loop(loop, nest, kind=tirx.ForKind.VECTORIZED if loop is loops[-1] else tirx.ForKind.UNROLLED)
+    return staged, [_on_stack(tirx.AllocBuffer(staged)), nest]
 
-    `corner` is where the first lane of the first position goes; lanes go to successive channels.
+
+def _store_channels(
+    loops: Sequence[Loop], value: Expr, position: Expr, count: int, positions: int, store: Callable[..., Any]
+) -> Any:
+    """Store the first `count` of the `positions` in a row, for as many channels as a vector has lanes.
+
+    `loops` are that over lanes and those that count the position.
     """
     lane, *others = loops
     lanes = int(lane.extent)
-    cast = isinstance(value, tirx.Cast)
-    summed = value.value if cast else value
-    dtype = str(summed.ty.dtype)
-    staged = tirx.decl_buffer((positions, lanes), dtype, name="staged")
-    stage = tirx.BufferStore(staged, summed, [position, lane.loop_var])
-    stage = _loop(lane, stage, kind=tirx.ForKind.VECTORIZED)
-    for loop in reversed(others):
-        stage = _loop(loop, stage, kind=tirx.ForKind.UNROLLED)
-    statements: list[Any] = [_on_stack(tirx.AllocBuffer(staged)), stage]
-    n, channel, row, first = corner
-    for start, size in pieces(positions, lanes):
+    staged, statements = _stage([*others, lane], value, [position, lane.loop_var], (positions, lanes))
+    for start, size in pieces(count, lanes):
         vectors = [tirx.BufferLoad(staged, [start + i, ramp(0, lanes)]) for i in range(size)]
-        for i, vector in enumerate(transpose(vectors, lanes, dtype, statements)):
-            stored = tirx.Cast(f"{output.dtype}x{size}" if size > 1 else output.dtype, vector) if cast else vector
-            statements.append(tirx.BufferStore(output, stored, [n, channel + i, row, ramp(first + start, size)]))
+        columns = list(transpose(vectors, lanes, value.ty.dtype, statements))
+        statements += [store(channel, start, vector, size) for channel, vector in enumerate(columns)]
+    return tirx.SeqStmt(statements)
+
+
+def _store_columns(
+    loops: Sequence[Loop],
+    value: Expr,
+    place: Sequence[Expr],
+    count: int,
+    shape: Pair,
+    lanes: int,
+    store: Callable[..., Any],
+) -> Any:
+    """Store the first `count` positions in a row of one channel, where vectors of columns are by turns of each phase.
+
+    `loops` count the `place`: a phase and a column of the tile, whose `shape` is in phases and columns.
+    """
+    phases, columns = shape
+    staged, statements = _stage(loops, value, place, shape)
+    for first in range(0, columns, lanes):
+        vectors = [tirx.BufferLoad(staged, [phase, ramp(first, lanes)]) for phase in range(phases)]
+        woven = interleave(vectors, lanes, value.ty.dtype, statements)
+        for start, vector in zip(range(first * phases, count, lanes), woven, strict=False):
+            for offset, size in binary(min(lanes, count - start)):
+                statements.append(store(0, start + offset, extract(vector, offset, size, lanes), size))
     return tirx.SeqStmt(statements)
 
 
@@ -263,7 +286,7 @@ def lower_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
                     nests.append(_nest(loops, statement, [*clips, _Clip(qw, whole, whole + 1), _Clip(pw, 0, rest)]))
                 return tirx.SeqStmt(nests) if len(nests) > 1 else nests[0]
 
-            outside = next((i for i, loop in enumerate(loops) if TRANSPOSED in loop.annotations), None)
+            outside = next((i for i, loop in enumerate(loops) if IN_VECTORS in loop.annotations), None)
             if outside is None:
                 return one_by_one(loops, [*filled, *rows])
             inner = loops[outside:]
@@ -272,16 +295,34 @@ def lower_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
                 first_channel, first_column = (
                     _with_value(index, loop.loop_var, 0) for index in (first_channel, first_column)
                 )
-            corner = [n, g * channels + first_channel, row, first_column * stride_w]
-            positions = layout.column_block * phases
-            position = (qw - first_column) * phases + pw
-            body = _store_transposed(inner, node.value, position, positions, output, corner)
-            checks = [first_channel + inner[0].extent <= channels] if filled else []
+            by_channels = layout.lanes == "co"
+            cast = isinstance(node.value, tirx.Cast)
+            value = node.value.value if cast else node.value
+
+            def put(lane: int, position: int, vector: Any, size: int) -> Any:
+                stored = tirx.Cast(f"{spec.dtype}x{size}" if size > 1 else spec.dtype, vector) if cast else vector
+                place = [n, g * channels + first_channel + lane, row, ramp(first_column * stride_w + position, size)]
+                statement = tirx.BufferStore(output, stored, place)
+                if not (filled and by_channels):
+                    return statement
+                return tirx.IfThenElse(first_channel + lane < channels, statement, None)
+
+            def tile(count: int) -> Any:
+                column = qw - first_column
+                if by_channels:
+                    return _store_channels(inner, value, column * phases + pw, count, layout.column_block * phases, put)
+                shape = phases, layout.column_block
+                loops = sorted(inner, key=lambda loop: not loop.loop_var.same_as(pw))
+                return _store_columns(loops, value, (pw, column), count, shape, layout.vector_lanes, put)
+
+            size = layout.column_block
+            body = tile(size * phases)
             if columns != whole:
-                checks.append(first_column + layout.column_block <= whole)
-            if checks:
-                body = tirx.IfThenElse(tirx.all(*checks), body, one_by_one(inner, filled))
-            return _nest(loops[:outside], body, rows)
+                # Where the last tile begins, and the outputs that are left for it.
+                last = columns - size
+                narrower = tile(spec.ow - last * stride_w)
+                body = tirx.IfThenElse(first_column < last, body, narrower) if last else narrower
+            return _nest(loops[:outside], body, rows if by_channels else [*filled, *rows])
 
         return store
 

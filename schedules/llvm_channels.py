@@ -29,7 +29,7 @@ from dataclasses import replace
 
 from tvm.s_tir import Schedule
 
-from convt_tvm.compute import TRANSPOSED, layout_of, spec_of
+from convt_tvm.compute import IN_VECTORS, layout_of, spec_of
 from convt_tvm.cost import Costs, Tile, band_cycles, block_sizes, core_cycles, lane_counts, row_chunks
 from convt_tvm.layout import Layout, bands, reaches
 from convt_tvm.schedule import (
@@ -93,7 +93,7 @@ def space(sch: Schedule) -> None:
         tiles = (row_block, column_block)
         sch.reorder(n, g, chunk, b, ph, *tiles, row, vector, lane, column, pw)
         if reaches(spec, band) and 1 < layout.column_block * len(spec.axes[1].phases) <= MAX_TRANSPOSED:
-            sch.annotate(lane, TRANSPOSED, True)
+            sch.annotate(lane, IN_VECTORS, True)
         inner = layout.taps == "inner"
         task = parallelize(sch, (n, g, chunk, b, ph, row_block) if inner else (n, g, chunk, b, ph), band_cycles(spec))
         if reaches(spec, band):

@@ -27,7 +27,7 @@ from collections.abc import Iterator
 
 from tvm.s_tir import Schedule
 
-from convt_tvm.compute import layout_of, spec_of
+from convt_tvm.compute import IN_VECTORS, layout_of, spec_of
 from convt_tvm.cost import (
     Costs,
     Tile,
@@ -55,6 +55,7 @@ TARGET_KIND = "llvm"
 
 MAX_VECTORS = 4
 MAX_CHANNELS = 14
+MAX_INTERLEAVED = 512
 COSTS = Costs(cycles_per_input=0.5, cycles_per_output=1.0)
 
 
@@ -97,6 +98,8 @@ def space(sch: Schedule) -> None:
         chunk, row = sch.split(qh, [None, layout.chunk(band)])
         order = (n, g, chunk, b, ph, row)
         sch.reorder(*order, column_block, ob, column, pw)
+        if reaches(spec, band) and layout.column_block * len(spec.axes[1].phases) <= MAX_INTERLEAVED:
+            sch.annotate(column, IN_VECTORS, True)
         parallelize(sch, order[:3] if by_row and band in reached else order, band_cycles(spec))
         if reaches(spec, band):
             acc = sch.get_sblock(f"acc{band.index}")

@@ -25,11 +25,11 @@ MAY_IMPORT = {
     "layout": "phases spec",
     "compute": "spec target layout",
     "cost": "spec target layout",
-    "transpose": "",
+    "shuffle": "",
     "schedule": "spec layout compute",
     "schedules": "spec target layout compute cost schedule",
     "space": "errors spec target layout schedules",
-    "lower": "spec layout compute transpose",
+    "lower": "spec layout compute shuffle",
     "compiler": "errors spec target layout artifact runtime compute space lower",
     "cache": "errors spec target artifact runtime compiler",
     "plan": "errors phases spec runtime cache",
@@ -72,7 +72,7 @@ MAY_IMPORT = {
 }
 
 # These import tvm when they are imported; the others may do so inside a function only.
-COMPILING = {"compute", "transpose", "schedule", "schedules", "space", "lower", "compiler"}
+COMPILING = {"compute", "shuffle", "schedule", "schedules", "space", "lower", "compiler"}
 
 # What runs where no compiler is installed.
 SERVING = ["__init__", "artifact", "runtime", "cache", "plan", "functional", "packed", "nn", "cli"]

@@ -1,10 +1,14 @@
-"""Transposes in vector registers, as TVM statements.
+"""Transposes and interleaves in vector registers, as TVM statements.
 
 Sums whose lanes are output channels leave for an output whose columns are contiguous; one by one that takes an
 instruction or two for each value. Here ``2**k`` vectors are transposed by ``k`` rounds of shuffles: a quarter of a
 shuffle for each value of a 16 x 16 matrix. All of them either riffle two vectors within groups of 16 bytes or deal out
 whole groups: x86 has instructions for both that need no register to hold the pattern (``unpcklps``, ``vshuff64x2``). A
-pattern in a register costs more than its shuffles, for LLVM loads it ahead of the sums and spills two of them.
+pattern in a register costs more than its shuffles where sums fill all the others, for LLVM loads it ahead of them and
+spills two (maskrcnn/mask, 28 sums: a fifth slower).
+
+Sums whose lanes are columns of one phase are interleaved with those of the other phases: one or two shuffles for each
+vector stored, with patterns in registers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +16,7 @@ from typing import Any
 
 from tvm import DataType, tirx
 
-__all__ = ["pieces", "ramp", "transpose"]
+__all__ = ["binary", "extract", "interleave", "pieces", "ramp", "transpose"]
 
 GROUP_BYTES = 16
 
@@ -37,6 +41,38 @@ def pieces(count: int, limit: int) -> list[tuple[int, int]]:
     return found
 
 
+def binary(count: int) -> list[tuple[int, int]]:
+    """Start and size of the power-of-two pieces of ``range(count)``, the largest first.
+
+    >>> binary(13)
+    [(0, 8), (8, 4), (12, 1)]
+    """
+    sizes = [1 << bit for bit in reversed(range(count.bit_length())) if count >> bit & 1]
+    return [(count - count % (2 * size), size) for size in sizes]
+
+
+def extract(vector: Expr, start: int, size: int, lanes: int) -> Expr:
+    """Lanes `start` and following, `size` of them, of a vector that has `lanes`."""
+    return vector if size == lanes else _shuffle([vector], range(start, start + size))
+
+
+def interleave(vectors: Sequence[Expr], lanes: int, dtype: str, statements: list[Statement]) -> list[Expr]:
+    """The first values of all `vectors`, then the second ones, and so on, as as many vectors of `lanes` values.
+
+    For a power of two of them, riffled: one shuffle for each of a vector's rounds. Others take one for each vector met.
+    """
+    count = len(vectors)
+    if count & (count - 1):
+        places = [(i % count) * lanes + i // count for i in range(count * lanes)]
+        woven = [_shuffle(vectors, places[start : start + lanes]) for start in range(0, count * lanes, lanes)]
+        return [_define(vector, lanes, dtype, statements) for vector in woven]
+    riffles = [[start + i // 2 + i % 2 * lanes for i in range(lanes)] for start in (0, lanes // 2)]
+    for _ in range(count.bit_length() - 1):
+        pairs = zip(vectors[: count // 2], vectors[count // 2 :], strict=True)
+        vectors = [_define(_shuffle(pair, picked), lanes, dtype, statements) for pair in pairs for picked in riffles]
+    return list(vectors)
+
+
 def ramp(first: Expr, lanes: int) -> Expr:
     """The index of `lanes` contiguous values."""
     return first if lanes == 1 else tirx.Ramp(first, tirx.const(1, "int32"), lanes)
@@ -54,9 +90,7 @@ def transpose(rows: Sequence[Expr], lanes: int, dtype: str, statements: list[Sta
     """
 
     def shuffle(first: Expr, second: Expr, picked: Sequence[int]) -> Expr:
-        name = tirx.Var("shuffled", f"{dtype}x{lanes}")
-        statements.append(tirx.Bind(name, _shuffle([first, second], picked)))
-        return name
+        return _define(_shuffle([first, second], picked), lanes, dtype, statements)
 
     group = min(lanes, GROUP_BYTES // DataType(dtype).itemsize)
     firsts = range(0, lanes, group)
@@ -95,6 +129,13 @@ def transpose(rows: Sequence[Expr], lanes: int, dtype: str, statements: list[Sta
         for vectors in places:
             for start in range(first, first + group, block):
                 yield _shuffle(vectors, [j * lanes + start + i for j in range(len(blocks)) for i in range(block)])
+
+
+def _define(vector: Expr, lanes: int, dtype: str, statements: list[Statement]) -> Expr:
+    """A name for `vector`, which `statements` come to define."""
+    name = tirx.Var("shuffled", f"{dtype}x{lanes}")
+    statements.append(tirx.Bind(name, vector))
+    return name
 
 
 def _shuffle(vectors: Sequence[Expr], lanes: Sequence[int]) -> Expr:

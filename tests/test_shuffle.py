@@ -1,12 +1,12 @@
-"""Transposes in registers: every size, against numpy."""
+"""Transposes and interleaves in registers: every size, against numpy."""
 
 import numpy as np
 import pytest
 import tvm
 from tvm import tirx
 
+from convt_tvm.shuffle import binary, extract, interleave, pieces, ramp, transpose
 from convt_tvm.target import Target
-from convt_tvm.transpose import pieces, ramp, transpose
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -28,6 +28,32 @@ def test_columns_are_those_of_the_matrix(lanes, dtype):
         found = tvm.runtime.tensor(np.zeros((lanes, size), dtype))
         module[f"transpose{size}"](tvm.runtime.tensor(matrix), found)
         assert np.array_equal(found.numpy(), matrix.T)
+
+
+@pytest.mark.parametrize("lanes", [4, 16])
+def test_interleaved_values_are_by_turns_of_each_vector(lanes):
+    functions, zero = {}, tirx.const(0, "int32")
+    for count in range(1, 9):
+        rows = tirx.decl_buffer((count, lanes), "float32", "rows")
+        woven, statements = tirx.decl_buffer((count * lanes,), "float32", "woven"), []
+        vectors = [tirx.BufferLoad(rows, [tirx.const(i, "int32"), ramp(zero, lanes)]) for i in range(count)]
+        for i, vector in enumerate(interleave(vectors, lanes, "float32", statements)):
+            for start, size in [*binary(lanes - 1), (lanes - 1, 1)]:
+                place = ramp(tirx.const(i * lanes + start, "int32"), size)
+                statements.append(tirx.BufferStore(woven, extract(vector, start, size, lanes), [place]))
+        function = tirx.PrimFunc([rows, woven], tirx.SeqStmt(statements), None)
+        functions[f"interleave{count}"] = function.with_attr("global_symbol", f"interleave{count}")
+    module = tvm.compile(tvm.IRModule(functions), target=Target.parse("llvm").to_tvm())
+    for count in range(1, 9):
+        matrix = np.arange(count * lanes, dtype="float32").reshape(count, lanes)
+        found = tvm.runtime.tensor(np.zeros(count * lanes, "float32"))
+        module[f"interleave{count}"](tvm.runtime.tensor(matrix), found)
+        assert np.array_equal(found.numpy(), matrix.T.ravel())
+
+
+@pytest.mark.parametrize("count", range(1, 40))
+def test_binary_pieces_partition(count):
+    assert [start + i for start, size in binary(count) for i in range(size)] == list(range(count))
 
 
 @pytest.mark.parametrize("limit", [1, 2, 4, 8, 16])
