@@ -14,6 +14,8 @@ __all__ = [
     "SpecError",
     "SpecTypeError",
     "TargetError",
+    "TuningError",
+    "TuningLogError",
     "UnknownWorkloadError",
     "UnsupportedDtypeError",
 ]
@@ -80,3 +82,11 @@ class InputsError(ConvTError, ValueError):
 
 class RowsError(ConvTError, ValueError):
     """Benchmark rows that cannot be read or compared."""
+
+
+class TuningError(ConvTError, RuntimeError):
+    """An autotuning session that cannot go on."""
+
+
+class TuningLogError(ConvTError, ValueError):
+    """Stored tuning records that cannot be read or used."""

@@ -303,14 +303,24 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The machine and the library versions that a measurement or an artifact comes from."""
+    """The machine and the library versions that a measurement or an artifact comes from.
+
+    ``model`` tells apart processors that call themselves the same, as virtual ones do: family, model and stepping.
+    """
 
     cpu: str
+    model: str
     cores: int
     features: tuple[str, ...]
     os: str
     python: str
     versions: dict[str, str | None]
+
+    @property
+    def key(self) -> str:
+        """Eight digits that are equal where the same code takes the same time: of processor and features."""
+        named = "\n".join((self.cpu, self.model, *self.features))
+        return hashlib.sha256(named.encode()).hexdigest()[:8]
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""
@@ -340,6 +350,7 @@ def machine() -> Machine:
     cpu = values.get("model name") or values.get("CPU part") or platform.processor() or platform.machine()
     return Machine(
         cpu=re.sub(r"\s+", " ", cpu),
+        model="/".join(values[name] for name in ("cpu family", "model", "stepping") if name in values),
         cores=_usable_cores(),
         features=tuple(sorted(host_features())),
         os=platform.platform(),
