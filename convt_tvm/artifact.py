@@ -106,6 +106,9 @@ class Manifest:
         `source_fingerprint` when it was compiled.
     files
         File name to SHA-256 digest in hexadecimal; has ``kernel.so``.
+    tuning
+        ``code``, a digest of the lowered code; ``result``, the stored tuning result that chose the schedule;
+        ``ignored``, why others did not. JSON values, each left out where there is none.
     format
         `FORMAT`.
     digest
@@ -127,6 +130,7 @@ class Manifest:
     versions: dict[str, str | None]
     fingerprint: str
     files: dict[str, str]
+    tuning: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
     digest: str = field(default="")
 
@@ -141,6 +145,7 @@ class Manifest:
             "packed_dtype": self.packed_dtype not in tuple(DTYPE_BYTES),
             "versions": not _is_text_map(self.versions, (str, type(None))),
             "fingerprint": not isinstance(self.fingerprint, str),
+            "tuning": not isinstance(self.tuning, dict),
             "files": not _is_text_map(self.files, (str,)) or KERNEL_FILE not in self.files,
             "format": self.format != FORMAT,
         }
@@ -172,6 +177,7 @@ class Manifest:
             "versions": self.versions,
             "fingerprint": self.fingerprint,
             "files": self.files,
+            "tuning": self.tuning,
         }
 
     @property
@@ -340,6 +346,7 @@ def publish(
     versions: Mapping[str, str | None],
     fingerprint: str,
     files: Mapping[str, Path],
+    tuning: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Write an artifact and return its manifest; the directory is complete or as it was before, whenever this stops.
 
@@ -374,6 +381,7 @@ def publish(
         packed_dtype=packed_dtype,
         versions=dict(versions),
         fingerprint=fingerprint,
+        tuning=dict(tuning or {}),
     )
 
 

@@ -14,7 +14,7 @@ import torch
 
 from convt_tvm import runtime
 from convt_tvm.check import thread_count
-from convt_tvm.measure import interleaved
+from convt_tvm.measure import interleaved, noise_floor
 from convt_tvm.peers import DISTRIBUTIONS, Contender, Refusal, prepare
 from convt_tvm.reference import Inputs, error_bound, normal_inputs, reference
 from convt_tvm.roofline import Limits, bound
@@ -24,7 +24,7 @@ from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target, machine, package_versions
 from convt_tvm.workloads import Workload
 
-__all__ = ["Tolerance", "bench", "current_commit", "noise_floor"]
+__all__ = ["Tolerance", "bench", "current_commit"]
 
 PEER_SLACK = 4
 """Peers may be this many times farther from float64 than a plain sum can be: their algorithms are not known here."""
@@ -66,22 +66,6 @@ class Tolerance:
             f"{int(outside.sum())} of {outside.numel()} outputs are farther from float64 than the error bound of "
             f"{self.spec.dtype} allows, the worst {worst:.3g} times as far"
         )
-
-
-def noise_floor(ours: Sequence[float], copy: Sequence[float]) -> float:
-    """By what ratio, at least 1, two copies of one kernel differed.
-
-    The larger of the ratio of their medians and the median of the ratios in each round: the second is rarely close to 1
-    by chance, as the first may be.
-    """
-
-    def above_one(ratio: float) -> float:
-        return max(ratio, 1 / ratio)
-
-    return max(
-        above_one(median(ours) / median(copy)),
-        median(above_one(mine / other) for mine, other in zip(ours, copy, strict=True)),
-    )
 
 
 def current_commit() -> str | None:

@@ -13,6 +13,7 @@ from filelock import FileLock
 from platformdirs import user_cache_path
 
 from convt_tvm.artifact import FORMAT, source_fingerprint
+from convt_tvm.database import find_result
 from convt_tvm.errors import ArtifactCorruptError, ArtifactNotFoundError
 from convt_tvm.runtime import Kernel, load
 from convt_tvm.spec import ConvTranspose2dSpec
@@ -38,8 +39,9 @@ def cache_directory() -> Path:
 def cached_kernel(spec: ConvTranspose2dSpec, target: str | Target | None = None) -> Kernel:
     """Compiled kernel of a spec: this process's, or the one on disk, or else a newly built one.
 
-    The entry on disk is keyed by the spec, the target and `artifact.source_fingerprint`: a kernel compiled by other
-    code, by another TVM or for another machine is never found. A miss imports the compiler; a hit does not.
+    The entry on disk is keyed by the spec, the target, the stored tuning result that chooses its schedule and
+    `artifact.source_fingerprint`: a kernel compiled by other code, by another TVM or for another machine is never
+    found. A miss imports the compiler; a hit does not.
 
     Threads that ask for one kernel at the same time wait for a single build; so do processes, on a lock file beside
     the entry. An entry appears complete or not at all. One whose content is not what its manifest says is reported by
@@ -111,7 +113,14 @@ def _from_disk(spec: ConvTranspose2dSpec, target: Target) -> Kernel:
 
 
 def _entry_name(spec: ConvTranspose2dSpec, target: Target, fingerprint: str) -> str:
-    fields = {"format": FORMAT, "spec": spec.to_json(), "target": target.to_json(), "fingerprint": fingerprint}
+    result = find_result(spec, target).result
+    fields = {
+        "format": FORMAT,
+        "spec": spec.to_json(),
+        "target": target.to_json(),
+        "fingerprint": fingerprint,
+        "result": None if result is None else result.summary(),
+    }
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
     return f"{spec.name}-{digest[:16]}"
 

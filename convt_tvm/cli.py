@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from convt_tvm import cli_bench, cli_check
+from convt_tvm import cli_bench, cli_check, cli_tune
 from convt_tvm.cli_options import (
     FAILED,
     INTERRUPTED,
@@ -96,6 +96,9 @@ def build(
     with_runtime: Annotated[
         bool, typer.Option("--with-runtime", help="Add TVM's runtime library, for machines without apache-tvm.")
     ] = False,
+    tuning_logs: Annotated[
+        bool, typer.Option("--tuning-logs/--no-tuning-logs", help="Use what sessions on this machine found.")
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Compile kernels ahead of time, each to a directory of its own inside DIR.
@@ -113,7 +116,7 @@ def build(
     def work(workload: Any) -> None:
         row = {"workload": workload.name, "spec": workload.spec.name, "target": compiled_for.name}
         try:
-            row |= _build_one(workload.spec, compiled_for, output, with_runtime=with_runtime)
+            row |= _build_one(workload.spec, compiled_for, output, with_runtime=with_runtime, tuned=tuning_logs)
         except Exception as error:  # recorded as this row's status, so that the others are still built
             text = " ".join(str(error).split())
             row["error"] = text if isinstance(error, ConvTError) else f"{type(error).__name__}: {text}"
@@ -133,7 +136,7 @@ def build(
         raise typer.Exit(FAILED)
 
 
-def _build_one(spec: Any, target: Any, output: Path, *, with_runtime: bool) -> dict[str, Any]:
+def _build_one(spec: Any, target: Any, output: Path, *, with_runtime: bool, tuned: bool) -> dict[str, Any]:
     """Publish one artifact, which need not run here; returns what is printed about it."""
     from convt_tvm import artifact, runtime
     from convt_tvm.compiler import build_artifact
@@ -141,7 +144,7 @@ def _build_one(spec: Any, target: Any, output: Path, *, with_runtime: bool) -> d
     with TemporaryDirectory(prefix="convt-tvm-build-") as temporary:
         built, final = Path(temporary) / "built", Path(temporary) / "final"
         start = perf_counter()
-        build_artifact(spec, target, built)
+        build_artifact(spec, target, built, tuned=tuned)
         build_secs = perf_counter() - start
         extra = {artifact.RUNTIME_FILE: runtime.find_runtime(built)} if with_runtime else {}
         # The runtime library changes the digest, and with it the name.
@@ -151,6 +154,7 @@ def _build_one(spec: Any, target: Any, output: Path, *, with_runtime: bool) -> d
     return {"path": str(directory), "size_bytes": size, "build_secs": build_secs, "error": None}
 
 
+app.command(short_help="Search for the fastest schedules.")(cli_tune.tune)
 app.command(short_help="Time kernels against other libraries.")(cli_bench.bench)
 app.command(short_help="Turn stored rows into tables and plots.")(cli_bench.report)
 app.command(short_help="Show phases, limits and the choice of a schedule.")(cli_bench.explain)
@@ -186,12 +190,26 @@ def inspect(
         "runs here": f"no: {obstacle}" if obstacle else "yes",
         "schedule": manifest.schedule,
         "layout": ", ".join(f"{key}={value}" for key, value in manifest.layout.items()),
+        "tuning": _describe_tuning(manifest.tuning),
         "packed": f"{'x'.join(map(str, manifest.packed_shape))} {manifest.packed_dtype}",
         "built with": ", ".join(f"{name} {version or '(none)'}" for name, version in manifest.versions.items()),
         "digest": manifest.digest,
     }
     described = {**facts, **{name: f"{size:,} bytes, verified" for name, size in sizes.items()}}
     print_facts(described.items())
+
+
+def _describe_tuning(tuning: Any) -> str:
+    """Which stored result chose the schedule, and why others did not."""
+    result = tuning.get("result")
+    if result is None:
+        lines = ["none: the cost rule chose the schedule"]
+    else:
+        lines = [
+            f"session {result['session']} of {result['date'][:10]} on machine {result['machine']} with "
+            f"{result['threads']} threads: {result['median_us']:.4g} us, the default {result['default_us']:.4g} us"
+        ]
+    return "\n".join([*lines, *(f"ignored: {reason}" for reason in tuning.get("ignored", []))])
 
 
 @app.command(short_help="Look for what is missing or broken.")

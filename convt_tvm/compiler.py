@@ -4,7 +4,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,23 +13,46 @@ import tvm
 from tvm import tirx
 from tvm.s_tir import Schedule
 from tvm.support import cc
+from tvm_ffi import structural_hash
 
 from convt_tvm.artifact import KERNEL_FILE, Manifest, publish, source_fingerprint
 from convt_tvm.compute import declare_pack, declare_phases
+from convt_tvm.database import find_result
 from convt_tvm.errors import BuildError
 from convt_tvm.layout import Layout, Window
 from convt_tvm.lower import lower_kernel, lower_pack
 from convt_tvm.runtime import Kernel, load
-from convt_tvm.space import Choice, default_choice
+from convt_tvm.space import Choice, default_choice, find_choice
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target, package_versions
 
-__all__ = ["build", "build_artifact", "compile_kernel"]
+__all__ = ["Lowered", "build", "build_artifact", "compile_module", "lower_choice", "lower_schedule"]
 
 MAX_ELEMENTS = 2**31 - 1
 
 
-def build(spec: ConvTranspose2dSpec, target: str | Target = "llvm", *, choice: Choice | None = None) -> Kernel:
+@dataclass(frozen=True)
+class Lowered:
+    """A scheduled kernel and its packing, ready to compile.
+
+    Attributes
+    ----------
+    module
+        The functions ``convt`` and ``pack``.
+    trace
+        Instructions and decisions of the schedule, as MetaSchedule writes them.
+    code
+        Sixteen digits that are equal where the same code would be compiled.
+    """
+
+    module: tvm.IRModule
+    trace: list[Any]
+    code: str
+
+
+def build(
+    spec: ConvTranspose2dSpec, target: str | Target = "llvm", *, choice: Choice | None = None, tuned: bool = True
+) -> Kernel:
     """A kernel for `spec`, compiled now and loaded; its files live in a temporary directory as long as it does.
 
     Parameters
@@ -37,8 +60,8 @@ def build(spec: ConvTranspose2dSpec, target: str | Target = "llvm", *, choice: C
     target
         ``llvm`` for this processor, or what else `Target.parse` reads. The kernel of a target with features that this
         machine lacks cannot be loaded here; compile it with `build_artifact`.
-    choice
-        The schedule and layout, as for `build_artifact`.
+    choice, tuned
+        As for `build_artifact`.
 
     Raises
     ------
@@ -61,7 +84,7 @@ def build(spec: ConvTranspose2dSpec, target: str | Target = "llvm", *, choice: C
     resolved.require_host()
     directory = Path(tempfile.mkdtemp(prefix="convt-tvm-"))
     try:
-        build_artifact(spec, resolved, directory / spec.name, choice=choice)
+        build_artifact(spec, resolved, directory / spec.name, choice=choice, tuned=tuned)
         kernel = load(directory / spec.name)
     except BaseException:
         shutil.rmtree(directory, ignore_errors=True)
@@ -71,7 +94,12 @@ def build(spec: ConvTranspose2dSpec, target: str | Target = "llvm", *, choice: C
 
 
 def build_artifact(
-    spec: ConvTranspose2dSpec, target: str | Target, directory: Path, *, choice: Choice | None = None
+    spec: ConvTranspose2dSpec,
+    target: str | Target,
+    directory: Path,
+    *,
+    choice: Choice | None = None,
+    tuned: bool = True,
 ) -> Manifest:
     """Compile `spec` for `target` and publish it as `directory`.
 
@@ -81,7 +109,9 @@ def build_artifact(
     Parameters
     ----------
     choice
-        The schedule and layout; by default what the cost rule finds cheapest.
+        The schedule and layout. By default those of the stored tuning result, if `tuned`, there is one for this
+        machine and its schedule is still the same code; otherwise what the cost rule finds cheapest. The manifest's
+        ``tuning`` names the result, or says why one does not apply.
 
     Raises
     ------
@@ -91,16 +121,19 @@ def build_artifact(
     resolved = Target.parse(target)
     # An empty batch computes nothing, but its kernel packs weights like any other.
     declared = replace(spec, n=1) if spec.n == 0 else spec
-    choice = choice or default_choice(declared, resolved)
-    _check_indexable(declared, choice.layout)
     with tempfile.TemporaryDirectory(prefix="convt-tvm-") as scratch:
         library = Path(scratch) / KERNEL_FILE
         try:
-            sch = Schedule(declare_phases(declared, choice.layout, resolved))
-            choice.space.space(sch)
-            pack = Schedule(declare_pack(declared, choice.layout, resolved))
-            _schedule_pack(pack)
-            compile_kernel(sch.mod["main"], pack.mod["main"], resolved, library)
+            tuning: dict[str, Any] = {}
+            lowered = None
+            if choice is None and tuned:
+                choice, lowered, tuning = _tuned_choice(declared, resolved)
+            choice = choice or default_choice(declared, resolved)
+            _check_indexable(declared, choice.layout)
+            lowered = lowered or lower_choice(declared, resolved, choice)
+            compile_module(lowered.module, resolved, library)
+        except BuildError:
+            raise
         except (RuntimeError, ValueError, TypeError) as error:
             reason = str(error).strip().splitlines()[-1]
             raise BuildError(f"{spec.name} could not be built for {resolved.name}: {reason}") from error
@@ -110,13 +143,30 @@ def build_artifact(
             target=resolved,
             schedule=choice.space.name,
             layout=choice.layout.to_json(),
-            trace=_trace_json(sch),
+            trace=lowered.trace,
             packed_shape=choice.layout.packed_shape(spec),
             packed_dtype=spec.accumulator_dtype,
             versions=package_versions(),
             fingerprint=source_fingerprint(),
+            tuning={"code": lowered.code, **tuning},
             files={KERNEL_FILE: library},
         )
+
+
+def _tuned_choice(spec: ConvTranspose2dSpec, target: Target) -> tuple[Choice | None, Lowered | None, dict[str, Any]]:
+    """The stored result's choice if it still stands for the code that was measured, and what the manifest says."""
+    found = find_result(spec, target)
+    result, ignored = found.result, list(found.ignored)
+    if result is not None:
+        choice = find_choice(spec, target, result.candidate)
+        lowered = None if choice is None else lower_choice(spec, target, choice)
+        if lowered is not None and lowered.code == result.digest:
+            return choice, lowered, {"result": result.summary(), "ignored": ignored}
+        ignored.append(
+            f"the result of session {result.session} is for {result.candidate}, which "
+            + ("is no candidate any more" if lowered is None else "is other code by now")
+        )
+    return None, None, {"ignored": ignored} if ignored else {}
 
 
 def _check_indexable(spec: ConvTranspose2dSpec, layout: Layout) -> None:
@@ -136,8 +186,24 @@ def _check_indexable(spec: ConvTranspose2dSpec, layout: Layout) -> None:
             )
 
 
-def compile_kernel(kernel: Any, pack: Any, target: Target, library: Path) -> None:
-    """Lower, compile and link a scheduled phase form and its packing into the shared object `library`.
+def lower_choice(spec: ConvTranspose2dSpec, target: Target, choice: Choice) -> Lowered:
+    """Declare `spec` in the layout of `choice`, schedule and lower it; TVM's own errors pass through."""
+    sch = Schedule(declare_phases(spec, choice.layout, target))
+    choice.space.space(sch)
+    return lower_schedule(sch, spec, choice.layout, target)
+
+
+def lower_schedule(sch: Schedule, spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> Lowered:
+    """A scheduled phase form and the packing of its layout, lowered; TVM's own errors pass through."""
+    pack = Schedule(declare_pack(spec, layout, target))
+    _schedule_pack(pack)
+    kernel = lower_kernel(sch.mod["main"])
+    module = tvm.IRModule({**kernel.functions, **lower_pack(pack.mod["main"]).functions})
+    return Lowered(module, _trace_json(sch), f"{structural_hash(module) % 2**64:016x}")
+
+
+def compile_module(module: tvm.IRModule, target: Target, library: Path) -> None:
+    """Compile and link a lowered module into the shared object `library`.
 
     Raises
     ------
@@ -149,7 +215,6 @@ def compile_kernel(kernel: Any, pack: Any, target: Target, library: Path) -> Non
     tvm_target = target.to_tvm()
     # StorageRewrite would drop what `lower` says of buffers on the stack; there is no storage to share.
     with tvm_target, tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):
-        module = tvm.IRModule({**lower_kernel(kernel).functions, **lower_pack(pack).functions})
         tvm.compile(module, target=tvm_target).export_library(str(library))
 
 

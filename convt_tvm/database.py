@@ -120,7 +120,9 @@ def merge(source: Path, into: Path) -> list[Merged]:
     """
     directories = sorted({path.parent for name in (SESSIONS, TRIALS, RESULTS) for path in source.glob(f"*/*/{name}")})
     if not directories:
-        raise TuningLogError(f"{source} holds no tuning logs; name a directory of <target key>/<spec name>/trials.jsonl.")
+        raise TuningLogError(
+            f"{source} holds no tuning logs; name a directory of <target key>/<spec name>/trials.jsonl."
+        )
     merged = []
     for directory in directories:
         theirs = Store(directory, ())

@@ -1,11 +1,11 @@
 """Timing functions against each other in one process."""
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from time import perf_counter
 
-__all__ = ["interleaved", "medians"]
+__all__ = ["interleaved", "medians", "noise_floor"]
 
 _LONGEST_LOOP = 1_000_000
 
@@ -92,3 +92,19 @@ def interleaved(
 def medians(samples: Mapping[str, list[float]]) -> dict[str, float]:
     """The median of each list of `interleaved`."""
     return {name: median(values) for name, values in samples.items()}
+
+
+def noise_floor(ours: Sequence[float], copy: Sequence[float]) -> float:
+    """By what ratio, at least 1, two copies of one kernel differed.
+
+    The larger of the ratio of their medians and the median of the ratios in each round: the second is rarely close to 1
+    by chance, as the first may be.
+    """
+
+    def above_one(ratio: float) -> float:
+        return max(ratio, 1 / ratio)
+
+    return max(
+        above_one(median(ours) / median(copy)),
+        median(above_one(mine / other) for mine, other in zip(ours, copy, strict=True)),
+    )

@@ -122,7 +122,7 @@ class Record:
         if not isinstance(values, Mapping):
             raise TuningLogError(f"a tuning record is a JSON object; found {type(values).__name__}.")
         known = {item.name for item in fields(cls)}
-        given = dict(values)
+        given: dict[str, Any] = dict(values)
         try:
             given["context"] = Context(**{item.name: given.pop(item.name) for item in fields(Context)})
             if "candidate" in known:
@@ -140,7 +140,10 @@ class Record:
                 f"a {cls.__name__.lower()} record lacks the fields {sorted(known - set(given))} and has the unknown "
                 f"ones {sorted(set(given) - known)}; it was written by another version."
             )
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+        flat: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
+        }
+        return cls(**flat)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,8 +192,6 @@ class Trial(Record):
 
     Attributes
     ----------
-    candidate
-        With its trace where the answer was wrong, whatever space it is from.
     digest
         Of the lowered code; empty if it was not built.
     status, error
@@ -202,7 +203,10 @@ class Trial(Record):
     build_secs, run_secs
         What building, and checking and timing, took.
     origin
-        What proposed it: ``default``, ``rule``, ``diverse``, ``relative``, ``model``, ``neighbour`` or ``random``.
+        What proposed it: ``default``, ``rule``, ``diverse``, ``relative``, ``model``, ``neighbour``, ``random``, or
+        ``evolution`` for TVM's own search.
+    wrong_trace
+        Instructions and decisions of a schedule that gave wrong answers.
     """
 
     candidate: Candidate
@@ -215,6 +219,7 @@ class Trial(Record):
     build_secs: float = 0.0
     run_secs: float = 0.0
     origin: str = ""
+    wrong_trace: tuple[Any, ...] | None = None
 
     @property
     def best_us(self) -> float | None:
@@ -276,3 +281,14 @@ class Result(Record):
     noise_floor: float
     trials: int
     finalists: tuple[Finalist, ...] = field(default=())
+
+    def summary(self) -> dict[str, Any]:
+        """What an artifact says about the result that chose its schedule."""
+        context = asdict(self.context)
+        return {
+            **{name: context[name] for name in ("machine", "threads")},
+            "session": self.session,
+            "date": self.date,
+            "median_us": self.median_us,
+            "default_us": self.default_us,
+        }

@@ -216,7 +216,7 @@ def _compile(dtype: str, threads: int, path: Path) -> None:
                     sums[t, j, lane] = acc[j, lane]
 
     target = Target.parse("llvm").to_tvm()
-    # As in `compiler.compile_kernel`.
+    # As in `compiler.compile_module`.
     with target, tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):
         module = tvm.IRModule({"multiply_add": multiply_add, "read": read})
         tvm.compile(module, target=target).export_library(str(path))

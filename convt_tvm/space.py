@@ -12,10 +12,11 @@ from tvm.s_tir import Schedule
 import convt_tvm.schedules
 from convt_tvm.errors import BuildError
 from convt_tvm.layout import Layout
+from convt_tvm.records import Candidate
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
 
-__all__ = ["Choice", "Space", "choices", "default_choice", "spaces"]
+__all__ = ["Choice", "Space", "choices", "default_choice", "find_choice", "spaces"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class Choice:
     space: Space
     layout: Layout
     cycles: float
+
+    @property
+    def candidate(self) -> Candidate:
+        """The same without code, to be stored."""
+        return Candidate(self.space.name, self.layout.to_json())
 
 
 @functools.cache
@@ -69,3 +75,8 @@ def default_choice(spec: ConvTranspose2dSpec, target: Target) -> Choice:
             f"{', '.join(f'{space.name} (for {space.target_kind})' for space in spaces())}."
         )
     return found[0]
+
+
+def find_choice(spec: ConvTranspose2dSpec, target: Target, candidate: Candidate) -> Choice | None:
+    """The choice that a stored candidate stands for, or None if there is no such choice any more."""
+    return next((choice for choice in choices(spec, target) if choice.candidate == candidate), None)

@@ -5,7 +5,7 @@
 | ``sessions.jsonl`` | a `SessionInfo` for each run |
 | ``trials.jsonl`` | a `Trial` for each candidate measured |
 | ``results.jsonl`` | a `Result` for each finished session; what `build` reads |
-| ``database_workload.json``, ``database_tuning_record.json`` | the winners as MetaSchedule's `JSONDatabase` keeps them |
+| ``database_workload.json``, ``database_tuning_record.json`` | winners as MetaSchedule's `JSONDatabase` keeps them |
 
 A process that is killed while it writes leaves at most a torn last line, which the next writer cuts off and readers
 skip. MetaSchedule's second file names lines of its first by their number; a record whose workload is gone goes too.

@@ -23,12 +23,15 @@ if TYPE_CHECKING:
     from convt_tvm.explain import AxisPhase, Explanation
 
 __all__ = [
+    "milliseconds",
     "print_bench",
     "print_check",
     "print_explanation",
     "print_facts",
     "print_findings",
     "progress",
+    "stderr_is_terminal",
+    "stdout_console",
 ]
 
 _UNLIMITED_WIDTH = 10_000
@@ -51,14 +54,15 @@ def _print(table: Table, console: Console) -> None:
     print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
-def _stderr_is_terminal() -> bool:
+def stderr_is_terminal() -> bool:
+    """Whether progress has somewhere to be drawn."""
     return sys.stderr.isatty()
 
 
 @contextmanager
 def progress(total: int, *, quiet: bool) -> Iterator[Callable[[str], None]]:
     """A bar on stderr if that is a terminal; call the result with the name of each item as it begins."""
-    if quiet or not _stderr_is_terminal():
+    if quiet or not stderr_is_terminal():
         yield lambda name: None
         return
 
@@ -108,7 +112,8 @@ def _digits(value: float) -> str:
     return f"{value:.0f}"
 
 
-def _milliseconds(microseconds: float | None) -> str:
+def milliseconds(microseconds: float | None) -> str:
+    """A time in milliseconds to about three digits; a dash for None."""
     return "-" if microseconds is None else _digits(microseconds / 1e3)
 
 
@@ -129,8 +134,8 @@ _COLUMNS = (
     Column("max error\nours", lambda row: _number(row.max_error, "{:.1e}")),
     Column("\ntorch", lambda row: _number(row.max_error_torch, "{:.1e}"), dropped=3, title="torch's error"),
     Column("error/\nbound", lambda row: _number(row.error_over_bound, "{:.2g}")),
-    Column("time, ms\nours", lambda row: _milliseconds(row.latency_us), timing=True),
-    Column("\ntorch", lambda row: _milliseconds(row.torch_latency_us), dropped=4, timing=True, title="torch's time"),
+    Column("time, ms\nours", lambda row: milliseconds(row.latency_us), timing=True),
+    Column("\ntorch", lambda row: milliseconds(row.torch_latency_us), dropped=4, timing=True, title="torch's time"),
     Column("torch/\nours", _speedup, timing=True),
     Column("verdict", _verdict, "left"),
 )
@@ -202,7 +207,7 @@ def _peer_column(name: str, dropped: int) -> Column:
         row = run.peers.get(name)
         if row is None or row.median_us is None:
             return "" if row is None else f"[dim]{row.status}[/]"
-        shown = _milliseconds(row.median_us)
+        shown = milliseconds(row.median_us)
         return f"[bold]{shown}[/]" if row is run.best_peer else shown
 
     words = {
@@ -224,11 +229,11 @@ def _percent(value: float | None) -> str:
 
 
 def _bound(run: Run) -> str:
-    return f"{_milliseconds(run.ours.bound_us)} {(run.ours.bound_by or '')[:3]}"
+    return f"{milliseconds(run.ours.bound_us)} {(run.ours.bound_by or '')[:3]}"
 
 
 def _our_time(run: Run) -> str:
-    return f"[bold red]{run.ours.status}[/]" if run.ours.median_us is None else _milliseconds(run.ours.median_us)
+    return f"[bold red]{run.ours.status}[/]" if run.ours.median_us is None else milliseconds(run.ours.median_us)
 
 
 def print_bench(runs: Sequence[Run]) -> None:
@@ -316,10 +321,10 @@ def print_explanation(found: "Explanation") -> None:
             ),
             (
                 "roofline",
-                f"{_milliseconds(limit.secs * 1e6)} ms, bound by {limit.by}: {limit.flops / 1e9:.4g} GFLOP at "
-                f"{limit.flops_per_sec / 1e9:.4g} GFLOP/s take {_milliseconds(limit.compute_secs * 1e6)} ms, "
+                f"{milliseconds(limit.secs * 1e6)} ms, bound by {limit.by}: {limit.flops / 1e9:.4g} GFLOP at "
+                f"{limit.flops_per_sec / 1e9:.4g} GFLOP/s take {milliseconds(limit.compute_secs * 1e6)} ms, "
                 f"{limit.size_bytes / 1e6:.4g} MB at {limit.bandwidth.bytes_per_sec / 1e9:.4g} GB/s "
-                f"{_milliseconds(limit.memory_secs * 1e6)} ms; "
+                f"{milliseconds(limit.memory_secs * 1e6)} ms; "
                 f"{found.threads} thread{'s' if found.threads > 1 else ''}",
             ),
             ("runs", found.reason),

@@ -39,12 +39,15 @@ class Answer:
 
 
 class Worker:
-    """A process of ``python -m <module> <arguments>`` that runs `serve`; started by its first job, and again after its end.
+    """A process of ``python -m <module> <arguments>`` that runs `serve`.
 
-    It runs in a session of its own, out of reach of the terminal's interrupts, and dies with the thread that made it.
+    It is started by its first job, and again by the next one after its end. It runs in a session of its own, out of
+    reach of the terminal's interrupts, and dies with the thread that made it.
     """
 
-    def __init__(self, module: str, arguments: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, module: str, arguments: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    ) -> None:
         self._command = [sys.executable, "-m", module, *arguments]
         self._environment = {**os.environ, **(environment or {})}
         self._process: subprocess.Popen[bytes] | None = None
@@ -54,7 +57,7 @@ class Worker:
     def start(self) -> None:
         """Start the process if there is none."""
         if self._process is None:
-            self._log = tempfile.TemporaryFile()
+            self._log = tempfile.TemporaryFile()  # noqa: SIM115 -- open as long as the process lives
             self._received = b""
             self._process = subprocess.Popen(
                 self._command,

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from convt_tvm import bench as bench_module
-from convt_tvm.bench import Tolerance, bench, current_commit, noise_floor
+from convt_tvm.bench import Tolerance, bench, current_commit
 from convt_tvm.check import torch_eager
+from convt_tvm.measure import noise_floor
 from convt_tvm.peers import PEERS
 from convt_tvm.reference import normal_inputs
 from convt_tvm.roofline import Bandwidth, Limits

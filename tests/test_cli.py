@@ -253,7 +253,7 @@ def test_a_canonical_name_folds_instead_of_being_cut(run, checking, monkeypatch)
 
 def test_progress_goes_to_a_terminal_on_stderr_only(run, checking, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(terminal, "_stderr_is_terminal", lambda: True)
+    monkeypatch.setattr(terminal, "stderr_is_terminal", lambda: True)
     checking()
     _, out, err = run("check", "dcgan/2", "dcgan/3")
     assert "1/2" in err and "dcgan/3" in err
@@ -330,10 +330,10 @@ def test_one_failed_build_does_not_stop_the_others(run, tmp_path, monkeypatch, o
 
     original = convt_tvm.compiler.build_artifact
 
-    def build_artifact(spec, target, directory):
+    def build_artifact(spec, target, directory, **options):
         if spec.n == 2:
             raise IndexError("list index\nout of range")
-        return original(spec, target, directory)
+        return original(spec, target, directory, **options)
 
     monkeypatch.setattr(convt_tvm.compiler, "build_artifact", build_artifact)
     failing = TINY.replace("n1_", "n2_")

@@ -28,10 +28,13 @@ MAY_IMPORT = {
     "shuffle": "",
     "schedule": "spec layout compute",
     "schedules": "spec target layout compute cost schedule",
-    "space": "errors spec target layout schedules",
+    "records": "errors",
+    "store": "errors records",
+    "database": "errors spec target threads records store",
+    "space": "errors spec target layout schedules records",
     "lower": "spec layout compute shuffle",
-    "compiler": "errors spec target layout artifact runtime compute space lower",
-    "cache": "errors spec target artifact runtime compiler",
+    "compiler": "errors spec target layout artifact runtime database compute space lower",
+    "cache": "errors spec target artifact runtime database compiler",
     "plan": "errors phases spec runtime cache",
     "functional": "errors plan",
     "packed": "plan",
@@ -50,6 +53,13 @@ MAY_IMPORT = {
     "peers": "spec reference",
     "roofline": "spec target runtime",
     "bench": "spec workloads target runtime compiler reference measure check rows peers roofline",
+    "workers": "",
+    "trials": "errors spec target runtime records space compiler reference measure workers",
+    "search": "spec records",
+    "session": "errors records store measure trials search",
+    "metaschedule": "spec target compute records store space",
+    "tune": "errors spec workloads target artifact compute records store database space compiler reference measure "
+    "check roofline bench trials search session metaschedule",
     "explain": "spec workloads target space roofline",
     "report": "errors rows",
     "implementations": "errors spec target space compiler check peers",
@@ -62,17 +72,19 @@ MAY_IMPORT = {
     "__init__": "errors spec target runtime compiler functional nn",
     "terminal": "check doctor rows explain",
     "terminal_numerics": "implementations conformance terminal",
+    "terminal_tune": "spec session terminal",
     "cli_options": "target terminal",
     "cli_bench": "workloads target rows peers roofline bench explain report terminal cli_options",
+    "cli_tune": "errors workloads target threads database session tune terminal_tune cli_options",
     "cli_check": "workloads target check bench implementations replay cases conformance terminal "
     "terminal_numerics cli_options",
     "cli": "__init__ errors workloads target artifact runtime compiler cache check doctor terminal "
-    "cli_options cli_bench cli_check",
+    "cli_options cli_bench cli_check cli_tune",
     "__main__": "cli",
 }
 
 # These import tvm when they are imported; the others may do so inside a function only.
-COMPILING = {"compute", "shuffle", "schedule", "schedules", "space", "lower", "compiler"}
+COMPILING = {"compute", "shuffle", "schedule", "schedules", "space", "lower", "compiler", "metaschedule"}
 
 # What runs where no compiler is installed.
 SERVING = ["__init__", "artifact", "runtime", "cache", "plan", "functional", "packed", "nn", "cli"]

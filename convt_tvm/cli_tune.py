@@ -1,0 +1,155 @@
+"""The command that runs autotuning sessions: `tune`."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from convt_tvm.cli_options import FAILED, INTERRUPTED, Json, TargetName, print_json, require_cores
+from convt_tvm.errors import ConvTError
+
+if TYPE_CHECKING:
+    from convt_tvm.session import Outcome
+
+__all__ = ["tune"]
+
+
+def tune(
+    workloads: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="WORKLOAD",
+            help="A suite (dcgan), a name (dcgan/2), a canonical spec name, or all.",
+            show_default=False,
+        ),
+    ] = None,
+    target: TargetName = "llvm",
+    threads: Annotated[
+        str | None, typer.Option(metavar="N,...", help="A session for each number; by default what kernels use here.")
+    ] = None,
+    effort: Annotated[
+        str, typer.Option(metavar="quick|normal|full", help="32, 64 or 512 trials in at most 5, 10 or 60 minutes.")
+    ] = "normal",
+    trials: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Of each session, those of earlier runs included.")
+    ] = None,
+    budget: Annotated[float | None, typer.Option(min=0, metavar="MINUTES", help="Of each session, this time.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, metavar="N", help="Of the search and the inputs.")] = 0,
+    logs: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the logs are; by default those that build reads.")
+    ] = None,
+    wait: Annotated[
+        float, typer.Option(min=0, metavar="SECS", help="Wait for another session that writes to the same log.")
+    ] = 0,
+    merge: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Bring in the logs of another machine, and tune nothing.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Search for the fastest schedule, and keep it for `build`.
+
+    Candidates are checked on integers before their times count. Everything is written down at once: the same command
+    goes on after an interrupt or a crash, and does nothing when all is done. An interrupt ends the session at hand with
+    the best so far; a second one ends it at once. Exits with 1 if a session failed. With --json, one line a session.
+    """
+    from convt_tvm.database import logs_directory
+
+    where = logs or logs_directory()
+    if merge is not None:
+        _merge(merge, where, as_json=as_json)
+        return
+    from convt_tvm.target import Target
+    from convt_tvm.workloads import resolve
+
+    if not workloads:
+        raise typer.BadParameter("name at least one workload, for example dcgan/4, or all.")
+    chosen, compiled_for = resolve(workloads), Target.parse(target)
+    counts = _thread_counts(threads)
+
+    from convt_tvm.terminal_tune import print_outcomes, session_progress
+    from convt_tvm.tune import EFFORTS, Budget
+    from convt_tvm.tune import tune as tune_workload
+
+    if effort not in EFFORTS:
+        raise typer.BadParameter(f"there is no effort {effort!r}; there are {', '.join(EFFORTS)}.")
+    limits = Budget(trials or EFFORTS[effort].trials, EFFORTS[effort].minutes if budget is None else budget)
+    outcomes: list[Outcome] = []
+    failed = interrupted = False
+    try:
+        with session_progress(quiet=as_json and sys.stdout.isatty()) as observe:
+            for workload in chosen:
+                for count in counts:
+                    try:
+                        outcome = tune_workload(
+                            workload,
+                            compiled_for,
+                            budget=limits,
+                            effort=effort,
+                            threads=count,
+                            logs=where,
+                            seed=seed,
+                            wait_secs=wait,
+                            observe=observe,
+                        )
+                    except ConvTError as error:
+                        # The others are still tuned.
+                        print(f"error: {workload.name}: {' '.join(str(error).split())}", file=sys.stderr)
+                        failed = True
+                        continue
+                    outcomes.append(outcome)
+                    failed |= outcome.result is None
+                    if as_json:
+                        print_json(_to_json(outcome))
+                    if outcome.stopped == "interrupted":
+                        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        interrupted = True
+    if outcomes and not as_json:
+        print_outcomes(outcomes)
+    if interrupted:
+        total = len(chosen) * len(counts)
+        done = sum(outcome.stopped != "interrupted" for outcome in outcomes)
+        print(f"interrupted: {done} of {total} sessions done; the same command goes on", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED)
+    if failed:
+        raise typer.Exit(FAILED)
+
+
+def _thread_counts(text: str | None) -> list[int]:
+    if text is None:
+        from convt_tvm.threads import get_num_threads
+
+        return [get_num_threads()]
+    try:
+        counts = list(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        raise typer.BadParameter(f"--threads {text!r} is no list of numbers such as 1,2.")
+    require_cores(max(counts))
+    return counts
+
+
+def _merge(source: Path, into: Path, *, as_json: bool) -> None:
+    from convt_tvm.database import merge
+
+    for merged in merge(source, into):
+        if as_json:
+            print_json({"spec": merged.spec, "added": merged.added})
+        else:
+            print(f"{merged.spec}: {', '.join(f'{count} lines of {name}' for name, count in merged.added.items())}")
+
+
+def _to_json(outcome: "Outcome") -> dict[str, Any]:
+    return {
+        "workload": outcome.info.workload,
+        "session": outcome.info.to_json(),
+        "result": None if outcome.result is None else outcome.result.to_json(),
+        "trials": outcome.trials,
+        "measured": outcome.measured,
+        "stopped": outcome.stopped,
+        "failures": dict(outcome.failures),
+        "secs": round(outcome.secs, 1),
+        "notes": list(outcome.notes),
+    }

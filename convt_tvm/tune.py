@@ -1,0 +1,184 @@
+"""What an autotuning session is made of: candidates of a workload, this machine, its log, processes for trials."""
+
+import itertools
+import os
+import secrets
+import shlex
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import MappingProxyType
+
+from convt_tvm.artifact import source_fingerprint
+from convt_tvm.bench import current_commit
+from convt_tvm.database import log_directory, relatives
+from convt_tvm.errors import BuildError
+from convt_tvm.measure import interleaved
+from convt_tvm.records import Context, SessionInfo, Trial
+from convt_tvm.roofline import measure_limits
+from convt_tvm.search import Known, Search
+from convt_tvm.session import Outcome, Progress, run_session
+from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.store import Store
+from convt_tvm.target import Target, machine
+from convt_tvm.trials import Builders, LocalRunner
+from convt_tvm.workloads import Workload
+
+__all__ = ["EFFORTS", "Budget", "tune"]
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """After how many trials, those of earlier runs included, and after how many minutes of this run a session ends."""
+
+    trials: int
+    minutes: float
+
+
+EFFORTS: Mapping[str, Budget] = MappingProxyType(
+    {"quick": Budget(32, 5), "normal": Budget(64, 10), "full": Budget(512, 60)}
+)
+"""What ``--effort`` means: a first look, what finds at least 95 % of the best, and about everything."""
+
+MAX_LESSONS = 400
+"""Trials of other workloads that a search learns from, the most similar workloads first."""
+SOURCE_DIGITS = 12
+
+
+def tune(
+    workload: Workload,
+    target: str | Target = "llvm",
+    *,
+    budget: Budget,
+    effort: str,
+    threads: int,
+    logs: Path,
+    seed: int = 0,
+    wait_secs: float = 0,
+    observe: Callable[[Progress], None] = lambda progress: None,
+) -> Outcome:
+    """Tune one workload on this machine, going on from what its log holds.
+
+    Parameters
+    ----------
+    budget
+        When to stop. A run that finds its trials done measures nothing.
+    threads
+        Of the kernel. What is found for one number says nothing about another.
+    logs
+        Where the log is or will be, and those of other workloads to learn from.
+    wait_secs
+        How long to wait for another session that is writing to the same log.
+    observe
+        Called after each trial.
+
+    Raises
+    ------
+    BuildError
+        If no schedule space applies, or the default cannot be built.
+    IncompatibleMachineError
+        If this machine lacks a feature of `target`.
+    TuningError
+        If another session is writing to the log, or the best could not be measured again.
+    """
+    from convt_tvm.space import choices
+
+    resolved, spec = Target.parse(target), workload.spec
+    resolved.require_host()
+    found = choices(spec, resolved)
+    if not found:
+        raise BuildError(f"no schedule space applies to {spec.name} on {resolved.name}; there is nothing to tune.")
+    here = machine()
+    context = Context(resolved.name, here.key, threads)
+    with (
+        Store.open(log_directory(logs, spec, resolved), wait_secs=wait_secs) as store,
+        tempfile.TemporaryDirectory(prefix="convt-tvm-tune-") as scratch,
+    ):
+        info = SessionInfo(
+            context=context,
+            source=source_fingerprint()[:SOURCE_DIGITS],
+            session=secrets.token_hex(4),
+            date=datetime.now(UTC).isoformat(timespec="seconds"),
+            workload=workload.name,
+            spec=spec.name,
+            space="own",
+            candidates=len(found),
+            default=found[0].candidate,
+            trials=budget.trials,
+            budget_secs=budget.minutes * 60,
+            seed=seed,
+            effort=effort,
+            command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            machine_info=here.to_json(),
+            commit=current_commit(),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            peak_gflops=measure_limits(spec.accumulator_dtype, threads).flops_per_sec / 1e9,
+            torch_us=torch_us(spec, threads, seed),
+        )
+        search = Search(
+            spec,
+            [(choice.candidate, choice.cycles) for choice in found],
+            seed=seed,
+            elsewhere=lessons(logs, spec, context),
+        )
+        builders = Builders(spec, resolved, Path(scratch), min(machine().cores, 4))
+        runner = LocalRunner(spec, Path(scratch), threads, seed)
+        try:
+            outcome = run_session(
+                info,
+                store,
+                search,
+                builders,
+                runner,
+                observe=observe,
+                still_applies=lambda trial: is_same_code(spec, resolved, trial),
+            )
+        finally:
+            builders.close()
+            runner.close()
+        if outcome.result is not None and outcome.result.session == info.session:
+            from convt_tvm.metaschedule import commit
+
+            commit(store, spec, resolved, outcome.result)
+        return outcome
+
+
+def torch_us(spec: ConvTranspose2dSpec, threads: int, seed: int) -> float:
+    """Microseconds that torch eager takes, for the progress display; `bench` compares properly."""
+    import torch
+
+    from convt_tvm.check import torch_eager
+    from convt_tvm.reference import normal_inputs
+
+    torch.set_num_threads(threads)
+    inputs, run = normal_inputs(spec, seed), torch_eager(spec)
+    with torch.inference_mode():
+        samples = interleaved({"torch": lambda: run(*inputs)}, rounds=3, min_sample_secs=0.01)
+    return float(f"{min(samples['torch']):.5g}")
+
+
+def lessons(logs: Path, spec: ConvTranspose2dSpec, context: Context) -> list[Known]:
+    """What trials of other workloads teach, the most similar workloads first."""
+    from convt_tvm.search import spec_distance
+
+    known = [
+        Known(other, trial.candidate, trial.cycles, trial.best_us)
+        for other, trial in relatives(logs, spec, context)
+        if trial.cycles and trial.best_us and trial.candidate.trace is None
+    ]
+    known.sort(key=lambda each: spec_distance(each.spec, spec))
+    return list(itertools.islice(known, MAX_LESSONS))
+
+
+def is_same_code(spec: ConvTranspose2dSpec, target: Target, trial: Trial) -> bool:
+    """Whether a stored trial's candidate still lowers to the code that was measured; failed ones have none."""
+    from convt_tvm.compiler import lower_choice
+    from convt_tvm.space import find_choice
+
+    choice = find_choice(spec, target, trial.candidate) if trial.digest else None
+    return choice is not None and lower_choice(spec, target, choice).code == trial.digest
