@@ -14,7 +14,7 @@ from convt_tvm.store import DATABASE_FILES, RESULTS, SESSIONS, TRIALS, Read, Sto
 def finished(tmp_path_factory):
     """The log of a finished session, with MetaSchedule's two files as it writes them."""
     directory = tmp_path_factory.mktemp("finished")
-    run_stub(directory, trials=12)
+    run_stub(directory, trials=4)
     log = directory / "log"
     workloads, tuning_records = DATABASE_FILES
     (log / workloads).write_text("".join(f'["hash{number}", "module{number}"]\n' for number in range(3)))
@@ -100,11 +100,11 @@ def test_a_torn_line_is_mentioned_and_the_next_one_stands_alone(finished, tmp_pa
     with (log / TRIALS).open("a") as file:
         file.write('{"schedule": "st')
     before = read_records(log, Trial)
-    assert len(before.records) == 12 and "line 13, was skipped" in before.problems[0]
+    assert len(before.records) == 4 and "line 5, was skipped" in before.problems[0]
     with Store.open(log) as store:
         assert store.repaired == ("trials.jsonl ended in a torn line of 16 bytes, which was cut off",)
         store.append(before.records[0])
-    assert len(read_records(log, Trial).records) == 13
+    assert len(read_records(log, Trial).records) == 5
 
 
 def test_a_second_session_is_refused_by_name_and_may_wait(finished, tmp_path):
@@ -126,4 +126,4 @@ def test_a_second_session_is_refused_by_name_and_may_wait(finished, tmp_path):
         # The lock goes with its holder, however that ends.
         other.kill()
         with Store.open(log, wait_secs=5) as store:
-            assert len(store.read(Trial).records) == 12
+            assert len(store.read(Trial).records) == 4
