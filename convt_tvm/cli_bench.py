@@ -95,22 +95,45 @@ def bench(
 
 
 def report(
-    path: Annotated[Path, typer.Argument(metavar="ROWS", help="A file that bench wrote.", show_default=False)],
+    path: Annotated[
+        Path | None, typer.Argument(metavar="ROWS", help="A file that bench wrote.", show_default=False)
+    ] = None,
+    session: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--session", metavar="DIR", help="Instead of rows: the log of a tuned workload; two are compared."
+        ),
+    ] = None,
     markdown: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write the tables there; - is stdout, and the default.")
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw the ratios to the best peer there (.png, .svg, .pdf).")
+        Path | None, typer.Option(metavar="FILE", help="Draw ratios to the best peer, or searches (.png, .svg, .pdf).")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write all about the sessions as one page, pictures included.")
     ] = None,
     readme: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Replace its section between the results markers.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Turn stored rows into Markdown tables and a plot; measures nothing.
+    """Turn stored rows, or the logs of tuning sessions, into tables and plots; measures nothing.
 
-    Of each workload and number of threads the last run counts. With --json, its rows, one a line.
+    Of each workload and number of threads the last run of bench counts. With --json, its rows, one a line, or one line
+    for each search.
     """
+    if (path is None) == (not session):
+        raise typer.BadParameter("name either a file of rows or, with --session, the log of a tuned workload.")
+    if path is None:
+        if markdown or readme:
+            raise typer.BadParameter("--markdown and --readme are for rows; sessions have --html and --plot.")
+        from convt_tvm.cli_tune import report_sessions
+
+        report_sessions(session or [], plot=plot, html=html, as_json=as_json)
+        return
+    if html:
+        raise typer.BadParameter("--html is for sessions; rows have --markdown and --plot.")
     from convt_tvm.report import plot as draw
     from convt_tvm.report import to_markdown, update_readme
     from convt_tvm.rows import latest_runs, read_rows

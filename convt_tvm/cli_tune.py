@@ -1,4 +1,4 @@
-"""The command that runs autotuning sessions: `tune`."""
+"""The command that runs autotuning sessions, `tune`, and what `report` says about them."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ from convt_tvm.errors import ConvTError
 if TYPE_CHECKING:
     from convt_tvm.session import Outcome
 
-__all__ = ["tune"]
+__all__ = ["report_sessions", "tune"]
 
 
 def tune(
@@ -153,3 +153,25 @@ def _to_json(outcome: "Outcome") -> dict[str, Any]:
         "secs": round(outcome.secs, 1),
         "notes": list(outcome.notes),
     }
+
+
+def report_sessions(directories: list[Path], *, plot: Path | None, html: Path | None, as_json: bool) -> None:
+    """Print what the logs say, and write a page or a picture if asked to."""
+    from convt_tvm.session_report import draw, read_searches, readable_trace, to_html
+    from convt_tvm.terminal_tune import print_searches
+
+    searches = [search for directory in directories for search in read_searches(directory)]
+    traces = []
+    if html is not None or not as_json:
+        for search in searches:
+            found = search.result or search.best
+            traces.append("nothing was timed" if found is None else readable_trace(search, found.candidate))
+    if as_json:
+        for search in searches:
+            print_json(search.to_json())
+    elif html is None and plot is None:
+        print_searches(searches, traces)
+    if html is not None:
+        html.write_text(to_html(searches, traces), encoding="utf-8")
+    if plot is not None:
+        draw(searches, plot)

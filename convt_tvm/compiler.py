@@ -21,12 +21,13 @@ from convt_tvm.database import find_result
 from convt_tvm.errors import BuildError
 from convt_tvm.layout import Layout, Window
 from convt_tvm.lower import lower_kernel, lower_pack
+from convt_tvm.records import Candidate
 from convt_tvm.runtime import Kernel, load
 from convt_tvm.space import Choice, default_choice, find_choice
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target, package_versions
 
-__all__ = ["Lowered", "build", "build_artifact", "compile_module", "lower_choice", "lower_schedule"]
+__all__ = ["Lowered", "build", "build_artifact", "compile_module", "lower_choice", "lower_schedule", "trace_text"]
 
 MAX_ELEMENTS = 2**31 - 1
 
@@ -191,6 +192,16 @@ def lower_choice(spec: ConvTranspose2dSpec, target: Target, choice: Choice) -> L
     sch = Schedule(declare_phases(spec, choice.layout, target))
     choice.space.space(sch)
     return lower_schedule(sch, spec, choice.layout, target)
+
+
+def trace_text(spec: ConvTranspose2dSpec, target: Target, candidate: Candidate) -> str:
+    """The steps of a stored candidate's schedule as Python, or a line that says why there are none."""
+    choice = find_choice(spec, target, candidate)
+    if choice is None:
+        return f"{candidate} is no candidate of this version."
+    sch = Schedule(declare_phases(spec, choice.layout, target))
+    choice.space.space(sch)
+    return f"# {candidate}\n{sch.trace}"
 
 
 def lower_schedule(sch: Schedule, spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> Lowered:

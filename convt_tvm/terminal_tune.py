@@ -14,8 +14,9 @@ from convt_tvm.terminal import Column, milliseconds, print_table, stderr_is_term
 if TYPE_CHECKING:
     from convt_tvm.session import Outcome
     from convt_tvm.session import Progress as SessionProgress
+    from convt_tvm.session_report import SearchLog
 
-__all__ = ["describe_progress", "print_outcomes", "session_progress"]
+__all__ = ["describe_progress", "print_outcomes", "print_searches", "session_progress"]
 
 
 def describe_progress(progress: "SessionProgress") -> str:
@@ -120,3 +121,40 @@ def print_outcomes(outcomes: "Sequence[Outcome]") -> None:
             console.print(f"{escape(outcome.info.workload)}: {_failures(outcome.failures)}", soft_wrap=True)
         for note in outcome.notes:
             console.print(f"[yellow]note[/]  {escape(outcome.info.workload)}: {escape(note)}", soft_wrap=True)
+
+
+def print_searches(searches: "Sequence[SearchLog]", traces: Sequence[str]) -> None:
+    """Print stored searches side by side, their failures, and the best schedule of each."""
+    console = stdout_console()
+
+    def correlation(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2f}"
+
+    columns = [
+        Column("search", lambda search: search.name, "left"),
+        Column("trials", lambda search: str(len(search.trials))),
+        Column("failed", lambda search: str(sum(search.failures.values())), dropped=5, title="failed"),
+        Column("best\nsample, ms", lambda search: milliseconds(search.best and search.best.best_us)),
+        Column("result\nms", lambda search: milliseconds(search.result and search.result.median_us)),
+        Column(
+            "default/\nresult",
+            lambda search: f"{search.result.default_us / search.result.median_us:.2f}x" if search.result else "-",
+        ),
+        Column("trials\nto 95 %", lambda search: str(search.trials_to(0.95) or "-"), dropped=4, title="trials to 95 %"),
+        Column("rank corr.\nmodel", lambda search: correlation(search.model_correlation), dropped=3, title="model's"),
+        Column(
+            "\nrule", lambda search: correlation(search.rule_correlation), dropped=2, title="rank correlation of rule"
+        ),
+    ]
+    print_table(columns, searches, console)
+    for search, trace in zip(searches, traces, strict=True):
+        for trial in search.trials:
+            if trial.status != "ok":
+                console.print(
+                    f"[bold red]{trial.status.replace('_', ' ')}[/]  {escape(search.name)}: "
+                    f"{escape(str(trial.candidate))}: {escape(trial.error)}",
+                    soft_wrap=True,
+                )
+        for problem in search.problems:
+            console.print(f"[yellow]note[/]  {escape(search.name)}: {escape(problem)}", soft_wrap=True)
+        console.print(f"\n{escape(search.name)}\n{escape(trace)}", soft_wrap=True)

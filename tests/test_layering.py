@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "database": "errors spec target threads records store",
     "space": "errors spec target layout schedules records",
     "lower": "spec layout compute shuffle",
-    "compiler": "errors spec target layout artifact runtime database compute space lower",
+    "compiler": "errors spec target layout artifact runtime records database compute space lower",
     "cache": "errors spec target artifact runtime database compiler",
     "plan": "errors phases spec runtime cache",
     "functional": "errors plan",
@@ -72,10 +72,11 @@ MAY_IMPORT = {
     "__init__": "errors spec target runtime compiler functional nn",
     "terminal": "check doctor rows explain",
     "terminal_numerics": "implementations conformance terminal",
-    "terminal_tune": "spec session terminal",
+    "session_report": "errors spec target records store compiler search",
+    "terminal_tune": "spec session session_report terminal",
     "cli_options": "target terminal",
-    "cli_bench": "workloads target rows peers roofline bench explain report terminal cli_options",
-    "cli_tune": "errors workloads target threads database session tune terminal_tune cli_options",
+    "cli_tune": "errors workloads target threads database session tune session_report terminal_tune cli_options",
+    "cli_bench": "workloads target rows peers roofline bench explain report terminal cli_options cli_tune",
     "cli_check": "workloads target check bench implementations replay cases conformance terminal "
     "terminal_numerics cli_options",
     "cli": "__init__ errors workloads target artifact runtime compiler cache check doctor terminal "

@@ -1,0 +1,324 @@
+"""What stored sessions did: search curves, how good the guesses were, what failed, and the best schedule.
+
+Reads logs and measures nothing. A *search* is everything one log holds for one context: the same target, machine and
+number of threads, in however many runs.
+"""
+
+import base64
+import html
+import io
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convt_tvm.errors import TuningLogError
+from convt_tvm.records import Candidate, Context, Result, SessionInfo, Trial
+from convt_tvm.search import rank_correlation
+from convt_tvm.store import read_records
+
+__all__ = ["SearchLog", "draw", "read_searches", "readable_trace", "to_html"]
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+@dataclass(frozen=True, slots=True)
+class SearchLog:
+    """A search as its log tells it.
+
+    Attributes
+    ----------
+    infos
+        Its runs, the last of them last.
+    trials
+        In the order in which they were made.
+    result
+        Of the last run that ended; None if none did.
+    problems
+        Lines of the log that could not be read.
+    """
+
+    context: Context
+    infos: tuple[SessionInfo, ...]
+    trials: tuple[Trial, ...]
+    result: Result | None
+    problems: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Workload, machine and threads."""
+        threads = f"{self.context.threads} thread{'s' if self.context.threads > 1 else ''}"
+        return f"{self.infos[-1].workload if self.infos else '?'}, {threads}, machine {self.context.machine}"
+
+    @property
+    def curve(self) -> tuple[float | None, ...]:
+        """The best microseconds after each trial; None before anything was timed."""
+        best, found = None, []
+        for trial in self.trials:
+            if trial.best_us is not None:
+                best = trial.best_us if best is None else min(best, trial.best_us)
+            found.append(best)
+        return tuple(found)
+
+    @property
+    def best(self) -> Trial | None:
+        """The fastest trial."""
+        timed = [trial for trial in self.trials if trial.best_us is not None]
+        return min(timed, key=lambda trial: trial.best_us or 0.0, default=None)
+
+    @property
+    def failures(self) -> dict[str, int]:
+        """How many trials failed, by status."""
+        return dict(Counter(trial.status for trial in self.trials if trial.status != "ok"))
+
+    @property
+    def model_correlation(self) -> float | None:
+        """Rank correlation of what the model predicted, before each trial, with what was measured."""
+        pairs = [(t.predicted_us, t.best_us) for t in self.trials if t.predicted_us and t.best_us]
+        return rank_correlation([first for first, _ in pairs], [second for _, second in pairs])
+
+    @property
+    def rule_correlation(self) -> float | None:
+        """Rank correlation of the cost rule's cycles with what was measured."""
+        pairs = [(t.cycles, t.best_us) for t in self.trials if t.cycles and t.best_us]
+        return rank_correlation([first for first, _ in pairs], [second for _, second in pairs])
+
+    def trials_to(self, share: float) -> int | None:
+        """After how many trials the best was within `share` of the fastest one of all."""
+        best = self.best
+        if best is None or best.best_us is None:
+            return None
+        goal = best.best_us / share
+        return next(count for count, us in enumerate(self.curve, 1) if us is not None and us <= goal)
+
+    def to_json(self) -> dict[str, Any]:
+        """What the report says, as JSON values."""
+        best = self.best
+        return {
+            "name": self.name,
+            "spec": self.infos[-1].spec if self.infos else None,
+            "target": self.context.target,
+            "machine": self.context.machine,
+            "threads": self.context.threads,
+            "runs": len(self.infos),
+            "trials": len(self.trials),
+            "failures": self.failures,
+            "best_us": None if best is None else best.best_us,
+            "best": None if best is None else best.candidate.to_json(),
+            "trials_to_95_percent": self.trials_to(0.95),
+            "model_rank_correlation": self.model_correlation,
+            "rule_rank_correlation": self.rule_correlation,
+            "curve_us": list(self.curve),
+            "result": None if self.result is None else self.result.to_json(),
+            "wrong": [
+                {"candidate": t.candidate.to_json(), "error": t.error, "trace": list(t.wrong_trace or ())}
+                for t in self.trials
+                if t.status == "wrong"
+            ],
+            "problems": list(self.problems),
+        }
+
+
+def read_searches(directory: Path) -> list[SearchLog]:
+    """Every search in one workload's log.
+
+    Raises
+    ------
+    TuningLogError
+        If there is no trial in it.
+    """
+    infos, trials = read_records(directory, SessionInfo), read_records(directory, Trial)
+    results = read_records(directory, Result)
+    contexts = list(dict.fromkeys(trial.context for trial in trials.records))
+    if not contexts:
+        raise TuningLogError(
+            f"{directory} holds no trials; name the log of a workload, <logs>/<target key>/<spec name>."
+        )
+    problems = (*infos.problems, *trials.problems, *results.problems)
+    return [
+        SearchLog(
+            context,
+            tuple(info for info in infos.records if info.context == context),
+            tuple(trial for trial in trials.records if trial.context == context),
+            next((result for result in reversed(results.records) if result.context == context), None),
+            problems,
+        )
+        for context in contexts
+    ]
+
+
+def readable_trace(search: SearchLog, candidate: Candidate) -> str:
+    """The steps of a schedule as Python, or why they cannot be shown; imports the compiler."""
+    from convt_tvm.compiler import trace_text
+    from convt_tvm.spec import ConvTranspose2dSpec
+    from convt_tvm.target import Target
+
+    spec = ConvTranspose2dSpec.from_name(search.infos[-1].spec)
+    return trace_text(spec, Target.parse(search.context.target), candidate)
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise TuningLogError(f"plots need matplotlib ({error}); pip install 'convt-tvm[plot]'.") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def draw(searches: Sequence[SearchLog], path: Path | io.BytesIO) -> None:
+    """Draw the search curves into one picture, with predicted against measured times of each search beside them.
+
+    The file's suffix names the format; PNG where there is none. Needs matplotlib.
+    """
+    figure = _figure(6 + 4.6 * len(searches), 4.4)
+    axes = figure.subplots(1, 1 + len(searches), width_ratios=[1.3, *(1 for _ in searches)])
+    _draw_curves(axes[0], searches)
+    for place, search in enumerate(searches):
+        _draw_guesses(axes[1 + place], search, _COLOURS[place % len(_COLOURS)])
+    figure.savefig(path, dpi=120, **({"format": "png"} if isinstance(path, io.BytesIO) else {}))
+
+
+def _tidy(axes: Any) -> None:
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_curves(axes: Any, searches: Sequence[SearchLog]) -> None:
+    for place, search in enumerate(searches):
+        colour = _COLOURS[place % len(_COLOURS)]
+        curve = [(count, us) for count, us in enumerate(search.curve, 1) if us is not None]
+        if not curve:
+            continue
+        counts, best = zip(*curve, strict=True)
+        axes.step(counts, best, where="post", color=colour, linewidth=1.8, label=search.name)
+        timed = [(count, t.best_us) for count, t in enumerate(search.trials, 1) if t.best_us is not None]
+        axes.scatter(*zip(*timed, strict=True), s=9, color=colour, alpha=0.35, linewidths=0)
+        failed = [count for count, trial in enumerate(search.trials, 1) if trial.status != "ok"]
+        axes.plot(failed, [max(best)] * len(failed), "x", color=colour, markersize=6)
+    axes.set_yscale("log")
+    axes.set_xlabel("trials (crosses: failed ones)")
+    axes.set_ylabel("microseconds a call; line: best so far")
+    axes.set_title("Search", loc="left", fontsize=10)
+    axes.legend(fontsize=8, frameon=False)
+    _tidy(axes)
+
+
+def _draw_guesses(axes: Any, search: SearchLog, colour: str) -> None:
+    pairs = [(t.predicted_us, t.best_us) for t in search.trials if t.predicted_us and t.best_us]
+    if pairs:
+        predicted, measured = zip(*pairs, strict=True)
+        low, high = min(*predicted, *measured), max(*predicted, *measured)
+        axes.plot([low, high], [low, high], color="#999999", linewidth=1)
+        axes.scatter(predicted, measured, s=14, color=colour, alpha=0.6, linewidths=0)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("predicted, microseconds")
+    axes.set_ylabel("measured")
+    axes.set_title(
+        f"{search.name}\nrank correlation {_correlation(search.model_correlation)}, of the rule "
+        f"{_correlation(search.rule_correlation)}",
+        loc="left",
+        fontsize=9,
+    )
+    _tidy(axes)
+
+
+def _correlation(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def to_html(searches: Sequence[SearchLog], traces: Sequence[str]) -> str:
+    """One page with everything, pictures included.
+
+    Parameters
+    ----------
+    traces
+        The best schedule of each search in readable form.
+    """
+    picture = io.BytesIO()
+    draw(searches, picture)
+    encoded = base64.b64encode(picture.getvalue()).decode()
+    title = "; ".join(search.name for search in searches)
+    parts = [
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
+        f"<title>{html.escape(title)}</title>",
+        "<style>body{font:15px/1.5 system-ui,sans-serif;max-width:72em;margin:2em auto;padding:0 1em}"
+        "table{border-collapse:collapse}td,th{padding:.2em .8em .2em 0;text-align:left;vertical-align:top}"
+        "th{border-bottom:1px solid #999}img{max-width:100%}pre{background:#f5f5f5;padding:1em;overflow:auto}"
+        ".bad{color:#b00020}</style></head><body>",
+        f"<h1>Tuning sessions</h1>{_comparison(searches)}",
+        f"<p><img alt='search curves and predictions' src='data:image/png;base64,{encoded}'></p>",
+    ]
+    for search, trace in zip(searches, traces, strict=True):
+        parts.append(_details(search, trace))
+    return "\n".join([*parts, "</body></html>"])
+
+
+def _rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _comparison(searches: Sequence[SearchLog]) -> str:
+    rows = []
+    for search in searches:
+        result, best = search.result, search.best
+        rows.append(
+            [
+                search.name,
+                str(len(search.trials)),
+                str(sum(search.failures.values())),
+                "-" if best is None else f"{best.best_us:.4g}",
+                "-" if result is None else f"{result.median_us:.4g}",
+                "-" if result is None else f"{result.default_us / result.median_us:.2f}",
+                "-" if result is None else f"{result.noise_floor - 1:.1%}",
+                str(search.trials_to(0.95) or "-"),
+                _correlation(search.model_correlation),
+                _correlation(search.rule_correlation),
+            ]
+        )
+    header = [
+        "search", "trials", "failed", "best sample, us", "result, us", "default / result", "noise", "trials to 95 %",
+        "rank correlation", "of the rule",
+    ]  # fmt: skip
+    return _rows(header, rows)
+
+
+def _details(search: SearchLog, trace: str) -> str:
+    parts = [f"<h2>{html.escape(search.name)}</h2>"]
+    if search.infos:
+        info = search.infos[-1]
+        versions = info.machine_info.get("versions") or {}
+        parts.append(
+            f"<p>{html.escape(str(info.machine_info.get('cpu')))}; target {html.escape(search.context.target)}; "
+            f"{html.escape(', '.join(f'{name} {version}' for name, version in versions.items() if version))}; "
+            f"<code>{html.escape(info.command)}</code></p>"
+        )
+    if search.result is not None:
+        verdict = "beats the default by more than the noise" if search.result.tuned else "the default stays"
+        parts.append(f"<p>Result: {html.escape(str(search.result.candidate))}: {verdict}.</p>")
+        parts.append(
+            _rows(
+                ["measured again, by turns", "median, us"],
+                [[str(each.candidate), f"{each.median_us:.4g}"] for each in search.result.finalists],
+            )
+        )
+    failed = [trial for trial in search.trials if trial.status != "ok"]
+    if failed:
+        parts.append("<h3 class='bad'>Failed</h3>")
+        parts.append(
+            _rows(
+                ["cause", "candidate", "what happened"],
+                [[trial.status.replace("_", " "), str(trial.candidate), trial.error] for trial in failed],
+            )
+        )
+    parts.append(f"<h3>Best schedule</h3><pre>{html.escape(trace)}</pre>")
+    for problem in search.problems:
+        parts.append(f"<p class='bad'>{html.escape(problem)}</p>")
+    return "\n".join(parts)
