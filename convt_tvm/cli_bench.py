@@ -1,6 +1,8 @@
 """The commands that measure, report and explain: `bench`, `report` and `explain`."""
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -95,9 +97,7 @@ def bench(
 
 
 def report(
-    path: Annotated[
-        Path | None, typer.Argument(metavar="ROWS", help="A file that bench wrote.", show_default=False)
-    ] = None,
+    path: Annotated[Path | None, typer.Argument(metavar="ROWS", help="A file of rows.", show_default=False)] = None,
     session: Annotated[
         list[Path] | None,
         typer.Option(
@@ -113,15 +113,13 @@ def report(
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write all about the sessions as one page, pictures included.")
     ] = None,
-    readme: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Replace its section between the results markers.")
-    ] = None,
+    readme: Annotated[Path | None, typer.Option(metavar="FILE", help="Replace its section between markers.")] = None,
     as_json: Json = False,
 ) -> None:
     """Turn stored rows, or the logs of tuning sessions, into tables and plots; measures nothing.
 
-    Of each workload and number of threads the last run of bench counts. With --json, its rows, one a line, or one line
-    for each search.
+    ROWS are those of bench, of which the last run of each workload and number of threads counts, or the rows.jsonl of
+    `check --report`, for which the section is numerics. With --json, the rows, one a line, or one line for each search.
     """
     if (path is None) == (not session):
         raise typer.BadParameter("name either a file of rows or, with --session, the log of a tuned workload.")
@@ -134,24 +132,42 @@ def report(
         return
     if html:
         raise typer.BadParameter("--html is for sessions; rows have --markdown and --plot.")
-    from convt_tvm.report import plot as draw
-    from convt_tvm.report import to_markdown, update_readme
-    from convt_tvm.rows import latest_runs, read_rows
+    from convt_tvm.report import update_section
 
-    rows = read_rows(path)
-    text = to_markdown(rows)
+    draw: Callable[[Path], None]
+    if _is_of_check(path):
+        from convt_tvm import check_report
+        from convt_tvm.findings import read_examinations
+
+        examinations = read_examinations(path)
+        section, text = "numerics", check_report.to_markdown(examinations)
+        values = [one.to_json() for one in examinations]
+        draw = partial(check_report.plot, examinations)
+    else:
+        from convt_tvm import report as bench_report
+        from convt_tvm.rows import latest_runs, read_rows
+
+        rows = read_rows(path)
+        section, text = "results", bench_report.to_markdown(rows)
+        values = [row.to_json() for run in latest_runs(rows) for row in run.rows.values()]
+        draw = partial(bench_report.plot, rows)
     if as_json:
-        for run in latest_runs(rows):
-            for row in run.rows.values():
-                print_json(row.to_json())
+        for each_row in values:
+            print_json(each_row)
     elif markdown == "-" or not (markdown or plot or readme):
         print(text, end="")
     if markdown not in (None, "-"):
         Path(markdown).write_text(text, encoding="utf-8")
     if plot is not None:
-        draw(rows, plot)
+        draw(plot)
     if readme is not None:
-        update_readme(readme, rows)
+        update_section(readme, section, text)
+
+
+def _is_of_check(path: Path) -> bool:
+    """Whether the rows are those of `check --report`, by the first of them."""
+    with path.open(encoding="utf-8") as file:
+        return '"findings"' in file.readline()
 
 
 def explain(workloads: Workloads, target: TargetName = "llvm", threads: Threads = None, as_json: Json = False) -> None:

@@ -21,6 +21,7 @@ from convt_tvm.cli_options import (
 if TYPE_CHECKING:
     from convt_tvm.check import CheckRow
     from convt_tvm.conformance import Tally
+    from convt_tvm.findings import Examination
     from convt_tvm.replay import Reproducer
     from convt_tvm.target import Target
 
@@ -42,6 +43,11 @@ def check(
     threads: Threads = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, metavar="N", help="Of the inputs.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Skip the timing.")] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Go through every stage of the numerics lab; write a page, plots and rows."),
+    ] = None,
+    runs: Annotated[int, typer.Option(min=2, metavar="N", help="With --report: calls that must repeat.")] = 10,
     conformance: Annotated[
         bool, typer.Option("--conformance", help="Try torch's and ONNX's cases, and fuzzed ones, instead.")
     ] = False,
@@ -71,6 +77,10 @@ def check(
     Integer inputs have to give the exact bits; random ones have to stay within the error bound of a dot product
     (error/bound at most 1). Exits with 1 if a verdict is bad. With --json, one line a workload.
 
+    With --report each workload goes through the numerics lab instead: exactness, rounding on five distributions,
+    special values and determinism, of our kernel, of torch and of other libraries; DIR gets a page, index.html, its
+    plots and rows.jsonl. Exits with 1 if one of our kernels fails.
+
     With --conformance no workload is named: cases of torch's own tests, of ONNX's, and fuzzed ones are tried with every
     schedule space and every other implementation there is. Exits with 1 if one of ours fails. With --json, one line for
     each block of cases and implementation.
@@ -92,6 +102,18 @@ def check(
             jobs=jobs,
             peers=peers,
             output=output,
+            failures=failures,
+            as_json=as_json,
+        )
+    elif report is not None:
+        _report(
+            workloads or [],
+            compiled_for,
+            report,
+            seed=seed,
+            threads=threads,
+            runs=runs,
+            peers=peers,
             failures=failures,
             as_json=as_json,
         )
@@ -122,6 +144,57 @@ def _check(
         print_check(rows)
     stop_if_interrupted(finished, len(rows), len(chosen))
     if any(row.verdict == "bad" for row in rows):
+        raise typer.Exit(FAILED)
+
+
+def _report(
+    workloads: Sequence[str],
+    target: "Target",
+    directory: Path,
+    *,
+    seed: int,
+    threads: int | None,
+    runs: int,
+    peers: bool,
+    failures: Path,
+    as_json: bool,
+) -> None:
+    from convt_tvm.workloads import resolve
+
+    chosen = resolve(workloads)
+    import torch
+
+    from convt_tvm.bench import current_commit
+    from convt_tvm.check_report import write_report
+    from convt_tvm.examine import examine_workload
+    from convt_tvm.implementations import implementations
+    from convt_tvm.replay import Reproducer, write_reproducer
+    from convt_tvm.target import machine
+    from convt_tvm.terminal_numerics import print_examinations
+
+    commit, compared = current_commit(), implementations(target, peers=peers)
+    sizes = sorted({1, threads or torch.get_num_threads(), machine().cores})
+    done: list[Examination] = []
+
+    def work(workload: Any) -> None:
+        one = examine_workload(workload, target, compared, seed=seed, threads=sizes, runs=runs, commit=commit)
+        done.append(one)
+        for finding in one.failures:
+            reproducer = Reproducer.of(finding, compared[0], target, commit)
+            print(f"failed: {workload.name}: {finding.stage}, {finding.data}: {finding.reason}", file=sys.stderr)
+            print(f"  convt-tvm check --replay {write_reproducer(failures, reproducer)}", file=sys.stderr)
+        for implementation in compared:
+            implementation.forget()
+        write_report(directory, done)
+        if as_json:
+            print_json(one.to_json())
+
+    finished = each(chosen, work, len(chosen), quiet=as_json and sys.stdout.isatty())
+    if done and not as_json:
+        print_examinations(done)
+        print(f"the report is {directory / 'index.html'}")
+    stop_if_interrupted(finished, len(done), len(chosen))
+    if any(one.failures for one in done):
         raise typer.Exit(FAILED)
 
 

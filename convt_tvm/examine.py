@@ -14,6 +14,7 @@ determinism
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 import torch
@@ -23,14 +24,17 @@ from convt_tvm.determinism import RUNS, compare_repeats
 from convt_tvm.distributions import DISTRIBUTIONS, telling_integers
 from convt_tvm.errormap import find_worst, phase_map
 from convt_tvm.errors import ConvTError
-from convt_tvm.findings import STAGES, Finding, Stage, Status
+from convt_tvm.findings import STAGES, Examination, Finding, Stage, Status
 from convt_tvm.implementations import Implementation, RefusedError
+from convt_tvm.peers import DISTRIBUTIONS as PACKAGES
 from convt_tvm.reference import expect, integer_reference
 from convt_tvm.rounding import measure_rounding
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.special import judge_special, special_inputs
+from convt_tvm.target import Target, machine, package_versions
+from convt_tvm.workloads import Workload
 
-__all__ = ["examine", "first_failure"]
+__all__ = ["examine", "examine_workload", "first_failure"]
 
 
 def examine(
@@ -73,6 +77,34 @@ def examine(
             for implementation in compared:
                 if implementation.is_ours:
                     yield from _determinism(spec, implementation, seed, threads, runs)
+
+
+def examine_workload(
+    workload: Workload,
+    target: Target,
+    compared: Sequence[Implementation],
+    *,
+    seed: int,
+    threads: Sequence[int],
+    runs: int,
+    commit: str | None,
+) -> Examination:
+    """Every stage for one workload, with what a reader needs to repeat it."""
+    findings = tuple(examine(workload.spec, compared, seed=seed, threads=threads, runs=runs))
+    here = machine()
+    return Examination(
+        workload=workload.name,
+        spec=workload.spec.name,
+        target=target.name,
+        seed=seed,
+        threads=tuple(threads),
+        runs=runs,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        commit=commit,
+        machine={name: value for name, value in here.to_json().items() if name != "versions"},
+        versions={**here.versions, **package_versions(PACKAGES)},
+        findings=findings,
+    )
 
 
 def first_failure(findings: Sequence[Finding]) -> Finding | None:

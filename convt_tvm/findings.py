@@ -1,4 +1,4 @@
-"""What the numerics lab finds: one row for each stage, data set and implementation, stored as a line of JSON."""
+"""What the numerics lab finds about each stage, data set and implementation, stored as a line of JSON a workload."""
 
 import json
 import math
@@ -11,7 +11,15 @@ from convt_tvm.errormap import Tap, Worst
 from convt_tvm.errors import RowsError
 from convt_tvm.rounding import LengthError, Rounding
 
-__all__ = ["STAGES", "Finding", "Stage", "Status", "append_findings", "read_findings"]
+__all__ = [
+    "STAGES",
+    "Examination",
+    "Finding",
+    "Stage",
+    "Status",
+    "read_examinations",
+    "write_examinations",
+]
 
 Stage: TypeAlias = Literal["exactness", "rounding", "special", "determinism"]
 Status: TypeAlias = Literal["pass", "fail", "limitation", "rejected", "unavailable"]
@@ -55,7 +63,10 @@ class Finding:
     phases: tuple[tuple[float, ...], ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values; infinities and NaN, which JSON lacks, become the strings Python writes."""
+        """The fields as JSON values; infinities and NaN, which JSON lacks, become the strings Python writes.
+
+        Floats keep five digits, so that rows stay small.
+        """
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         values["rounding"] = self.rounding and self.rounding.to_json()
         values["worst"] = self.worst and self.worst.to_json()
@@ -70,11 +81,11 @@ class Finding:
             found = set(values) if isinstance(values, Mapping) else set()
             raise RowsError(
                 f"a finding lacks the fields {sorted(known - found)} and has the unknown ones {sorted(found - known)}; "
-                "write findings with `convt-tvm check --report` or `--conformance -o`."
+                "`convt-tvm check --report` writes them."
             )
         given = _unplain(dict(values))
         if given["rounding"] is not None:
-            lengths = tuple(LengthError(**each) for each in given["rounding"].pop("lengths"))
+            lengths = tuple(LengthError(*each) for each in given["rounding"].pop("lengths"))
             given["rounding"] = Rounding(**given["rounding"], lengths=lengths)
         if given["worst"] is not None:
             given["worst"] = Worst(**{**given["worst"], "taps": tuple(Tap(**tap) for tap in given["worst"]["taps"])})
@@ -86,7 +97,9 @@ def _plain(value: Any) -> Any:
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else str(value)
+    return value
 
 
 def _unplain(value: Any) -> Any:
@@ -97,19 +110,88 @@ def _unplain(value: Any) -> Any:
     return float(value) if value in ("inf", "-inf", "nan") else value
 
 
-def append_findings(path: Path, findings: Iterable[Finding]) -> None:
-    """Append findings to a file, a line each, making it if it is not there."""
-    text = "".join(json.dumps(finding.to_json(), allow_nan=False) + "\n" for finding in findings)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
+@dataclass(frozen=True, slots=True)
+class Examination:
+    """Everything found about one workload in one go, a line of a file.
+
+    Attributes
+    ----------
+    workload, spec
+        The workload's name and its spec's canonical name.
+    target, seed, threads, runs
+        What our kernel was compiled for, of the data, and how determinism was tried.
+    date, commit, machine, versions
+        When (UTC), at which commit, where and with what it was done.
+    findings
+        In the order in which they were made.
+    """
+
+    workload: str
+    spec: str
+    target: str
+    seed: int
+    threads: tuple[int, ...]
+    runs: int
+    date: str
+    commit: str | None
+    machine: Mapping[str, Any]
+    versions: Mapping[str, str | None]
+    findings: tuple[Finding, ...]
+
+    @property
+    def implementations(self) -> list[str]:
+        """Names, ours first."""
+        return list(dict.fromkeys(finding.implementation for finding in self.findings))
+
+    def find(self, stage: Stage, data: str, implementation: str) -> Finding | None:
+        """The finding of that stage on that data, if there is one."""
+        key = stage, data, implementation
+        return next((each for each in self.findings if (each.stage, each.data, each.implementation) == key), None)
+
+    def status(self, stage: Stage, implementation: str) -> Status | None:
+        """The gravest status of a stage; None if it was not gone through."""
+        found = [each.status for each in self.findings if (each.stage, each.implementation) == (stage, implementation)]
+        return min(found, key=_GRAVITY.index, default=None)
+
+    @property
+    def failures(self) -> list[Finding]:
+        """What failed of ours."""
+        return [each for each in self.findings if each.status == "fail" and each.implementation.startswith("ours")]
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return values | {"threads": list(self.threads), "findings": [each.to_json() for each in self.findings]}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """The examination that `to_json` wrote; raises RowsError for missing or unknown fields."""
+        known = {field.name for field in fields(cls)}
+        if not isinstance(values, Mapping) or set(values) != known:
+            found = set(values) if isinstance(values, Mapping) else set()
+            raise RowsError(
+                f"an examination lacks the fields {sorted(known - found)} and has the unknown ones "
+                f"{sorted(found - known)}; `convt-tvm check --report` writes them."
+            )
+        findings = tuple(map(Finding.from_json, values["findings"]))
+        return cls(**{**values, "threads": tuple(values["threads"]), "findings": findings})
 
 
-def read_findings(path: Path) -> list[Finding]:
-    """The findings in a file; raises RowsError naming the line that is none, OSError if there is no such file."""
+_GRAVITY: tuple[Status, ...] = ("fail", "limitation", "pass", "rejected", "unavailable")
+
+
+def write_examinations(path: Path, examinations: Iterable[Examination]) -> None:
+    """Write examinations to a file, a line each, in place of what it held."""
+    lines = [json.dumps(each.to_json(), allow_nan=False) + "\n" for each in examinations]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def read_examinations(path: Path) -> list[Examination]:
+    """The examinations in a file; raises RowsError naming the line that is none, OSError if there is no such file."""
     found = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            found.append(Finding.from_json(json.loads(line)))
+            found.append(Examination.from_json(json.loads(line)))
         except (json.JSONDecodeError, RowsError, TypeError) as error:
             raise RowsError(f"{path}, line {number}: {error}") from error
     return found

@@ -9,9 +9,8 @@ from typing import Any
 from convt_tvm.errors import RowsError
 from convt_tvm.rows import OURS, TORCH, Row, Run, geometric_means, latest_runs
 
-__all__ = ["plot", "to_markdown", "update_readme"]
+__all__ = ["plot", "to_markdown", "update_section"]
 
-_SECTION = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.DOTALL)
 # Of Okabe and Ito's palette, distinguishable with any colour vision.
 _AHEAD, _BEHIND, _EVEN = "#0072B2", "#D55E00", "#999999"
 
@@ -213,19 +212,18 @@ def _draw(axes: Any, runs: Sequence[Run], threads: int) -> None:
     axes.set_title(f"{_threads(threads)}: {mean:.2f} times the best peer, geometric mean", fontsize=10, loc="left")
 
 
-def update_readme(path: Path, rows: Sequence[Row]) -> None:
-    """Replace what stands between ``<!-- results -->`` and ``<!-- /results -->`` in a file by `to_markdown`.
+def update_section(path: Path, name: str, markdown: str) -> None:
+    """Replace what stands between ``<!-- name -->`` and ``<!-- /name -->`` in a file.
 
     Raises
     ------
     RowsError
         if the file does not hold exactly one such section.
     """
+    section = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
     text = path.read_text(encoding="utf-8")
-    if len(_SECTION.findall(text)) != 1:
+    if (count := len(section.findall(text))) != 1:
         raise RowsError(
-            f"{path} has {len(_SECTION.findall(text))} sections between the lines <!-- results --> and "
-            f"<!-- /results -->; it needs one."
+            f"{path} has {count} sections between the lines <!-- {name} --> and <!-- /{name} -->; it needs one."
         )
-    markdown = to_markdown(rows)
-    path.write_text(_SECTION.sub(lambda match: f"{match[1]}{markdown}{match[2]}", text), encoding="utf-8")
+    path.write_text(section.sub(lambda match: f"{match[1]}{markdown}{match[2]}", text), encoding="utf-8")

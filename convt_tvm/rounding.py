@@ -1,6 +1,6 @@
 """How far outputs are from exact arithmetic: in units of their own error bound, and in units of their last place."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ ULP_EDGES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 256.0, 1024.0)
 """Upper edges of the histogram's bins, each included; a last bin holds the rest. The first two hold what is correctly
 rounded."""
 
-_LENGTHS_KEPT = 48
+_LENGTHS_KEPT = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Rounding:
     max_ulps, ulps
         Largest distance in units in the last place of the exact value, and how many outputs fall between `ULP_EDGES`.
     lengths
-        The ratios by reduction length, shortest first; at most 48 lengths, evenly chosen.
+        The ratios by reduction length, shortest first; at most 12 lengths, evenly chosen.
     """
 
     max_error: float
@@ -56,8 +56,8 @@ class Rounding:
     lengths: tuple[LengthError, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values, apart from infinities."""
-        return asdict(self)
+        """The fields as JSON values, apart from infinities; lengths as lists of their fields."""
+        return asdict(self) | {"lengths": [list(astuple(each)) for each in self.lengths]}
 
 
 def ulp(values: torch.Tensor, dtype: str) -> torch.Tensor:

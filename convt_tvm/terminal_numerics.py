@@ -6,10 +6,11 @@ from functools import partial
 from rich.markup import escape
 
 from convt_tvm.conformance import Tally
+from convt_tvm.findings import STAGES, Examination, Stage
 from convt_tvm.implementations import OURS
 from convt_tvm.terminal import Column, print_table, stdout_console
 
-__all__ = ["print_conformance"]
+__all__ = ["print_conformance", "print_examinations"]
 
 _OUTCOMES = ("passed", "failed", "rejected")
 
@@ -37,3 +38,20 @@ def print_conformance(tallies: Sequence[Tally]) -> None:
         console.print(f"[dim]out of scope: {escape(reason)}[/]", soft_wrap=True)
     worst = max((tally.max_ratio for tally in tallies if tally.implementation.startswith(OURS)), default=0.0)
     console.print(f"largest error/bound of ours: {worst:.3g}", soft_wrap=True)
+
+
+def print_examinations(examinations: Sequence[Examination]) -> None:
+    """Print the gravest status of every stage for our kernels, and our largest error over bound."""
+    styles = {"pass": "green", "fail": "bold red", "limitation": "yellow"}
+
+    def status(stage: Stage, one: Examination) -> str:
+        found = one.status(stage, OURS)
+        return "-" if found is None else f"[{styles.get(found, 'dim')}]{found}[/]"
+
+    def ratio(one: Examination) -> str:
+        found = [each.rounding.max_ratio for each in one.findings if each.implementation == OURS and each.rounding]
+        return f"{max(found):.3g}" if found else "-"
+
+    columns = [Column("workload", lambda one: one.workload, "left")]
+    columns += [Column(stage, partial(status, stage), "left") for stage in STAGES]
+    print_table([*columns, Column("error/\nbound", ratio)], examinations, stdout_console())

@@ -64,21 +64,24 @@ MAY_IMPORT = {
     "report": "errors rows",
     "implementations": "errors spec target space compiler check peers",
     "examine": "errors spec reference check distributions errormap findings rounding special determinism "
-    "implementations",
+    "implementations peers target workloads",
+    "check_plots": "errors findings rounding",
+    "check_report": "errors findings rounding check_plots",
     "replay": "errors spec target runtime findings examine implementations",
     "cases": "errors spec fuzz",
     "conformance": "errors target distributions findings implementations examine replay cases",
     "doctor": "errors target runtime",
     "__init__": "errors spec target runtime compiler functional nn",
     "terminal": "check doctor rows explain",
-    "terminal_numerics": "implementations conformance terminal",
+    "terminal_numerics": "findings implementations conformance terminal",
     "session_report": "errors spec target records store compiler search",
     "terminal_tune": "spec session session_report terminal",
     "cli_options": "target terminal",
     "cli_tune": "errors workloads target threads database session tune session_report terminal_tune cli_options",
-    "cli_bench": "workloads target rows peers roofline bench explain report terminal cli_options cli_tune",
-    "cli_check": "workloads target check bench implementations replay cases conformance terminal "
-    "terminal_numerics cli_options",
+    "cli_bench": "workloads target rows peers roofline bench explain report findings check_report terminal cli_options "
+    "cli_tune",
+    "cli_check": "workloads target check bench findings implementations examine check_report replay cases conformance "
+    "terminal terminal_numerics cli_options",
     "cli": "__init__ errors workloads target artifact runtime compiler cache check doctor terminal "
     "cli_options cli_bench cli_check cli_tune",
     "__main__": "cli",

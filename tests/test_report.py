@@ -5,7 +5,7 @@ import pytest
 from test_rows import run_of
 
 from convt_tvm.errors import RowsError
-from convt_tvm.report import plot, to_markdown, update_readme
+from convt_tvm.report import plot, to_markdown, update_section
 from convt_tvm.rows import OURS
 
 
@@ -86,10 +86,10 @@ def test_a_plot_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
 def test_the_section_of_the_readme_is_replaced_and_nothing_else(tmp_path):
     path = tmp_path / "README.md"
     path.write_text("# a\n\n<!-- results -->\nold \\1\n<!-- /results -->\n\n## b\n")
-    update_readme(path, two_workloads())
+    update_section(path, "results", to_markdown(two_workloads()))
     once = path.read_text()
     assert once == f"# a\n\n<!-- results -->\n{to_markdown(two_workloads())}<!-- /results -->\n\n## b\n"
-    update_readme(path, two_workloads())
+    update_section(path, "results", to_markdown(two_workloads()))
     assert path.read_text() == once
 
 
@@ -98,5 +98,5 @@ def test_a_readme_without_one_section_is_left_alone(tmp_path, text, count):
     path = tmp_path / "README.md"
     path.write_text(text)
     with pytest.raises(RowsError, match=f"has {count} sections"):
-        update_readme(path, two_workloads())
+        update_section(path, "results", to_markdown(two_workloads()))
     assert path.read_text() == text
