@@ -55,17 +55,9 @@ RUNTIME_FILE = "libtvm_runtime.so"
 _FILES = (KERNEL_FILE, MANIFEST_FILE, RUNTIME_FILE)
 _REBUILD = "build it again with `convt-tvm build`, or copy the whole directory again"
 _SOURCES = (
-    "phases",
-    "spec",
-    "target",
-    "layout",
-    "compute",
-    "cost",
-    "schedule",
-    "space",
-    "shuffle",
-    "lower",
-    "compiler",
+    *("phases", "spec", "gpu", "target", "layout", "thread_layout", "compute", "compute_cuda", "cost", "cost_cuda"),
+    *("schedule", "schedule_cuda", "space", "shuffle", "lower", "lower_cuda", "cuda_toolkit", "emulator"),
+    *("cuda_device_code", "backends", "compiler"),
 )
 _COMPILERS = ("apache-tvm", "apache-tvm-ffi")
 _AT_FDCWD = -100
@@ -109,6 +101,8 @@ class Manifest:
     tuning
         ``code``, a digest of the lowered code; ``result``, the stored tuning result that chose the schedule;
         ``ignored``, why others did not. JSON values, each left out where there is none.
+    resources
+        What each function takes of each GPU architecture: registers, shared memory, spills. JSON values; none for CPUs.
     format
         `FORMAT`.
     digest
@@ -131,6 +125,7 @@ class Manifest:
     fingerprint: str
     files: dict[str, str]
     tuning: dict[str, Any] = field(default_factory=dict)
+    resources: list[dict[str, Any]] = field(default_factory=list)
     format: int = FORMAT
     digest: str = field(default="")
 
@@ -147,6 +142,7 @@ class Manifest:
             "fingerprint": not isinstance(self.fingerprint, str),
             "tuning": not isinstance(self.tuning, dict),
             "files": not _is_text_map(self.files, (str,)) or KERNEL_FILE not in self.files,
+            "resources": not isinstance(self.resources, list),
             "format": self.format != FORMAT,
         }
         for name, wrong in problems.items():
@@ -178,6 +174,7 @@ class Manifest:
             "fingerprint": self.fingerprint,
             "files": self.files,
             "tuning": self.tuning,
+            "resources": self.resources,
         }
 
     @property
@@ -347,6 +344,7 @@ def publish(
     fingerprint: str,
     files: Mapping[str, Path],
     tuning: Mapping[str, Any] | None = None,
+    resources: Iterable[Mapping[str, Any]] = (),
 ) -> Manifest:
     """Write an artifact and return its manifest; the directory is complete or as it was before, whenever this stops.
 
@@ -382,6 +380,7 @@ def publish(
         versions=dict(versions),
         fingerprint=fingerprint,
         tuning=dict(tuning or {}),
+        resources=[dict(found) for found in resources],
     )
 
 

@@ -16,11 +16,10 @@ from tvm.support import cc
 from tvm_ffi import structural_hash
 
 from convt_tvm.artifact import KERNEL_FILE, Manifest, publish, source_fingerprint
-from convt_tvm.compute import declare_pack, declare_phases
+from convt_tvm.backends import get_backend
 from convt_tvm.database import find_result
 from convt_tvm.errors import BuildError
 from convt_tvm.layout import Layout, Window
-from convt_tvm.lower import lower_kernel, lower_pack
 from convt_tvm.records import Candidate
 from convt_tvm.runtime import Kernel, load
 from convt_tvm.space import Choice, default_choice, find_choice
@@ -132,7 +131,7 @@ def build_artifact(
             choice = choice or default_choice(declared, resolved)
             _check_indexable(declared, choice.layout)
             lowered = lowered or lower_choice(declared, resolved, choice)
-            compile_module(lowered.module, resolved, library)
+            resources = compile_module(lowered.module, resolved, library)
         except BuildError:
             raise
         except (RuntimeError, ValueError, TypeError) as error:
@@ -150,6 +149,7 @@ def build_artifact(
             versions=package_versions(),
             fingerprint=source_fingerprint(),
             tuning={"code": lowered.code, **tuning},
+            resources=resources,
             files={KERNEL_FILE: library},
         )
 
@@ -189,7 +189,7 @@ def _check_indexable(spec: ConvTranspose2dSpec, layout: Layout) -> None:
 
 def lower_choice(spec: ConvTranspose2dSpec, target: Target, choice: Choice) -> Lowered:
     """Declare `spec` in the layout of `choice`, schedule and lower it; TVM's own errors pass through."""
-    sch = Schedule(declare_phases(spec, choice.layout, target))
+    sch = Schedule(get_backend(target).declare_phases(spec, choice.layout, target))
     choice.space.space(sch)
     return lower_schedule(sch, spec, choice.layout, target)
 
@@ -199,40 +199,49 @@ def trace_text(spec: ConvTranspose2dSpec, target: Target, candidate: Candidate) 
     choice = find_choice(spec, target, candidate)
     if choice is None:
         return f"{candidate} is no candidate of this version."
-    sch = Schedule(declare_phases(spec, choice.layout, target))
+    sch = Schedule(get_backend(target).declare_phases(spec, choice.layout, target))
     choice.space.space(sch)
     return f"# {candidate}\n{sch.trace}"
 
 
 def lower_schedule(sch: Schedule, spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> Lowered:
     """A scheduled phase form and the packing of its layout, lowered; TVM's own errors pass through."""
-    pack = Schedule(declare_pack(spec, layout, target))
-    _schedule_pack(pack)
-    kernel = lower_kernel(sch.mod["main"])
-    module = tvm.IRModule({**kernel.functions, **lower_pack(pack.mod["main"]).functions})
+    backend = get_backend(target)
+    pack = Schedule(backend.declare_pack(spec, layout, target))
+    backend.schedule_pack(pack)
+    kernel = backend.lower_kernel(sch.mod["main"])
+    module = tvm.IRModule({**kernel.functions, **backend.lower_pack(pack.mod["main"]).functions})
     return Lowered(module, _trace_json(sch), f"{structural_hash(module) % 2**64:016x}")
 
 
-def compile_module(module: tvm.IRModule, target: Target, library: Path) -> None:
+def compile_module(
+    module: tvm.IRModule, target: Target, library: Path, *, emulated: bool = False
+) -> list[dict[str, Any]]:
     """Compile and link a lowered module into the shared object `library`.
+
+    Parameters
+    ----------
+    emulated
+        For `convt_tvm.emulator` instead of GPUs; for the target kind ``cuda`` only.
+
+    Returns
+    -------
+    list
+        What each function takes of each GPU architecture (`convt_tvm.cuda_toolkit.Resources`), as JSON values; empty
+        for processors.
 
     Raises
     ------
     BuildError
-        If there is no linker; TVM's own errors pass through.
+        If there is no linker, or no CUDA compiler for GPUs; TVM's own errors pass through.
     """
     if cc.get_cc() is None:
         raise BuildError("linking needs a C++ compiler; install g++ or clang, for example `apt-get install g++`.")
-    tvm_target = target.to_tvm()
-    # StorageRewrite would drop what `lower` says of buffers on the stack; there is no storage to share.
-    with tvm_target, tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):
-        tvm.compile(module, target=tvm_target).export_library(str(library))
-
-
-def _schedule_pack(sch: Schedule) -> None:
-    """Parallel over channel blocks and kernel rows."""
-    block, kh, *_ = sch.get_loops(sch.get_sblock("ordered"))
-    sch.parallel(sch.fuse(block, kh))
+    backend, tvm_target = get_backend(target), target.to_tvm()
+    with backend.code_generator(target, emulated) as resources, tvm_target:
+        with tvm.transform.PassContext(config=backend.config):
+            tvm.compile(module, target=tvm_target).export_library(str(library))
+        return [found.to_json() for found in resources]
 
 
 def _trace_json(sch: Schedule) -> list[Any]:

@@ -16,6 +16,7 @@ __all__ = [
     "copy_window",
     "find_window",
     "parallelize",
+    "share_pack",
     "skip_rows",
     "spread_window",
 ]
@@ -104,6 +105,12 @@ def parallelize(sch: Schedule, loops: Sequence[LoopRV], cycles: float) -> LoopRV
     if cycles >= PARALLEL_CYCLES:
         sch.parallel(fused)
     return fused
+
+
+def share_pack(sch: Schedule) -> None:
+    """Schedule a packing in place: parallel over channel blocks and kernel rows."""
+    block, kh, *_ = sch.get_loops(sch.get_sblock("ordered"))
+    sch.parallel(sch.fuse(block, kh))
 
 
 def find_window(sch: Schedule) -> SBlockRV | None:

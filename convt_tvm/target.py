@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from convt_tvm.errors import IncompatibleMachineError, TargetError
+from convt_tvm.gpu import ARCHITECTURES, DEFAULT_ARCHITECTURES, capability, find_driver
 
 if TYPE_CHECKING:
     import tvm.target
@@ -80,7 +81,12 @@ LEVELS: dict[str, tuple[str, ...]] = {
 
 _CPUINFO = Path("/proc/cpuinfo")
 _PACKAGES = ("apache-tvm", "apache-tvm-ffi", "torch", "numpy")
-_FORMS = "write llvm, llvm:x86-64-v2, llvm:x86-64-v3, llvm:x86-64-v4 or llvm:ARCH+FEATURE+FEATURE"
+_FORMS = (
+    "write llvm, llvm:x86-64-v2, llvm:x86-64-v3, llvm:x86-64-v4, llvm:ARCH+FEATURE+FEATURE, cuda, cuda:sm_90 or "
+    "cuda:sm_80+sm_90"
+)
+_OLDEST_CUDA_DRIVER = (13, 0)
+"""What libcudart.so.13 runs on, which TVM's CUDA runtime library needs."""
 
 
 def _with_implied(features: Iterable[str], arch: str) -> tuple[str, ...]:
@@ -136,6 +142,16 @@ def host_features() -> frozenset[str]:
     return frozenset(found)
 
 
+def _visible_architectures() -> tuple[str, ...]:
+    """For each GPU of this machine the newest known architecture whose code it runs, or the default ones."""
+    driver = find_driver()
+    found = {
+        max((arch for arch in ARCHITECTURES if gpu.runs((arch,))), key=capability, default="")
+        for gpu in (driver.gpus if driver else ())
+    }
+    return tuple(sorted(found - {""}, key=capability)) or DEFAULT_ARCHITECTURES
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """A compiler back end, an architecture and the CPU features that generated code may use.
@@ -143,12 +159,13 @@ class Target:
     Parameters
     ----------
     kind
-        ``llvm``.
+        ``llvm`` or ``cuda``.
     arch
-        ``x86_64`` or ``aarch64``.
+        ``x86_64`` or ``aarch64``; for ``cuda`` one of `convt_tvm.gpu.ARCHITECTURES`, the lowest there is code for.
     features
         LLVM feature names. Stored sorted, with everything they imply: ``avx2`` brings ``avx`` and ``sse4.2``. A machine
-        runs the code if `host_features` there contains all of them.
+        runs the code if `host_features` there contains all of them. For ``cuda`` further architectures that there is
+        code for, ascending; a kernel holds machine code for each, and PTX of the last for newer GPUs.
 
     Raises
     ------
@@ -161,6 +178,8 @@ class Target:
     Target(kind='llvm', arch='x86_64', features=('avx', 'avx2', 'fma', 'sse4.2'))
     >>> Target.parse("llvm:x86-64-v4").vector_bytes
     64
+    >>> Target.parse("cuda:sm_90+sm_80")
+    Target(kind='cuda', arch='sm_80', features=('sm_90',))
     """
 
     kind: str
@@ -169,6 +188,18 @@ class Target:
 
     def __post_init__(self) -> None:
         """Validate, and close the features under implication."""
+        if self.kind == "cuda":
+            archs = {self.arch, *self.features}
+            unknown = sorted(archs - ARCHITECTURES.keys())
+            if unknown:
+                raise TargetError(
+                    f"{', '.join(map(repr, unknown))} is not a known CUDA architecture; use any of "
+                    f"{', '.join(ARCHITECTURES)}."
+                )
+            first, *others = (arch for arch in ARCHITECTURES if arch in archs)
+            object.__setattr__(self, "arch", first)
+            object.__setattr__(self, "features", tuple(others))
+            return
         if self.kind != "llvm":
             raise TargetError(f"target kind {self.kind!r} is not supported; {_FORMS}.")
         if self.arch not in _IMPLIES:
@@ -181,7 +212,8 @@ class Target:
 
         ``llvm`` is this machine with all its features. ``llvm:x86-64-v2``, ``-v3`` and ``-v4`` are the psABI's levels
         (`LEVELS`). ``llvm:x86_64+avx2+fma`` names every feature, as `name` does; ``llvm:x86_64`` alone is the baseline.
-        A target is returned as it is.
+        ``cuda:sm_80+sm_90`` names GPU architectures; ``cuda`` is those of this machine's GPUs, or, where it has none,
+        `convt_tvm.gpu.DEFAULT_ARCHITECTURES`. A target is returned as it is.
 
         Raises
         ------
@@ -191,8 +223,11 @@ class Target:
         if isinstance(text, Target):
             return text
         kind, colon, rest = str(text).strip().partition(":")
-        if kind != "llvm" or (colon and not rest):
+        if kind not in ("llvm", "cuda") or (colon and not rest):
             raise TargetError(f"target {text!r} is not understood; {_FORMS}.")
+        if kind == "cuda":
+            first, *others = rest.split("+") if colon else _visible_architectures()
+            return cls(kind, first, tuple(others))
         if not colon:
             return cls(kind, host_architecture(), tuple(host_features()))
         if rest in LEVELS:
@@ -218,13 +253,20 @@ class Target:
     def key(self) -> str:
         """A short name that is safe as a directory's; equal targets have equal keys.
 
-        The level alone where the features are exactly a level's (``llvm-x86-64-v3``), otherwise with eight digits of a
-        hash of `name`.
+        The level alone where the features are exactly a level's (``llvm-x86-64-v3``), or one GPU architecture
+        (``cuda-sm_90``), otherwise with eight digits of a hash of `name`.
         """
         base = f"{self.kind}-{self.level or self.arch}"
+        if self.kind == "cuda" and not self.features:
+            return base
         if self.level is not None and self.features == LEVELS[self.level]:
             return base
         return f"{base}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}"
+
+    @property
+    def gpu_archs(self) -> tuple[str, ...]:
+        """Every GPU architecture that there is code for, ascending; empty unless the kind is ``cuda``."""
+        return (self.arch, *self.features) if self.kind == "cuda" else ()
 
     @property
     def vector_bytes(self) -> int:
@@ -249,8 +291,11 @@ class Target:
         Raises
         ------
         IncompatibleMachineError
-            Naming the architecture, or the features that this processor lacks.
+            Naming the architecture, the features that this processor lacks, or what is wrong with driver and GPUs.
         """
+        if self.kind == "cuda":
+            self._require_gpu()
+            return
         here = host_architecture()
         if self.arch != here:
             raise IncompatibleMachineError(
@@ -263,6 +308,25 @@ class Target:
                 f"this machine lacks the CPU features {', '.join(missing)}; build for one of the targets it can run: "
                 f"{', '.join([*levels, repr('llvm')])}."
             )
+
+    def _require_gpu(self) -> None:
+        needs = f"code for {', '.join(self.gpu_archs)}"
+        driver = find_driver()
+        if driver is None or not driver.gpus:
+            lacks = "NVIDIA driver (libcuda.so.1 is not there or does not start)" if driver is None else "NVIDIA GPU"
+            raise IncompatibleMachineError(
+                f"{needs} does not run on this machine, which has no {lacks}; run it where there is one, check it here "
+                f"with `convt-tvm check --emulate --target {self.name}`, or build for target 'llvm'."
+            )
+        if driver.cuda < _OLDEST_CUDA_DRIVER:
+            found, wanted = (".".join(map(str, version)) for version in (driver.cuda, _OLDEST_CUDA_DRIVER))
+            raise IncompatibleMachineError(
+                f"this machine's NVIDIA driver supports CUDA {found}, and kernels need {wanted}; install driver 580 or "
+                "newer."
+            )
+        if not any(gpu.runs(self.gpu_archs) for gpu in driver.gpus):
+            found = ", ".join(f"{gpu.name} (sm_{gpu.capability[0]}{gpu.capability[1]})" for gpu in driver.gpus)
+            raise IncompatibleMachineError(f"{needs} does not run on {found}; build for target 'cuda' there.")
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""
@@ -288,6 +352,17 @@ class Target:
         ``num-cores`` is 1 because tuning demands a number there; nothing generated depends on it.
         """
         import tvm.target
+
+        if self.kind == "cuda":
+            host = Target(kind="llvm", arch=host_architecture(), features=())
+            device = {
+                "kind": "cuda",
+                "arch": self.arch,
+                "max_threads_per_block": 1024,
+                "max_shared_memory_per_block": 48 << 10,
+                "thread_warp_size": 32,
+            }
+            return tvm.target.Target(device, host=host.to_tvm())
 
         config: dict[str, Any] = {"kind": self.kind, "num-cores": 1}
         if self.level is not None:

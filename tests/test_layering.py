@@ -17,23 +17,35 @@ MAY_IMPORT = {
     "phases": "",
     "spec": "errors phases",
     "workloads": "errors spec",
-    "target": "errors",
+    "gpu": "",
+    "target": "errors gpu",
     "artifact": "errors spec target",
     "arguments": "errors spec",
     "threads": "errors",
     "runtime": "errors spec target artifact arguments threads",
     "layout": "phases spec",
     "compute": "spec target layout",
+    "thread_layout": "spec layout",
+    "compute_cuda": "spec target layout compute thread_layout",
     "cost": "spec target layout",
     "shuffle": "",
+    "cost_cuda": "gpu spec target layout thread_layout",
     "schedule": "spec layout compute",
-    "schedules": "spec target layout compute cost schedule",
+    "schedule_cuda": "thread_layout",
+    "schedules": "spec target layout compute compute_cuda cost cost_cuda schedule schedule_cuda",
     "records": "errors",
     "store": "errors records",
     "database": "errors spec target threads records store",
     "space": "errors spec target layout schedules records",
     "lower": "spec layout compute shuffle",
-    "compiler": "errors spec target layout artifact runtime records database compute space lower",
+    "lower_cuda": "layout compute compute_cuda thread_layout",
+    "cuda_toolkit": "errors",
+    "emulator": "errors cuda_toolkit",
+    "cuda_device_code": "errors target cuda_toolkit emulator",
+    "backends": "spec target compute compute_cuda schedule schedule_cuda lower lower_cuda cuda_toolkit "
+    "cuda_device_code",
+    "compiler": "errors spec target layout artifact runtime records database space backends",
+    "emulate": "spec target space emulator compiler",
     "cache": "errors spec target artifact runtime database compiler",
     "plan": "errors phases spec runtime cache",
     "functional": "errors plan",
@@ -88,7 +100,10 @@ MAY_IMPORT = {
 }
 
 # These import tvm when they are imported; the others may do so inside a function only.
-COMPILING = {"compute", "shuffle", "schedule", "schedules", "space", "lower", "compiler", "metaschedule"}
+COMPILING = {
+    *("compute", "compute_cuda", "shuffle", "schedule", "schedule_cuda", "schedules", "space", "lower", "lower_cuda"),
+    *("cuda_device_code", "backends", "compiler", "emulate", "metaschedule"),
+}
 
 # What runs where no compiler is installed.
 SERVING = ["__init__", "artifact", "runtime", "cache", "plan", "functional", "packed", "nn", "cli"]

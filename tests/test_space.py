@@ -20,8 +20,8 @@ ODD = ConvTranspose2dSpec(
 
 
 def test_spaces_are_the_files_of_schedules():
-    assert [space.name for space in spaces()] == ["llvm_channels", "llvm_columns"]
-    assert all(space.target_kind == "llvm" for space in spaces())
+    assert [space.name for space in spaces()] == ["cuda_direct", "cuda_shared", "llvm_channels", "llvm_columns"]
+    assert all(space.name.startswith(f"{space.target_kind}_") for space in spaces())
 
 
 def test_vector_length_and_registers_come_from_the_target():

@@ -142,7 +142,9 @@ def test_vector_registers(text, size, registers):
     assert Target.parse(text).vector_registers == registers
 
 
-@pytest.mark.parametrize("text", ["", "cuda", "llvm:", "llvm:x86-64-v5", "llvm -mcpu=znver4", "llvm:sparc+vis", "v3"])
+@pytest.mark.parametrize(
+    "text", ["", "cuda:", "opencl", "llvm:", "llvm:x86-64-v5", "llvm -mcpu=znver4", "llvm:sparc+vis", "v3"]
+)
 def test_what_is_not_understood_is_told_the_forms(text):
     with pytest.raises(TargetError, match=re.escape(f"target {text!r} is not understood; write llvm, llvm:x86-64-v2")):
         Target.parse(text)
@@ -153,8 +155,10 @@ def test_unknown_features_list_the_known_ones():
         Target.parse("llvm:x86_64+avx10")
     with pytest.raises(TargetError, match=r"'avx2' is not a known feature of aarch64"):
         Target("llvm", "aarch64", ("avx2",))
-    with pytest.raises(TargetError, match="kind 'cuda' is not supported"):
-        Target("cuda", "x86_64", ())
+    with pytest.raises(TargetError, match="kind 'opencl' is not supported"):
+        Target("opencl", "x86_64", ())
+    with pytest.raises(TargetError, match="'sm_1', 'x86_64' is not a known CUDA architecture; use any of sm_75, sm_80"):
+        Target("cuda", "x86_64", ("sm_1", "sm_90"))
     with pytest.raises(TargetError, match="architecture 'mips' is not supported; use one of aarch64, x86_64"):
         Target("llvm", "mips", ())
 

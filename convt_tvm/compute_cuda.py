@@ -1,0 +1,169 @@
+"""The phase form for the threads of a GPU: the arithmetic of `convt_tvm.compute`, its axes split as threads share them.
+
+For each row band
+
+    acc[n, g, b, ph, rb, cb, pb, ty, tr, tc, oc, qc, pi] += window[n, g*I + ic, qh + base(ph) - th*step, ...]
+                                                          * packed[g*B + b, start(ph) + th, start(pw) + tw, ic, ob]
+
+with ``ob = ty*channel_tile + oc``, ``qh = rb*row_block + tr``, ``qw = (cb*column_tile + qc)*column_threads + tc`` and
+``pw = pb*phases + pi``: what belongs to one thread, ``oc, qc, pi``, is a box of whole axes. A schedule then binds
+axes and splits none, so no division appears in an index, and the region a thread needs is exact although its columns
+are `ThreadLayout.column_threads` apart.
+
+The window has a stage for each band, since each band is a kernel of its own. Nothing but the output is in global
+memory.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from tvm import ir, te, tirx
+
+from convt_tvm.compute import lookup
+from convt_tvm.layout import Band, Window, bands, column_starts, reaches
+from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.target import Target
+from convt_tvm.thread_layout import ThreadLayout, row_starts
+
+__all__ = ["declare_thread_pack", "declare_thread_phases", "thread_layout_of"]
+
+Expr = Any
+
+
+def declare_thread_phases(spec: ConvTranspose2dSpec, layout: ThreadLayout, target: Target) -> tirx.PrimFunc:
+    """The phase form of `spec` as a PrimFunc to schedule.
+
+    Parameters are ``input``, ``packed``, ``bias`` where the spec has one, and ``band0``, ``band1``, ... with the axes
+    of the accumulators. Blocks are named ``window<k>``, ``acc<k>`` and ``band<k>``.
+    """
+    data = te.placeholder(spec.input_shape, spec.dtype, name="input")
+    packed = te.placeholder(layout.packed_shape(spec), spec.accumulator_dtype, name="packed")
+    bias = te.placeholder(spec.bias_shape, spec.dtype, name="bias")
+    outputs = []
+    for band in bands(spec):
+        acc = _accumulate(spec, layout, band, data, packed) if reaches(spec, band) else None
+        outputs.append(_finish(spec, layout, band, acc, bias))
+    return _function([data, packed, *([bias] if spec.bias else []), *outputs], spec, layout, target)
+
+
+def _function(arguments: list[Any], spec: ConvTranspose2dSpec, layout: ThreadLayout, target: Target) -> tirx.PrimFunc:
+    """A PrimFunc of TE tensors.
+
+    TE declares parameters as aligned to 64 bytes. Global memory is accessed one element at a time, which needs no such
+    thing; but copies in shared memory have the alignment of their source, and with it nvcc reads them as vectors.
+    """
+    attributes = {"convt.spec": spec.name, "convt.layout": layout.to_json(), "convt.target": target.name}
+    return te.create_prim_func(arguments).with_attrs({**attributes, "global_symbol": "main"})
+
+
+def _axes(spec: ConvTranspose2dSpec, layout: ThreadLayout, band: Band) -> tuple[int, ...]:
+    """Extents of the axes of a band, in the order of the module's formula."""
+    return (
+        spec.n,
+        spec.groups,
+        layout.blocks(spec),
+        len(band.phases),
+        layout.rows(band) // layout.row_block,
+        layout.columns(spec) // layout.column_block,
+        len(spec.axes[1].phases) // layout.phases,
+        layout.channel_threads,
+        layout.row_block,
+        layout.column_threads,
+        layout.channel_tile,
+        layout.column_tile,
+        layout.phases,
+    )
+
+
+def _progression(values: Sequence[int], index: Expr) -> Expr:
+    """``values[index]``, by arithmetic where that will do: the region of a part of them is then found exactly."""
+    steps = {after - before for before, after in pairwise(values)}
+    return values[0] + index * steps.pop() if len(steps) == 1 else lookup(values, index)
+
+
+def _window(spec: ConvTranspose2dSpec, extent: Window, data: Any, name: str) -> Any:
+    """What the taps read, the border as zeros: a stage to be copied to shared memory, or to be inlined."""
+    (top, bottom), (left, right) = extent.rows_inside, extent.columns_inside
+    zero = tirx.const(0, spec.accumulator_dtype)
+
+    def read(n: Expr, c: Expr, h: Expr, w: Expr) -> Expr:
+        value = data[n, c, h + extent.first_row, w + extent.first_column].astype(spec.accumulator_dtype)
+        if extent.is_inside:
+            return value
+        return tirx.if_then_else(tirx.all(h >= top, h < bottom, w >= left, w < right), value, zero)
+
+    return te.compute((spec.n, spec.ci, extent.height, extent.width), read, name=name)
+
+
+def _accumulate(spec: ConvTranspose2dSpec, layout: ThreadLayout, band: Band, data: Any, packed: Any) -> Any:
+    """The gathered reduction of one band."""
+    extent = Window.of(spec, layout)
+    window = _window(spec, extent, data, f"window{band.index}")
+    in_channels, blocks = spec.ci // spec.groups, layout.blocks(spec)
+    column_phases = spec.axes[1].phases
+    column_taps = [phase.taps for phase in column_phases]
+    column_base = [phase.base - extent.first_column if phase.taps else 0 for phase in column_phases]
+    column_start = column_starts(spec)
+    row_base = [phase.base - extent.first_row for phase in band.phases]
+    row_start = [row_starts(spec)[phase.residue] for phase in band.phases]
+    step_h, step_w = band.phases[0].input_step, column_phases[0].input_step
+    zero = tirx.const(0, spec.accumulator_dtype)
+
+    ic = te.reduce_axis((0, in_channels), name="ic")
+    th = te.reduce_axis((0, band.taps), name="th")
+    tw = te.reduce_axis((0, max(column_taps)), name="tw")
+
+    def total(*axes: Expr) -> Expr:
+        n, g, b, ph, rb, cb, pb, ty, tr, tc, oc, qc, pi = axes
+        ob, pw = ty * layout.channel_tile + oc, pb * layout.phases + pi
+        qh, qw = rb * layout.row_block + tr, (cb * layout.column_tile + qc) * layout.column_threads + tc
+        row = qh + lookup(row_base, ph) - th * step_h
+        column = qw + lookup(column_base, pw) - tw * step_w
+        value = window[n, g * in_channels + ic, row, column]
+        weight = packed[g * blocks + b, _progression(row_start, ph) + th, _progression(column_start, pw) + tw, ic, ob]
+        product = value * weight
+        if min(column_taps) != max(column_taps):
+            product = tirx.if_then_else(tw < lookup(column_taps, pw), product, zero)
+        return te.sum(product, axis=[ic, th, tw])
+
+    return te.compute(_axes(spec, layout, band), total, name=f"acc{band.index}")
+
+
+def _finish(spec: ConvTranspose2dSpec, layout: ThreadLayout, band: Band, acc: Any, bias: Any) -> Any:
+    """Sums plus bias in the output's dtype; `acc` is None where no tap reaches."""
+    channels = spec.co // spec.groups
+
+    def finish(*axes: Expr) -> Expr:
+        _, g, b, _, _, _, _, ty, _, _, oc, _, _ = axes
+        total = tirx.const(0, spec.accumulator_dtype) if acc is None else acc[axes]
+        if spec.bias:
+            channel = b * layout.co_block + ty * layout.channel_tile + oc
+            if channels % layout.co_block:
+                channel = tirx.min(channel, channels - 1)
+            total = total + bias[g * channels + channel].astype(spec.accumulator_dtype)
+        return total.astype(spec.dtype)
+
+    return te.compute(_axes(spec, layout, band), finish, name=f"band{band.index}")
+
+
+def declare_thread_pack(spec: ConvTranspose2dSpec, layout: ThreadLayout, target: Target) -> tirx.PrimFunc:
+    """The packing of a plain weight: ``weight`` (ci, co/groups, kh, kw) to ``ordered[block, kh, kw, ic, ob]``."""
+    in_channels, channels = spec.ci // spec.groups, spec.co // spec.groups
+    blocks = layout.blocks(spec)
+    weight = te.placeholder(spec.weight_shape, spec.dtype, name="weight")
+    zero = tirx.const(0, spec.accumulator_dtype)
+
+    def order(g: Expr, b: Expr, y: Expr, x: Expr, ic: Expr, ob: Expr) -> Expr:
+        channel = b * layout.co_block + ob
+        inside = channels % layout.co_block == 0
+        value = weight[g * in_channels + ic, channel, y, x].astype(spec.accumulator_dtype)
+        return value if inside else tirx.if_then_else(channel < channels, value, zero)
+
+    shape = (spec.groups, blocks, *spec.kernel_size, in_channels, layout.co_block)
+    return _function([weight, te.compute(shape, order, name="ordered")], spec, layout, target)
+
+
+def thread_layout_of(function: ir.BaseFunc) -> ThreadLayout:
+    """The layout that `function` was declared with."""
+    return ThreadLayout.from_json(function.attrs["convt.layout"])

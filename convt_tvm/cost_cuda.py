@@ -1,0 +1,250 @@
+"""Estimated cost of a thread form on a GPU: the rule that picks a default schedule without a search, or a GPU.
+
+A streaming multiprocessor holds ``r`` blocks at a time, as many as its threads, registers and shared memory allow. Each
+works through its input channels in steps: load, wait, multiply. A step keeps the multiprocessor busy for the largest of
+
+- its multiply-adds, over the lanes there are,
+- its instructions, four a cycle,
+- its reads of shared memory (or of the first cache, where nothing is staged), one a cycle for a warp,
+
+and it waits for global memory meanwhile; ``r`` blocks wait at the same time. So a step of all of them takes
+``max(r * busy, busy + latency)``, and the grid ``ceil(blocks / (r * processors))`` times that, plus writing the output.
+The constants are NVIDIA's published throughputs; none was measured by this project. Good for ranking layouts.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import product
+from math import inf
+
+from convt_tvm.gpu import ARCHITECTURES, Limits
+from convt_tvm.layout import bands, column_starts
+from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
+from convt_tvm.target import Target
+from convt_tvm.thread_layout import ThreadLayout, row_starts
+
+__all__ = ["grid_cycles", "shared_bytes", "thread_layouts"]
+
+WARP = 32
+MAX_SUMS = 64
+MAX_REGISTERS = 255
+SHARED_BYTES = 48 << 10
+"""What a block may take of shared memory without asking for more at the launch."""
+SPARE_REGISTERS = 32
+"""Of a thread, besides sums and operands: addresses, loop counters, bounds."""
+ISSUED_PER_CYCLE = 4
+GLOBAL_LATENCY = 700
+"""Cycles from asking global memory for a stage until after the barrier."""
+CACHE_LATENCY = 250
+"""Cycles until operands come from the first cache, for one input channel without a stage."""
+CACHED_READ_INSTRUCTIONS = 6
+"""For a value of the input that is read where it is used: bounds, address, load."""
+STAGED_VALUE_INSTRUCTIONS = 12
+"""For a value copied to shared memory: its coordinates from a running number, bounds, load, store."""
+STORE_INSTRUCTIONS = 8
+"""For each output: bounds, bias, address, store."""
+RESERVED_SHARED_BYTES = 1024
+"""Of shared memory, for each block, by the system."""
+BYTES_PER_CYCLE = 16
+"""Of global memory, for each multiprocessor: 3.35 TB/s over 132 at 1.7 GHz on an H100."""
+CACHE_BYTES_PER_CYCLE = 48
+"""Of the second cache, likewise."""
+LAUNCH_CYCLES = 4000
+
+MAX_THREADS = 256
+MAX_ROWS = 16
+MAX_TILE = 8
+STAGE_BYTES = (12 << 10, SHARED_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """What a band's kernel is made of, whatever the layout.
+
+    ``row_reach`` and ``column_reach`` are how many rows and columns of the window a block reads besides its own
+    positions, and ``kernel_rows`` how many rows of weights, as far as TVM can tell.
+    """
+
+    blocks: int
+    rows: int
+    columns: int
+    phases: int
+    starts: tuple[int, ...]
+    row_taps: int
+    most_taps: int
+    all_taps: int
+    kernel_rows: int
+    row_reach: int
+    column_reach: int
+    offsets: int
+
+    def kernel_columns(self, layout: ThreadLayout) -> int:
+        """Columns of weights that a block reads."""
+        return _range(self.starts, self.most_taps, layout.phases)
+
+    def window_values(self, layout: ThreadLayout) -> int:
+        """Values of one channel of the window that a block reads."""
+        return (layout.row_block + self.row_reach) * (layout.column_block + self.column_reach)
+
+    def weight_values(self, layout: ThreadLayout) -> int:
+        """Weights of one input channel that a block reads."""
+        return self.kernel_rows * self.kernel_columns(layout) * layout.co_block
+
+
+def _range(starts: Sequence[int], length: int, count: int) -> int:
+    """How many places `length` from each of `count` neighbouring starts span, as far as TVM can tell.
+
+    It tells exactly if these are all starts, or starts in arithmetic progression; otherwise it takes all for possible.
+    """
+    step = starts[1] - starts[0] if len(starts) > 1 else 0
+    if starts[-1] - starts[0] == step * (len(starts) - 1) and len(set(starts)) in (1, len(starts)):
+        return abs(step) * (count - 1) + length
+    return max(starts) - min(starts) + length
+
+
+@lru_cache(maxsize=64)
+def _shapes(spec: ConvTranspose2dSpec) -> tuple[_Shape, ...]:
+    """One for each band."""
+    phases, starts = spec.axes[1].phases, row_starts(spec)
+    bases = [phase.base if phase.taps else 0 for phase in phases]
+    step, most_taps = phases[0].input_step, max(phase.taps for phase in phases)
+    found = []
+    for band in bands(spec):
+        first, row_bases = band.phases[0], [phase.base for phase in band.phases]
+        taps = band.taps if most_taps else 0
+        found.append(
+            _Shape(
+                blocks=spec.n * spec.groups * len(band.phases),
+                rows=band.rows,
+                columns=max(phase.count for phase in phases),
+                phases=len(phases),
+                starts=column_starts(spec),
+                row_taps=taps,
+                most_taps=most_taps,
+                all_taps=sum(phase.taps for phase in phases),
+                kernel_rows=_range([starts[phase.residue] for phase in band.phases], taps, 1),
+                row_reach=(taps - 1) * first.input_step + max(row_bases) - min(row_bases),
+                column_reach=(most_taps - 1) * step + max(bases) - min(bases),
+                offsets=len({phase.base - tap * step for phase in phases for tap in range(phase.taps)}),
+            )
+        )
+    return tuple(found)
+
+
+def shared_bytes(spec: ConvTranspose2dSpec, layout: ThreadLayout) -> int:
+    """Upper bound of the shared memory that a block takes, in whichever band takes most."""
+    values = max(
+        (shape.window_values(layout) + shape.weight_values(layout) for shape in _shapes(spec) if shape.row_taps),
+        default=0,
+    )
+    return values * layout.ci_block * DTYPE_BYTES[spec.accumulator_dtype]
+
+
+def _band_cycles(spec: ConvTranspose2dSpec, layout: ThreadLayout, shape: _Shape, limits: Limits) -> float:
+    value_bytes = DTYPE_BYTES[spec.accumulator_dtype]
+    tiles = -(-shape.rows // layout.row_block) * -(-shape.columns // layout.column_block)
+    blocks = shape.blocks * layout.blocks(spec) * tiles * (shape.phases // layout.phases)
+    warps = -(-layout.threads // WARP)
+    stored = layout.threads * layout.sums
+    store = max(stored / WARP * STORE_INSTRUCTIONS / ISSUED_PER_CYCLE, stored * value_bytes / BYTES_PER_CYCLE)
+    if not shape.row_taps:
+        return LAUNCH_CYCLES + -(-blocks // limits.processors) * store
+
+    part = layout.phases / shape.phases
+    offsets = shape.offsets if part == 1 else min(shape.offsets, shape.most_taps + layout.phases)
+    operands = layout.channel_tile + layout.column_tile * offsets
+    registers = value_bytes // 4 * (layout.sums + operands) + SPARE_REGISTERS
+    resident = min(
+        limits.blocks,
+        limits.threads // (warps * WARP),
+        limits.registers // (warps * WARP * registers),
+        limits.shared_bytes // (shared_bytes(spec, layout) + RESERVED_SHARED_BYTES),
+        -(-blocks // limits.processors),
+    )
+    if resident < 1:
+        return inf
+
+    channels = layout.ci_block or 1
+    vector = max(size for size in (4, 2, 1) if layout.channel_tile % size == 0)
+    taps = shape.row_taps * part * shape.all_taps
+    products = taps * layout.channel_tile * layout.column_tile
+    weight_reads = taps * layout.channel_tile / vector
+    window_reads = shape.row_taps * layout.column_tile * offsets
+    per_read = 1 if layout.ci_block else CACHED_READ_INSTRUCTIONS
+    busy = (
+        channels
+        * warps
+        * max(
+            products * value_bytes / 4 * WARP / limits.lanes,
+            (products + weight_reads + window_reads * per_read) / ISSUED_PER_CYCLE,
+            weight_reads + window_reads,
+        )
+    )
+    moved = (shape.window_values(layout) + shape.weight_values(layout)) * channels
+    traffic = moved * value_bytes / CACHE_BYTES_PER_CYCLE
+    if layout.ci_block:
+        busy += max(moved / WARP * STAGED_VALUE_INSTRUCTIONS / ISSUED_PER_CYCLE, traffic)
+    else:
+        busy = max(busy, traffic)
+    latency = GLOBAL_LATENCY if layout.ci_block else CACHE_LATENCY
+    steps = spec.ci // spec.groups // channels
+    waves = -(-blocks // (resident * limits.processors))
+    return LAUNCH_CYCLES + waves * (steps * max(resident * busy, busy + latency) + resident * store)
+
+
+def grid_cycles(spec: ConvTranspose2dSpec, layout: ThreadLayout, target: Target) -> float:
+    """Estimated cycles for all bands, one launch each, on the newest architecture of `target`."""
+    limits = ARCHITECTURES[target.gpu_archs[-1]]
+    return sum(_band_cycles(spec, layout, shape, limits) for shape in _shapes(spec))
+
+
+def _powers(extent: int, limit: int) -> Sequence[int]:
+    """Powers of two up to `limit`, as far as the one that covers `extent`."""
+    return [1 << shift for shift in range(limit.bit_length()) if shift == 0 or 1 << (shift - 1) < extent]
+
+
+def _phase_blocks(spec: ConvTranspose2dSpec, tile: int) -> Sequence[int]:
+    """The largest divisor of the number of column phases whose sums fit a thread, if any does."""
+    phases, scale = len(spec.axes[1].phases), DTYPE_BYTES[spec.accumulator_dtype] // 4
+    fitting = [size for size in range(1, phases + 1) if phases % size == 0 and size * tile * scale <= MAX_SUMS]
+    return fitting[-1:]
+
+
+def thread_layouts(spec: ConvTranspose2dSpec, *, staged: bool) -> Iterator[ThreadLayout]:
+    """Layouts whose threads, sums and shared memory are within an architecture's limits."""
+    channels = spec.co // spec.groups
+    height, width = (max(phase.count for phase in axis.phases) for axis in spec.axes)
+    for channel_tile, column_tile in product(_powers(channels, MAX_TILE), _powers(width, MAX_TILE)):
+        threads = product(
+            _powers(-(-channels // channel_tile), MAX_THREADS),
+            _powers(height, MAX_ROWS),
+            _powers(-(-width // column_tile), WARP),
+        )
+        for phases in _phase_blocks(spec, channel_tile * column_tile):
+            for channel_threads, rows, column_threads in threads:
+                count = channel_threads * rows * column_threads
+                if count > MAX_THREADS or count < min(WARP, channels * height * width):
+                    continue
+                layout = ThreadLayout(
+                    lanes="ow",
+                    co_block=channel_threads * channel_tile,
+                    row_block=rows,
+                    column_block=column_threads * column_tile,
+                    vector_lanes=1,
+                    row_chunk=rows,
+                    channel_threads=channel_threads,
+                    column_threads=column_threads,
+                    phases=phases,
+                    ci_block=0,
+                )
+                yield from _stages(spec, layout) if staged else (layout,)
+
+
+def _stages(spec: ConvTranspose2dSpec, layout: ThreadLayout) -> Iterator[ThreadLayout]:
+    """The layout with as many channels in a stage as each of `STAGE_BYTES` holds, a divisor of their number."""
+    channels = spec.ci // spec.groups
+    one = shared_bytes(spec, replace(layout, ci_block=1))
+    divisors = [size for size in range(1, min(channels, WARP) + 1) if channels % size == 0]
+    for size in sorted({max((d for d in divisors if d * one <= limit), default=0) for limit in STAGE_BYTES} - {0}):
+        yield replace(layout, ci_block=size)

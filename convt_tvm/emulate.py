@@ -1,0 +1,78 @@
+"""A CUDA kernel as an operator on this processor: compiled, called and checked where there is no GPU."""
+
+import ctypes
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import tvm
+
+from convt_tvm.compiler import compile_module, lower_choice
+from convt_tvm.emulator import set_descending
+from convt_tvm.space import Choice, default_choice
+from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.target import Target
+
+__all__ = ["EmulatedKernel"]
+
+
+class EmulatedKernel:
+    """The kernel that a GPU would run, its threads run one after the other; see `convt_tvm.emulator`.
+
+    Called with CPU tensors, a plain weight among them, it packs and convolves in the emulated GPU's memory, of which
+    everything was NaN before. What went wrong there raises a RuntimeError that says what.
+
+    Parameters
+    ----------
+    spec, target
+        What to compile, and the GPU architectures it is for.
+    choice
+        The schedule and layout; by default what the cost rule finds cheapest.
+    descending
+        Run the threads of a block in descending order.
+
+    Raises
+    ------
+    BuildError
+        If there is no CUDA toolkit, whose headers are needed, or no g++.
+    """
+
+    def __init__(
+        self, spec: ConvTranspose2dSpec, target: Target, choice: Choice | None = None, *, descending: bool = False
+    ) -> None:
+        self.spec = spec
+        self.choice = choice or default_choice(spec, target)
+        self.descending = descending
+        lowered = lower_choice(spec, target, self.choice)
+        with TemporaryDirectory(prefix="convt-tvm-emulate-") as directory:
+            library = Path(directory, "kernel.so")
+            compile_module(lowered.module, target, library, emulated=True)
+            self._module = tvm.runtime.load_module(str(library))
+
+    def __call__(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Pack and convolve; a new tensor."""
+        set_descending(self.descending)
+        spec = self.spec
+        packed = _empty(self.choice.layout.packed_shape(spec), spec.accumulator_dtype)
+        output = _empty(spec.output_shape, spec.dtype)
+        self._module["pack"](_copy_in(weight), packed)
+        self._module["convt"](_copy_in(input), packed, *([] if bias is None else [_copy_in(bias)]), output)
+        return _copy_out(output, spec)
+
+
+def _empty(shape: tuple[int, ...], dtype: str) -> Any:
+    return tvm.runtime.empty(shape, dtype, tvm.cuda(0))
+
+
+def _copy_in(tensor: torch.Tensor) -> Any:
+    contiguous = tensor.contiguous()
+    copy = _empty(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+    ctypes.memmove(copy.data_ptr(), contiguous.data_ptr(), contiguous.nbytes)
+    return copy
+
+
+def _copy_out(output: Any, spec: ConvTranspose2dSpec) -> torch.Tensor:
+    tensor = torch.empty(spec.output_shape, dtype=getattr(torch, spec.dtype))
+    ctypes.memmove(tensor.data_ptr(), output.data_ptr(), tensor.nbytes)
+    return tensor

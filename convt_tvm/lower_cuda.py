@@ -1,0 +1,104 @@
+"""From scheduled thread forms to the two functions of a kernel library: every store becomes one to the real tensor.
+
+Surplus rows, columns and channels of a tile are dropped by a condition around the store. (`convt_tvm.lower` narrows
+loops instead, which threads have none of; and no store here is a vector's.)
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import tvm
+from tvm import s_tir, tirx
+
+from convt_tvm.compute import lookup, spec_of
+from convt_tvm.compute_cuda import thread_layout_of
+from convt_tvm.layout import Band, bands, kernel_columns
+from convt_tvm.thread_layout import kernel_rows
+
+__all__ = ["lower_thread_kernel", "lower_thread_pack"]
+
+Store = Callable[[Any], Any]
+"""Makes the statement that replaces a store."""
+
+
+def _flatten(function: tirx.PrimFunc) -> tirx.PrimFunc:
+    """`function` as loops, allocations and stores, without blocks."""
+    passes = [
+        s_tir.transform.CanonicalizeLoop(),
+        s_tir.transform.LowerInitBlock(),
+        s_tir.transform.PlanAndUpdateBufferAllocationLocation(),
+        s_tir.transform.ConvertBlocksToOpaque(),
+        s_tir.transform.CompactBufferAllocation(),
+        tirx.transform.StmtSimplify(),
+        s_tir.transform.UnifyThreadBinding(),
+        s_tir.transform.LowerOpaqueBlock(),
+    ]
+    module = tvm.ir.transform.Sequential(passes)(tvm.IRModule({"main": function}))
+    return module["main"]
+
+
+def _replace_stores(node: Any, stores: Mapping[str, Store]) -> Any:
+    """The statement `node` with each store to a buffer that `stores` names replaced."""
+    match node:
+        case tirx.BufferStore() if str(node.buffer.name) in stores:
+            return stores[str(node.buffer.name)](node)
+        case tirx.SeqStmt():
+            return tirx.SeqStmt([_replace_stores(part, stores) for part in node.seq])
+        case tirx.For():
+            body = _replace_stores(node.body, stores)
+            head = node.loop_var, node.min, node.extent, node.kind
+            return tirx.For(*head, body, node.thread_binding, node.annotations, node.step)
+        case tirx.IfThenElse():
+            other = None if node.else_case is None else _replace_stores(node.else_case, stores)
+            return tirx.IfThenElse(node.condition, _replace_stores(node.then_case, stores), other)
+        case tirx.AttrStmt():
+            return tirx.AttrStmt(node.node, node.attr_key, node.value, _replace_stores(node.body, stores))
+        case _:
+            return node
+
+
+def _assemble(function: tirx.PrimFunc, name: str, output: Any, stores: Mapping[str, Store]) -> tvm.IRModule:
+    """A module with `function` as `name`, its outputs joined in `output` by `stores`."""
+    function = _flatten(function)
+    inputs = [buffer for buffer in function.params if str(buffer.name) not in stores]
+    joined = tirx.PrimFunc([*inputs, output], _replace_stores(function.body, stores), function.ret_type)
+    return tvm.IRModule({name: joined.with_attrs({**function.attrs, "global_symbol": name})})
+
+
+def lower_thread_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
+    """The scheduled thread form `function` as ``convt(input, packed, [bias,] output)``, output NCHW."""
+    spec, layout = spec_of(function), thread_layout_of(function)
+    channels, (stride_h, stride_w) = spec.co // spec.groups, spec.stride
+    output = tirx.decl_buffer(spec.output_shape, spec.dtype, name="output")
+
+    def store_band(band: Band) -> Store:
+        residues = [phase.residue for phase in band.phases]
+
+        def store(node: Any) -> Any:
+            n, g, b, ph, rb, cb, pb, ty, tr, tc, oc, qc, pi = node.indices
+            channel = b * layout.co_block + ty * layout.channel_tile + oc
+            qw = (cb * layout.column_tile + qc) * layout.column_threads + tc
+            row = (rb * layout.row_block + tr) * stride_h + lookup(residues, ph)
+            column = qw * stride_w + pb * layout.phases + pi
+            statement = tirx.BufferStore(output, node.value, [n, g * channels + channel, row, column])
+            conditions = ((channel, channels), (row, spec.oh), (column, spec.ow))
+            inside = tirx.all(*(index < size for index, size in conditions))
+            return tirx.IfThenElse(inside, statement, None)
+
+        return store
+
+    return _assemble(function, "convt", output, {f"band{band.index}": store_band(band) for band in bands(spec)})
+
+
+def lower_thread_pack(function: tirx.PrimFunc) -> tvm.IRModule:
+    """The scheduled packing `function` as ``pack(weight, packed)``."""
+    spec, layout = spec_of(function), thread_layout_of(function)
+    packed = tirx.decl_buffer(layout.packed_shape(spec), spec.accumulator_dtype, name="packed")
+    rows, columns, blocks = kernel_rows(spec), kernel_columns(spec), layout.blocks(spec)
+
+    def store(node: Any) -> Any:
+        g, b, y, x, ic, ob = node.indices
+        place = [g * blocks + b, lookup(rows, y), lookup(columns, x), ic, ob]
+        return tirx.BufferStore(packed, node.value, place)
+
+    return _assemble(function, "pack", packed, {"ordered": store})

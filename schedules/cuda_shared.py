@@ -1,0 +1,65 @@
+"""CUDA: input and weights staged in shared memory. For many channels.
+
+One launch for each row band. A block of threads computes ``co_block`` channels of ``row_block x column_block``
+positions in ``phases`` column phases; from
+
+    for n, g, b, ph, rb, cb, pb, ty, tr, tc, oc, qc, pi, ic, th, tw:   acc += window * packed
+    for n, g, b, ph, rb, cb, pb, ty, tr, tc, oc, qc, pi:               band = acc + bias
+
+to
+
+    blockIdx.x = n, g, ph, rb, cb, pb, b
+      threadIdx.y = ty, threadIdx.x = tr, tc
+        for ic / ci_block:
+          window, packed to shared memory       all threads together, values side by side
+          for ic % ci_block:
+            for th, tw:                         unrolled
+              for pi, oc, qc:                   unrolled: the sums of one thread, in registers
+        for oc, qc, pi: the output
+
+Threads of a warp read neighbouring columns and the same weights, so shared memory serves them without conflicts, and
+each value read is multiplied ``channel_tile`` or ``column_tile`` times.
+"""
+
+from collections.abc import Iterator
+
+from tvm.s_tir import Schedule
+
+from convt_tvm.compute import spec_of
+from convt_tvm.compute_cuda import thread_layout_of
+from convt_tvm.cost_cuda import grid_cycles, thread_layouts
+from convt_tvm.layout import Layout, bands, reaches
+from convt_tvm.schedule_cuda import bind_band, fetch, order_sums
+from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.target import Target
+
+NAME = "cuda_shared"
+TARGET_KIND = "cuda"
+
+
+def applies(spec: ConvTranspose2dSpec) -> bool:
+    """Where some tap reaches the output; `layouts` is empty where no stage fits shared memory."""
+    return any(reaches(spec, band) for band in bands(spec))
+
+
+def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout, float]]:
+    """Layouts within the limits of threads, registers and shared memory, each with its estimated cycles."""
+    for layout in thread_layouts(spec, staged=True):
+        yield layout, grid_cycles(spec, layout, target)
+
+
+def space(sch: Schedule) -> None:
+    """Schedule the thread form in `sch` in place; deterministic for a declaration."""
+    function = sch.mod["main"]
+    spec, layout = spec_of(function), thread_layout_of(function)
+    for band in bands(spec):
+        lanes = bind_band(sch, sch.get_sblock(f"band{band.index}"))
+        if reaches(spec, band):
+            window, acc = sch.get_sblock(f"window{band.index}"), sch.get_sblock(f"acc{band.index}")
+            weights = sch.cache_read(acc, 1, "shared", consumer_blocks=[acc])
+            sch.set_scope(window, 0, "shared")
+            outer = order_sums(sch, acc, lanes, layout.ci_block)
+            for copy in (window, weights):
+                dimensions = len(sch.get_loops(copy))
+                sch.compute_at(copy, outer, preserve_unit_loops=True)
+                fetch(sch, copy, dimensions, layout)

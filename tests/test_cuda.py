@@ -1,0 +1,188 @@
+"""CUDA kernels where there is no GPU: compiled by nvcc, their resources read, and run on the CPU by the emulator."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from convt_tvm import emulator
+from convt_tvm.artifact import read_manifest
+from convt_tvm.check import compare
+from convt_tvm.compiler import build, build_artifact
+from convt_tvm.cost_cuda import MAX_REGISTERS, SHARED_BYTES, shared_bytes, thread_layouts
+from convt_tvm.cuda_toolkit import find_toolkit
+from convt_tvm.emulate import EmulatedKernel
+from convt_tvm.errors import BuildError, IncompatibleMachineError
+from convt_tvm.gpu import find_driver
+from convt_tvm.reference import integer_inputs, reference
+from convt_tvm.space import choices, default_choice
+from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.target import Target
+from convt_tvm.thread_layout import ThreadLayout
+from convt_tvm.workloads import resolve
+
+try:
+    find_toolkit()
+    MISSING = ""
+except BuildError as error:
+    MISSING = str(error)
+
+needs_toolkit = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+no_gpu_here = pytest.mark.skipif(find_driver() is not None, reason="this machine has NVIDIA's driver")
+TARGET = Target.parse("cuda:sm_80+sm_90")
+SPEC = ConvTranspose2dSpec(n=2, ci=8, ih=5, iw=7, co=6, kernel_size=3, stride=2, padding=1, output_padding=1)
+
+
+def cheapest(spec, name):
+    return next(choice for choice in choices(spec, TARGET) if choice.space.name == name)
+
+
+def run(kernel, spec=SPEC):
+    inputs = integer_inputs(spec, seed=0)
+    return torch.equal(kernel(*inputs).double(), reference(spec, *inputs))
+
+
+@needs_toolkit
+def test_an_artifact_holds_machine_code_for_each_architecture_and_what_it_takes(tmp_path):
+    manifest = build_artifact(SPEC, TARGET, tmp_path / "kernel")
+    assert read_manifest(tmp_path / "kernel") == manifest
+    assert manifest.target == TARGET
+    assert {found["arch"] for found in manifest.resources} == {"sm_80", "sm_90"}
+    assert {found["function"] for found in manifest.resources} == {"convt_kernel", "convt_kernel_1", "pack_kernel"}
+    layout = default_choice(SPEC, TARGET).layout
+    for found in manifest.resources:
+        assert 0 < found["registers"] <= MAX_REGISTERS
+        assert found["shared_bytes"] <= shared_bytes(SPEC, layout)
+        assert found["spill_bytes"] == found["stack_bytes"] == 0
+    content = (tmp_path / "kernel" / "kernel.so").read_bytes()
+    assert b"sm_80" in content and b"sm_90" in content and b"compute_90" in content
+
+
+@needs_toolkit
+@no_gpu_here
+def test_a_kernel_cannot_be_built_and_loaded_where_there_is_no_gpu(tmp_path):
+    with pytest.raises(IncompatibleMachineError, match=r"no NVIDIA driver .*--emulate --target cuda:sm_80\+sm_90"):
+        build(SPEC, TARGET)
+
+
+def test_what_is_missing_is_named_where_there_is_no_toolkit(monkeypatch, tmp_path):
+    monkeypatch.setattr("convt_tvm.cuda_toolkit._candidates", lambda: iter([tmp_path / "bin" / "nvcc"]))
+    with pytest.raises(BuildError, match=r"needs nvcc, which was not found; install the CUDA toolkit .*pip install"):
+        find_toolkit()
+
+
+@needs_toolkit
+def test_nvcc_names_what_it_refuses():
+    from convt_tvm.cuda_toolkit import compile_fatbin
+
+    with pytest.raises(BuildError, match=r"cannot compile for sm_90: .*identifier \"nonsense\" is undefined"):
+        compile_fatbin('extern "C" __global__ void f() { nonsense; }', ["sm_90"])
+
+
+@needs_toolkit
+@pytest.mark.parametrize("name", ["cuda_shared", "cuda_direct"])
+@pytest.mark.parametrize("descending", [False, True])
+def test_emulated_kernels_are_exact(name, descending):
+    kernel = EmulatedKernel(SPEC, TARGET, cheapest(SPEC, name), descending=descending)
+    assert kernel.choice.space.name == name
+    assert compare(SPEC, kernel).reason == ""
+
+
+@needs_toolkit
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_emulated_kernels_keep_sums_in_the_accumulators_type(dtype):
+    spec = replace(SPEC, dtype=dtype)
+    assert compare(spec, EmulatedKernel(spec, TARGET)).reason == ""
+
+
+@needs_toolkit
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"groups": 2, "bias": False},
+        {"ci": 6, "co": 6, "groups": 6},
+        {"stride": (3, 1), "kernel_size": (2, 5), "dilation": (2, 3), "padding": (0, 4), "output_padding": (1, 0)},
+        {"kernel_size": 1, "stride": 3, "padding": 0, "output_padding": 2},
+        {"stride": 8, "kernel_size": 16, "padding": 4, "output_padding": 0, "ih": 2, "iw": 2},
+    ],
+)
+def test_emulated_defaults_are_exact_for_odd_specs(changes):
+    spec = replace(SPEC, **changes)
+    assert run(EmulatedKernel(spec, TARGET), spec)
+
+
+def test_layouts_stay_within_the_limits_of_a_launch():
+    for workload in resolve(["dcgan/4", "fcn8s/up8", "bilinear/depthwise"]):
+        for staged in (True, False):
+            for layout in thread_layouts(workload.spec, staged=staged):
+                assert layout.threads <= 256
+                assert layout.co_block == layout.channel_threads * layout.channel_tile
+                assert shared_bytes(workload.spec, layout) <= SHARED_BYTES
+
+
+LAYOUT = ThreadLayout("ow", 4, 2, 8, 1, 2, 2, channel_threads=4, column_threads=8, ci_block=4)
+
+
+def staged(layout=LAYOUT):
+    return replace(cheapest(SPEC, "cuda_shared"), layout=layout)
+
+
+def plant(monkeypatch, before, after):
+    """Change the C++ of every emulated kernel."""
+    honest = emulator._translate
+
+    def translate(code):
+        head, device, body = honest(code).partition('extern "C" __global__ void __launch_bounds__')
+        assert before in body
+        return head + device + body.replace(before, after)
+
+    monkeypatch.setattr(emulator, "_translate", translate)
+
+
+@needs_toolkit
+def test_the_honest_kernel_of_the_planted_faults_is_exact():
+    assert run(EmulatedKernel(SPEC, TARGET, staged()))
+
+
+@needs_toolkit
+@pytest.mark.parametrize("descending", [False, True])
+def test_a_missing_barrier_is_caught(monkeypatch, descending):
+    plant(monkeypatch, "__syncthreads();", ";")
+    assert not run(EmulatedKernel(SPEC, TARGET, staged(), descending=descending))
+
+
+@needs_toolkit
+def test_a_barrier_that_some_threads_skip_is_caught(monkeypatch):
+    plant(monkeypatch, "__syncthreads();", "if (threadIdx.x) __syncthreads();")
+    with pytest.raises(RuntimeError, match="barrier that not all threads of a block reach"):
+        run(EmulatedKernel(SPEC, TARGET, staged()))
+
+
+@needs_toolkit
+def test_an_index_beyond_shared_memory_is_caught(monkeypatch):
+    plant(monkeypatch, "window0_shared_ptr[(", "window0_shared_ptr[1000 + (")
+    with pytest.raises(RuntimeError, match="access outside of its memory"):
+        run(EmulatedKernel(SPEC, TARGET, staged()))
+
+
+@needs_toolkit
+def test_a_write_beyond_the_output_is_caught(monkeypatch):
+    plant(monkeypatch, "output_ptr[(", f"output_ptr[{2 * 6 * 10 * 14 - 8} + (")
+    with pytest.raises(RuntimeError, match="access outside of its memory"):
+        run(EmulatedKernel(SPEC, TARGET, staged()))
+
+
+@needs_toolkit
+def test_a_tap_read_one_column_too_far_is_caught(monkeypatch):
+    plant(monkeypatch, "acc0_local_ptr[0] + (window0_shared_ptr[(", "acc0_local_ptr[0] + (window0_shared_ptr[1 + (")
+    try:
+        exact = run(EmulatedKernel(SPEC, TARGET, staged()))
+    except RuntimeError:
+        exact = False
+    assert not exact
+
+
+@needs_toolkit
+def test_inline_assembly_is_refused():
+    with pytest.raises(BuildError, match="neither inline assembly nor shared memory sized at the launch"):
+        emulator.compile_emulated('extern "C" __global__ void f() { asm volatile("exit;"); }')
