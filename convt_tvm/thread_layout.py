@@ -13,9 +13,9 @@ __all__ = ["ThreadLayout", "kernel_rows", "row_starts"]
 class ThreadLayout(Layout):
     """How a phase form is laid out for the threads of a GPU.
 
-    A thread block computes ``co_block`` channels of ``row_block`` rows of ``column_block`` columns, in ``phases`` column
-    phases. Lanes, here the threads of a warp, run along columns, then rows, then channels. Kernel rows are packed by
-    row phase, as kernel columns are by column phase.
+    A thread block computes ``co_block`` channels of ``row_block`` rows of ``column_block`` columns, in ``phases``
+    column phases. Lanes, here the threads of a warp, run along columns, then rows, then channels. Kernel rows are
+    packed by row phase, as kernel columns are by column phase.
 
     Parameters
     ----------
