@@ -9,9 +9,10 @@ two vector multiply-adds a cycle, with a latency of four cycles, needs for one s
 - the time in which its vectors stream from the second cache, if no other step reads the same,
 - four cycles over the number of column phases worked on together, since a sum waits for the one before it.
 
-The cost of a layout is its number of steps, surplus lanes and columns included, times the largest of these, plus what
-it costs to bring in the input, to write the output, and to read from beyond the second cache. Cycles are good for
-ranking layouts of one workload on one core, and for nothing else.
+The cost of a layout is its number of steps, surplus lanes and columns included and those that meet the border alone
+left out, times the largest of these, plus what it costs to bring in the input, to write the output, and to read from
+beyond the second cache, which weights do while their first tile computes. Cycles are good for ranking layouts of one
+workload on one core, and for nothing else.
 """
 
 from collections.abc import Iterable
@@ -104,24 +105,34 @@ def row_chunks(spec: ConvTranspose2dSpec, row_block: int, target: Target) -> lis
     return sorted({-(-tiles // count) * row_block for count in counts})
 
 
-def _traffic_bytes(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> float:
-    """Bytes that come from beyond the second cache.
+def _image_traffic(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> int:
+    """Bytes of the input from beyond the second cache.
 
-    For each chunk of rows all weights are read, for each block of channels and row phase in it the chunk's rows; what
-    fits half the second cache is read again from there. So is a block's slice of the weights, or of one tap of them, by
-    the tiles of a chunk; a slice that does not fit is read anew for each.
+    A chunk of rows is read for each block of channels and row phase; what half the cache holds is read again from it.
+    """
+    rows = max(layout.rows(band) for band in bands(spec))
+    image = _image_bytes(spec)
+    if image * min(layout.row_chunk, rows) // max(1, rows) <= target.cache_bytes // 2:
+        return spec.n * image
+    return spec.n * image * layout.blocks(spec) * sum(len(band.phases) for band in bands(spec))
+
+
+def _weight_traffic(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> tuple[int, int]:
+    """Bytes of the weights from beyond the second cache, and the number of tiles between which a slice stays in it.
+
+    All weights are read for each chunk of rows, if they do not fit half the cache; a block's slice, or one tap of it,
+    by each tile of a chunk, and anew if it does not fit.
     """
     held = target.cache_bytes // 2
-    weights, image = _weight_bytes(spec), _image_bytes(spec)
+    weights = _weight_bytes(spec)
     rows = max(layout.rows(band) for band in bands(spec))
     chunk = min(layout.row_chunk, rows)
     tiles = chunk // layout.row_block * (layout.columns(spec) // layout.column_block)
-    passes = rows // chunk if weights > held else 1
-    if layout.slice_bytes(spec) > held:
-        passes = max(passes, rows // chunk * tiles)
-    chunk_bytes = image * chunk / max(1, rows)
-    repeats = layout.blocks(spec) * sum(len(band.phases) for band in bands(spec)) if chunk_bytes > held else 1
-    return spec.n * (image * repeats + weights * passes)
+    if weights <= held:
+        return weights, tiles * (rows // chunk)
+    if layout.slice_bytes(spec) <= held:
+        return spec.n * weights * (rows // chunk), tiles
+    return spec.n * weights * (rows // chunk) * tiles, 1
 
 
 def _weight_bytes(spec: ConvTranspose2dSpec) -> int:
@@ -144,11 +155,15 @@ def core_cycles(
     """Estimated cycles of one core for `spec` in `layout`; see `Tile.step_cycles` for `reuse`."""
     rows = sum(band.row_steps(layout, spec.ih) for band in bands(spec))
     steps = spec.n * spec.groups * layout.blocks(spec) * rows * layout.column_steps(spec) * (spec.ci // spec.groups)
+    sums = steps * tile.step_cycles(target, layout.phases, reuse)
+    weight_bytes, tiles = _weight_traffic(spec, layout, target)
+    # Of the tiles that share a slice of weights the first has to wait for it, while it computes.
     return (
-        steps * tile.step_cycles(target, layout.phases, reuse)
+        max(sums / tiles, weight_bytes / MISS_BYTES_PER_CYCLE)
+        + sums * (tiles - 1) / tiles
+        + _image_traffic(spec, layout, target) / MISS_BYTES_PER_CYCLE
         + prod(spec.input_shape) * costs.cycles_per_input
         + prod(spec.output_shape) * costs.cycles_per_output
-        + _traffic_bytes(spec, layout, target) / MISS_BYTES_PER_CYCLE
     )
 
 

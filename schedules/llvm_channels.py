@@ -8,20 +8,38 @@ channels the loop nest goes from
 
 to
 
-    for n*g*b*ph*(qh / row_block):            parallel
+    for n*g*(qh / row_chunk)*b*ph*(tiles of rows in a chunk):   parallel
       for qw / column_block:
         for pw:                               unrolled
           for th:
             for tw:                           unrolled
-              for ic:
+              for ic:                         left out where it would read rows of the border only
                 for qh % row_block:           unrolled     } row_block * column_block * co_block/lanes
                  for qw % column_block:       unrolled     } accumulators in registers
                   for ob / lanes:             unrolled     }
                       for ob % lanes:         vectorized
-        for ob, qh % row_block, qw % column_block, pw: the output, channel by channel
+        for qh % row_block, ob / lanes:       ob % lanes, qw % column_block and pw: transposed in registers
 
-A block of weights streams from the second cache, once for each tile of rows and columns: a tile with few positions
-waits for it. The output's channels are far apart, so its elements are stored one by one.
+or, with ``taps="outer"``, where a block's weights for one row phase do not fit the second cache, to
+
+    for n*g*(qh / row_chunk)*b*ph:            parallel
+      for pw, th, tw:                         unrolled, but for th
+        for tiles of the chunk:
+          for ic:                             the same tile, its sums read before and written after
+      for the output of the chunk:            as above
+
+What limits it, measured on one core of an Emerald Rapids server (175 GFLOP/s, L2 2 MiB, 18 GB/s from beyond it):
+
+- Sums. maskrcnn/mask, 28 accumulators, ran at 131 GFLOP/s where the same machine, shared, did 150 to 168 in a loop of
+  multiply-adds alone; with all stores to one place that stays in cache, at 139.
+- Where weights come from. pose/1 (33 MB, read for each of 4 tiles) went from 7.7 to 5.0 ms with ``taps="outer"``;
+  unet/up1 from 47 to 29 ms, pointpillars/up4 from 26.7 to 25.1 with chunks of rows that stay in the second cache while
+  all blocks pass (one noisy series each). dcgan/2 reads 8.4 MB once, at 15 GB/s, in 0.56 ms: nothing but fewer bytes
+  would help.
+- The border. A 1 x 1 image (dcgan/1) meets one of 16 taps; without the 15 others 0.24 became 0.13 ms.
+- Stores. The transposes gained 5 % for dcgan/4, whose output stays in the second cache, and nothing where it does not:
+  there a run of outputs waits for its cache lines, however it is stored.
+- NCHW to NHWC: a cycle or more for each input value, 3 % of maskrcnn/mask. Transposing in registers is untried.
 """
 
 from collections.abc import Iterator
@@ -48,10 +66,11 @@ TARGET_KIND = "llvm"
 
 MAX_VECTORS = 4
 MAX_TRANSPOSED = 128
+"""Outputs in a row of a tile beyond which they are stored one by one, to keep code small."""
 MAX_POSITIONS = 28
 CYCLES_PER_INPUT = 1.5
-CYCLES_PER_OUTPUT = 2.0
-CYCLES_PER_RUN = 32.0
+CYCLES_PER_OUTPUT = 1.0
+CYCLES_PER_RUN = 8.0
 """Cycles for each run of outputs that a tile writes side by side: it opens a cache line, often a page, of its own."""
 
 
