@@ -195,6 +195,11 @@ def inspect(
         "built with": ", ".join(f"{name} {version or '(none)'}" for name, version in manifest.versions.items()),
         "digest": manifest.digest,
     }
+    for taken in manifest.resources:
+        facts[f"{taken['function']} {taken['arch']}"] = (
+            f"{taken['registers']} registers, {taken['shared_bytes']:,} bytes shared, {taken['stack_bytes']:,} stack, "
+            f"{taken['spill_bytes']:,} spilled"
+        )
     described = {**facts, **{name: f"{size:,} bytes, verified" for name, size in sizes.items()}}
     print_facts(described.items())
 

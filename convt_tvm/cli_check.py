@@ -48,6 +48,9 @@ def check(
         typer.Option(metavar="DIR", help="Go through every stage of the numerics lab; write a page, plots and rows."),
     ] = None,
     runs: Annotated[int, typer.Option(min=2, metavar="N", help="With --report: calls that must repeat.")] = 10,
+    emulate: Annotated[
+        bool, typer.Option("--emulate", help="With a cuda target: run its kernels on an emulator, without a GPU.")
+    ] = False,
     conformance: Annotated[
         bool, typer.Option("--conformance", help="Try torch's and ONNX's cases, and fuzzed ones, instead.")
     ] = False,
@@ -80,6 +83,8 @@ def check(
     With --report each workload goes through the numerics lab instead: exactness, rounding on five distributions,
     special values and determinism, of our kernel, of torch and of other libraries; DIR gets a page, index.html, its
     plots and rows.jsonl. Exits with 1 if one of our kernels fails.
+
+    With --emulate the kernels of a cuda target run on an emulator: exact and slow, without times.
 
     With --conformance no workload is named: cases of torch's own tests, of ONNX's, and fuzzed ones are tried with every
     schedule space and every other implementation there is. Exits with 1 if one of ours fails. With --json, one line for
@@ -118,11 +123,26 @@ def check(
             as_json=as_json,
         )
     else:
-        _check(workloads or [], compiled_for, threads=threads, seed=seed, quick=quick, as_json=as_json)
+        _check(
+            workloads or [],
+            compiled_for,
+            threads=threads,
+            seed=seed,
+            quick=quick,
+            emulate=emulate,
+            as_json=as_json,
+        )
 
 
 def _check(
-    workloads: Sequence[str], target: "Target", *, threads: int | None, seed: int, quick: bool, as_json: bool
+    workloads: Sequence[str],
+    target: "Target",
+    *,
+    threads: int | None,
+    seed: int,
+    quick: bool,
+    emulate: bool,
+    as_json: bool,
 ) -> None:
     from convt_tvm.workloads import resolve
 
@@ -132,7 +152,12 @@ def _check(
     rows: list[CheckRow] = []
 
     def work(workload: Any) -> None:
-        row = check_workload(workload, target, seed=seed, threads=threads, quick=quick)
+        if emulate:
+            from convt_tvm.emulate import check_emulated
+
+            row = check_emulated(workload, target, seed=seed)
+        else:
+            row = check_workload(workload, target, seed=seed, threads=threads, quick=quick)
         rows.append(row)
         if as_json:
             print_json(row.to_json())

@@ -33,7 +33,7 @@ Workloads: TypeAlias = Annotated[
     ),
 ]
 TargetName: TypeAlias = Annotated[
-    str, typer.Option("--target", metavar="TARGET", help="llvm is this machine; llvm:x86-64-v2, -v3, -v4 are levels.")
+    str, typer.Option("--target", metavar="TARGET", help="llvm is this machine; llvm:x86-64-v2, -v3, -v4; cuda:sm_90.")
 ]
 Threads: TypeAlias = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="For kernels and peers alike; by default torch's number.")

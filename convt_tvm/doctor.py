@@ -14,7 +14,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, TypeAlias
 
-from convt_tvm.errors import TargetError
+from convt_tvm.cuda_toolkit import find_toolkit
+from convt_tvm.errors import BuildError, TargetError
+from convt_tvm.gpu import OLDEST_CUDA_DRIVER, find_driver
 from convt_tvm.target import Target, machine
 
 __all__ = ["PINS", "Finding", "Status", "diagnose"]
@@ -74,6 +76,7 @@ def diagnose(cache_directory: Path) -> Iterator[Finding]:
     yield from _examine_versions(versions)
     yield _examine_runtime_library(versions["apache-tvm"] is not None)
     yield _examine_linker()
+    yield from _examine_cuda()
     yield _examine_cache(cache_directory)
     if versions["apache-tvm"] is not None:
         yield from _replay_in_a_child()
@@ -150,6 +153,26 @@ def _examine_linker() -> Finding:
     return Finding(
         "linker", "bad", f"{missing}: kernels cannot be linked", "apt-get install gcc, or set CXX to a compiler"
     )
+
+
+def _examine_cuda() -> Iterator[Finding]:
+    """What compiling for NVIDIA GPUs and running there need; nobody has to have either."""
+    try:
+        toolkit = find_toolkit()
+        yield Finding("cuda toolkit", "ok", f"nvcc {toolkit.version}: {toolkit.nvcc}")
+    except BuildError as error:
+        yield Finding("cuda toolkit", "note", "none: kernels for GPUs cannot be built", str(error))
+    driver = find_driver()
+    if driver is None or not driver.gpus:
+        lacks = "no driver" if driver is None else "a driver and no GPU"
+        yield Finding("gpu", "note", f"{lacks}: kernels for GPUs run on the emulator only (check --emulate)")
+        return
+    gpus = ", ".join(f"{gpu.name} (sm_{gpu.capability[0]}{gpu.capability[1]})" for gpu in driver.gpus)
+    found = f"{gpus}, driver for CUDA {driver.cuda[0]}.{driver.cuda[1]}"
+    if driver.cuda < OLDEST_CUDA_DRIVER:
+        yield Finding("gpu", "bad", f"{found}: kernels need 13.0", "Install NVIDIA's driver 580 or newer.")
+    else:
+        yield Finding("gpu", "ok", found)
 
 
 def _examine_cache(directory: Path) -> Finding:

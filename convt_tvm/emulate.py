@@ -1,20 +1,25 @@
 """A CUDA kernel as an operator on this processor: compiled, called and checked where there is no GPU."""
 
 import ctypes
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from time import perf_counter
 from typing import Any
 
 import torch
 import tvm
 
+from convt_tvm.check import CheckRow, compare
 from convt_tvm.compiler import compile_module, lower_choice
 from convt_tvm.emulator import set_descending
+from convt_tvm.errors import ConvTError, TargetError
 from convt_tvm.space import Choice, default_choice
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
+from convt_tvm.workloads import Workload
 
-__all__ = ["EmulatedKernel"]
+__all__ = ["EmulatedKernel", "check_emulated"]
 
 
 class EmulatedKernel:
@@ -76,3 +81,34 @@ def _copy_out(output: Any, spec: ConvTranspose2dSpec) -> torch.Tensor:
     tensor = torch.empty(spec.output_shape, dtype=getattr(torch, spec.dtype))
     ctypes.memmove(tensor.data_ptr(), output.data_ptr(), tensor.nbytes)
     return tensor
+
+
+def check_emulated(workload: Workload, target: Target, *, seed: int = 0) -> CheckRow:
+    """What `convt_tvm.check.check` finds, but for times, of the kernel for GPUs run by the emulator in both orders.
+
+    Raises
+    ------
+    TargetError
+        If the target is not for GPUs.
+    """
+    if target.kind != "cuda":
+        raise TargetError(f"the emulator runs code for GPUs, not for {target.name}; write --target cuda or cuda:sm_90.")
+    spec, found = workload.spec, dict[str, Any]()
+    try:
+        start = perf_counter()
+        kernel = EmulatedKernel(spec, target)
+        found |= {"build_secs": perf_counter() - start, "schedule": kernel.choice.space.name}
+
+        def descending(*tensors: Any) -> torch.Tensor:
+            kernel.descending = True
+            return kernel(*tensors)
+
+        def ascending(*tensors: Any) -> torch.Tensor:
+            kernel.descending = False
+            return kernel(*tensors)
+
+        found |= asdict(compare(spec, ascending, descending, seed=seed))
+        found["verdict"] = "bad" if found["reason"] else "good"
+    except (ConvTError, RuntimeError) as error:  # recorded as this row's status
+        found["reason"] = " ".join(str(error).split())
+    return CheckRow(workload.name, spec.name, spec.output_shape, target.name, 1, seed, **found)

@@ -7,8 +7,19 @@ import ctypes
 import functools
 from dataclasses import dataclass
 
-__all__ = ["ARCHITECTURES", "DEFAULT_ARCHITECTURES", "Driver", "Gpu", "Limits", "capability", "find_driver"]
+__all__ = [
+    "ARCHITECTURES",
+    "DEFAULT_ARCHITECTURES",
+    "OLDEST_CUDA_DRIVER",
+    "Driver",
+    "Gpu",
+    "Limits",
+    "capability",
+    "find_driver",
+]
 
+OLDEST_CUDA_DRIVER = (13, 0)
+"""The CUDA version that the driver has to support: libcudart.so.13, which TVM's CUDA runtime library needs."""
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from convt_tvm.errors import IncompatibleMachineError, TargetError
-from convt_tvm.gpu import ARCHITECTURES, DEFAULT_ARCHITECTURES, capability, find_driver
+from convt_tvm.gpu import ARCHITECTURES, DEFAULT_ARCHITECTURES, OLDEST_CUDA_DRIVER, capability, find_driver
 
 if TYPE_CHECKING:
     import tvm.target
@@ -85,8 +85,6 @@ _FORMS = (
     "write llvm, llvm:x86-64-v2, llvm:x86-64-v3, llvm:x86-64-v4, llvm:ARCH+FEATURE+FEATURE, cuda, cuda:sm_90 or "
     "cuda:sm_80+sm_90"
 )
-_OLDEST_CUDA_DRIVER = (13, 0)
-"""What libcudart.so.13 runs on, which TVM's CUDA runtime library needs."""
 
 
 def _with_implied(features: Iterable[str], arch: str) -> tuple[str, ...]:
@@ -318,8 +316,8 @@ class Target:
                 f"{needs} does not run on this machine, which has no {lacks}; run it where there is one, check it here "
                 f"with `convt-tvm check --emulate --target {self.name}`, or build for target 'llvm'."
             )
-        if driver.cuda < _OLDEST_CUDA_DRIVER:
-            found, wanted = (".".join(map(str, version)) for version in (driver.cuda, _OLDEST_CUDA_DRIVER))
+        if driver.cuda < OLDEST_CUDA_DRIVER:
+            found, wanted = (".".join(map(str, version)) for version in (driver.cuda, OLDEST_CUDA_DRIVER))
             raise IncompatibleMachineError(
                 f"this machine's NVIDIA driver supports CUDA {found}, and kernels need {wanted}; install driver 580 or "
                 "newer."

@@ -1,5 +1,6 @@
 """CUDA kernels where there is no GPU: compiled by nvcc, their resources read, and run on the CPU by the emulator."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -8,10 +9,11 @@ import torch
 from convt_tvm import emulator
 from convt_tvm.artifact import read_manifest
 from convt_tvm.check import compare
+from convt_tvm.cli import main
 from convt_tvm.compiler import build, build_artifact
 from convt_tvm.cost_cuda import MAX_REGISTERS, SHARED_BYTES, shared_bytes, thread_layouts
 from convt_tvm.cuda_toolkit import find_toolkit
-from convt_tvm.emulate import EmulatedKernel
+from convt_tvm.emulate import EmulatedKernel, check_emulated
 from convt_tvm.errors import BuildError, IncompatibleMachineError
 from convt_tvm.gpu import find_driver
 from convt_tvm.reference import integer_inputs, reference
@@ -19,7 +21,7 @@ from convt_tvm.space import choices, default_choice
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
 from convt_tvm.thread_layout import ThreadLayout
-from convt_tvm.workloads import resolve
+from convt_tvm.workloads import Workload, resolve
 
 try:
     find_toolkit()
@@ -109,6 +111,32 @@ def test_emulated_kernels_keep_sums_in_the_accumulators_type(dtype):
 def test_emulated_defaults_are_exact_for_odd_specs(changes):
     spec = replace(SPEC, **changes)
     assert run(EmulatedKernel(spec, TARGET), spec)
+
+
+def command(*arguments):
+    with pytest.raises(SystemExit) as exit:
+        main(["check", SPEC.name, "--emulate", *arguments])
+    return exit.value.code
+
+
+@needs_toolkit
+def test_the_command_checks_on_the_emulator(capsys):
+    assert command("--target", TARGET.name, "--json") == 0
+    row = json.loads(capsys.readouterr().out)
+    assert (row["verdict"], row["exact"], row["target"], row["latency_us"]) == ("good", True, TARGET.name, None)
+
+
+@needs_toolkit
+def test_a_wrong_kernel_is_a_bad_row(monkeypatch):
+    plant(monkeypatch, "__syncthreads();", ";")
+    row = check_emulated(Workload(name=SPEC.name, source="", spec=SPEC), TARGET)
+    assert row.verdict == "bad"
+    assert "integer inputs:" in row.reason
+
+
+def test_the_command_emulates_only_what_is_for_gpus(capsys):
+    assert command("--target", "llvm") == 2
+    assert "the emulator runs code for GPUs, not for llvm:" in capsys.readouterr().err
 
 
 def test_layouts_stay_within_the_limits_of_a_launch():

@@ -45,7 +45,6 @@ MAY_IMPORT = {
     "backends": "spec target compute compute_cuda schedule schedule_cuda lower lower_cuda cuda_toolkit "
     "cuda_device_code",
     "compiler": "errors spec target layout artifact runtime records database space backends",
-    "emulate": "spec target space emulator compiler",
     "cache": "errors spec target artifact runtime database compiler",
     "plan": "errors phases spec runtime cache",
     "functional": "errors plan",
@@ -54,6 +53,7 @@ MAY_IMPORT = {
     "reference": "errors spec",
     "measure": "",
     "check": "errors spec workloads target runtime compiler reference measure",
+    "emulate": "errors spec workloads target space emulator compiler check",
     "rows": "errors",
     "fuzz": "errors spec",
     "distributions": "errors spec reference",
@@ -82,7 +82,7 @@ MAY_IMPORT = {
     "replay": "errors spec target runtime findings examine implementations",
     "cases": "errors spec fuzz",
     "conformance": "errors target distributions findings implementations examine replay cases",
-    "doctor": "errors target runtime",
+    "doctor": "errors gpu cuda_toolkit target runtime",
     "__init__": "errors spec target runtime compiler functional nn",
     "terminal": "check doctor rows explain",
     "terminal_numerics": "findings implementations conformance terminal",
@@ -92,8 +92,8 @@ MAY_IMPORT = {
     "cli_tune": "errors workloads target threads database session tune session_report terminal_tune cli_options",
     "cli_bench": "workloads target rows peers roofline bench explain report findings check_report terminal cli_options "
     "cli_tune",
-    "cli_check": "workloads target check bench findings implementations examine check_report replay cases conformance "
-    "terminal terminal_numerics cli_options",
+    "cli_check": "workloads target check emulate bench findings implementations examine check_report replay cases "
+    "conformance terminal terminal_numerics cli_options",
     "cli": "__init__ errors workloads target artifact runtime compiler cache check doctor terminal "
     "cli_options cli_bench cli_check cli_tune",
     "__main__": "cli",
