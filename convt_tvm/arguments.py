@@ -29,7 +29,7 @@ class Kind(Protocol):
         """Raise ArgumentError unless results can be written to the tensor."""
 
     def is_direct(self, tensor: Any) -> bool:
-        """Whether the memory holds the values row-major and aligned to the element."""
+        """Whether the memory holds the values row-major."""
 
     def ready(self, tensor: Any) -> Any:
         """The same values for which `is_direct` holds: the tensor's own memory where possible, else a copy."""
@@ -85,7 +85,7 @@ class _TorchTensors:
             )
 
     def is_direct(self, tensor: Any) -> bool:
-        return bool(tensor.is_contiguous() and not tensor.is_neg() and tensor.data_ptr() % tensor.element_size() == 0)
+        return bool(tensor.is_contiguous() and not tensor.is_neg())
 
     def ready(self, tensor: Any) -> Any:
         tensor = tensor.detach()
@@ -129,7 +129,7 @@ class _NumpyArrays:
             raise ArgumentError(f"{name} is a read-only array; pass one that can be written to.")
 
     def is_direct(self, array: Any) -> bool:
-        return bool(array.flags.c_contiguous and array.flags.aligned)
+        return bool(array.flags.c_contiguous)
 
     def ready(self, array: Any) -> Any:
         return array if self.is_direct(array) else np.array(array, order="C", subok=False)

@@ -45,7 +45,7 @@ __all__ = [
     "verify",
 ]
 
-FORMAT = 1
+FORMAT = 2
 """Version of the manifest's fields and of the kernel's calling convention."""
 
 KERNEL_FILE = "kernel.so"
@@ -57,7 +57,7 @@ _REBUILD = "build it again with `convt-tvm build`, or copy the whole directory a
 _SOURCES = (
     *("phases", "spec", "gpu", "target", "layout", "thread_layout", "compute", "compute_cuda", "cost", "cost_cuda"),
     *("schedule", "schedule_cuda", "space", "shuffle", "lower", "lower_cuda", "cuda_toolkit", "emulator"),
-    *("cuda_device_code", "backends", "compiler"),
+    *("cuda_device_code", "backends", "entry", "compiler"),
 )
 _COMPILERS = ("apache-tvm", "apache-tvm-ffi")
 _AT_FDCWD = -100

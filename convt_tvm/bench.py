@@ -89,7 +89,7 @@ def _contender(kernel: Kernel, inputs: Inputs) -> Contender:
     """The kernel at its fastest: a packed weight, and an output of its own, NaN before."""
     input, weight, bias = inputs
     packed = kernel.pack(weight)
-    out = torch.full(kernel.spec.output_shape, math.nan, dtype=input.dtype)
+    out = torch.full(kernel.spec.sized.output_shape, math.nan, dtype=input.dtype)
 
     def run() -> torch.Tensor:
         kernel(input, packed, bias, out=out)
@@ -119,7 +119,7 @@ def bench(
     settle_secs: float | None = None,
     min_sample_secs: float = 0.005,
 ) -> list[Row]:
-    """Time the default kernel of a workload, a second copy of it, and peers.
+    """Time the default kernel of a workload, a second copy of it, and peers; on one image where any batch size goes.
 
     Weights are constant: packed, frozen or laid out beforehand. Every contender's answer is compared with float64, and
     those that are wrong are not timed. The others take turns, in reversed order each round, each running untimed for a
@@ -152,7 +152,7 @@ def bench(
     KeyError
         for a peer of another name.
     """
-    resolved, spec, threads = Target.parse(target), workload.spec, limits.threads
+    resolved, spec, threads = Target.parse(target), workload.spec.sized, limits.threads
     inputs = normal_inputs(spec, seed)
     tolerance = Tolerance(spec, inputs)
     details: dict[str, dict[str, Any]] = {}
@@ -178,7 +178,7 @@ def bench(
         torch.inference_mode(),
     ):
         try:
-            kernels = _build_twice(spec, resolved, Path(directory))
+            kernels = _build_twice(workload.spec, resolved, Path(directory))
             of_kernel = {"schedule": kernels[0].manifest.schedule, "layout": dict(kernels[0].manifest.layout)}
             for name, kernel in zip((OURS, COPY), kernels, strict=True):
                 enter(name, _contender(kernel, inputs), peer=False)
@@ -213,7 +213,7 @@ def _rows(
 ) -> list[Row]:
     here = machine()
     described = {name: value for name, value in here.to_json().items() if name != "versions"}
-    limit = bound(workload.spec, limits)
+    limit = bound(workload.spec.sized, limits)
     common = Row(
         workload=workload.name,
         spec=workload.spec.name,

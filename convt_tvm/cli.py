@@ -183,7 +183,7 @@ def inspect(
     spec, target = manifest.spec, manifest.target
     facts = {
         "artifact": manifest.name,
-        "computes": f"{'x'.join(map(str, spec.input_shape))} to {'x'.join(map(str, spec.output_shape))} {spec.dtype}",
+        "computes": f"{spec.shapes} {spec.dtype}",
         "spec": spec.name,
         "target": f"{target.kind} {target.arch}",
         "features": ", ".join(target.features) or "none",

@@ -18,6 +18,7 @@ from tvm_ffi import structural_hash
 from convt_tvm.artifact import KERNEL_FILE, Manifest, publish, source_fingerprint
 from convt_tvm.backends import get_backend
 from convt_tvm.database import find_result
+from convt_tvm.entry import guard_arguments
 from convt_tvm.errors import BuildError
 from convt_tvm.layout import Layout, Window
 from convt_tvm.records import Candidate
@@ -121,15 +122,17 @@ def build_artifact(
     resolved = Target.parse(target)
     # An empty batch computes nothing, but its kernel packs weights like any other.
     declared = replace(spec, n=1) if spec.n == 0 else spec
+    if spec.n is None and resolved.kind != "llvm":
+        raise BuildError(f"{spec.name}: kernels for {resolved.kind} are for one batch size; give n.")
     with tempfile.TemporaryDirectory(prefix="convt-tvm-") as scratch:
         library = Path(scratch) / KERNEL_FILE
         try:
             tuning: dict[str, Any] = {}
             lowered = None
-            if choice is None and tuned:
+            if choice is None and tuned and spec.n is not None:
                 choice, lowered, tuning = _tuned_choice(declared, resolved)
-            choice = choice or default_choice(declared, resolved)
-            _check_indexable(declared, choice.layout)
+            choice = choice or default_choice(declared.sized, resolved)
+            _check_indexable(declared.sized, choice.layout)
             lowered = lowered or lower_choice(declared, resolved, choice)
             resources = compile_module(lowered.module, resolved, library)
         except BuildError:
@@ -172,19 +175,23 @@ def _tuned_choice(spec: ConvTranspose2dSpec, target: Target) -> tuple[Choice | N
 
 def _check_indexable(spec: ConvTranspose2dSpec, layout: Layout) -> None:
     """Raise BuildError if a tensor or a buffer has more elements than a 32-bit index can tell apart."""
-    window = Window.of(spec, layout)
-    elements = {
-        "input": prod(spec.input_shape),
-        "window of the input": spec.n * spec.ci * window.height * window.width,
-        "packed weight": prod(layout.packed_shape(spec)),
-        "output": prod(spec.output_shape),
-    }
+    elements = _elements(spec, layout) | {"packed weight": prod(layout.packed_shape(spec))}
     for name, count in elements.items():
         if count > MAX_ELEMENTS:
             raise BuildError(
                 f"the {name} of {spec.name} has {count} elements; kernels count to {MAX_ELEMENTS}: split the batch or "
                 f"the channels."
             )
+
+
+def _elements(spec: ConvTranspose2dSpec, layout: Layout) -> dict[str, int]:
+    """How large everything is that grows with the batch."""
+    window = Window.of(spec, layout)
+    return {
+        "input": prod(spec.input_shape),
+        "window of the input": prod(spec.input_shape[:2]) * window.height * window.width,
+        "output": prod(spec.output_shape),
+    }
 
 
 def lower_choice(spec: ConvTranspose2dSpec, target: Target, choice: Choice) -> Lowered:
@@ -211,7 +218,12 @@ def lower_schedule(sch: Schedule, spec: ConvTranspose2dSpec, layout: Layout, tar
     backend.schedule_pack(pack)
     kernel = backend.lower_kernel(sch.mod["main"])
     module = tvm.IRModule({**kernel.functions, **backend.lower_pack(pack.mod["main"]).functions})
-    return Lowered(module, _trace_json(sch), f"{structural_hash(module) % 2**64:016x}")
+    code = f"{structural_hash(module) % 2**64:016x}"
+    if target.kind == "llvm":
+        max_batch = MAX_ELEMENTS // max(_elements(spec.sized, layout).values())
+        guarded = {name: guard_arguments(function, max_batch) for name, function in module.functions.items()}
+        module = tvm.IRModule(guarded)
+    return Lowered(module, _trace_json(sch), code)
 
 
 def compile_module(

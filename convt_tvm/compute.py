@@ -30,7 +30,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from tvm import DataType, ir, te, tirx
+from tvm import ir, te, tirx
 
 from convt_tvm.layout import Band, Layout, Window, bands, collides, column_starts, reaches
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
@@ -74,7 +74,7 @@ def lookup(values: Sequence[int], index: Expr) -> Expr:
 
 
 def _create_function(arguments: list[Any]) -> tirx.PrimFunc:
-    """A PrimFunc of TE tensors whose parameters may start at any multiple of an element.
+    """A PrimFunc of TE tensors whose parameters may start at any address.
 
     TE declares every buffer as aligned to 64 bytes, the calling convention does not check it, and aligned loads of a
     torch slice would crash. TE has no way to say otherwise, so the alignment is set in the function's JSON form.
@@ -83,8 +83,8 @@ def _create_function(arguments: list[Any]) -> tirx.PrimFunc:
     graph = json.loads(ir.save_json(function))
     nodes = graph["nodes"]
     root = nodes[graph["root_index"]]["data"]
-    for parameter, buffer in zip(nodes[root["params"]]["data"], function.params, strict=True):
-        nodes[nodes[parameter]["data"]["ty"]]["data"]["data_alignment"] = DataType(buffer.dtype).itemsize
+    for parameter in nodes[root["params"]]["data"]:
+        nodes[nodes[parameter]["data"]["ty"]]["data"]["data_alignment"] = 1
     return ir.load_json(json.dumps(graph)).with_attr("global_symbol", "main")
 
 
@@ -93,10 +93,12 @@ def declare_phases(spec: ConvTranspose2dSpec, layout: Layout, target: Target) ->
 
     Parameters are ``input`` (NCHW), ``packed`` (see `Layout.packed_shape`, in the accumulator's dtype), ``bias``
     where the spec has one, and ``band0``, ``band1``, ... of shape ``(n, groups, blocks, co_block, row phases, rows,
-    columns, column phases)``. Blocks are named ``window``, ``acc<k>`` and ``band<k>``.
+    columns, column phases)``. Where the spec is for any batch size, ``n`` is a variable, and schedules see the spec
+    of a single image. Blocks are named ``window``, ``acc<k>`` and ``band<k>``.
     """
+    batch, spec = te.var("n") if spec.n is None else spec.n, spec.sized
     columns = layout.columns(spec)
-    data = te.placeholder(spec.input_shape, spec.dtype, name="input")
+    data = te.placeholder((batch, *spec.input_shape[1:]), spec.dtype, name="input")
     packed = te.placeholder(layout.packed_shape(spec), spec.accumulator_dtype, name="packed")
     bias = te.placeholder(spec.bias_shape, spec.dtype, name="bias")
 
@@ -113,7 +115,7 @@ def declare_phases(spec: ConvTranspose2dSpec, layout: Layout, target: Target) ->
         acc = None
         if reaches(spec, band):
             acc = _accumulate(spec, layout, band, window, packed, origin, columns)
-        outputs.append(_finish(spec, layout, band, acc, bias, columns))
+        outputs.append(_finish(spec, layout, band, batch, acc, bias, columns))
 
     function = _create_function([data, packed, *([bias] if spec.bias else []), *outputs])
     return function.with_attrs({"convt.spec": spec.name, "convt.layout": layout.to_json(), "convt.target": target.name})
@@ -135,8 +137,8 @@ def _window(spec: ConvTranspose2dSpec, layout: Layout, extent: Window, data: Any
         return tirx.if_then_else(tirx.all(h >= top, h < bottom, w >= left, w < right), value, zero)
 
     if layout.lanes == "ow":
-        return te.compute((spec.n, spec.ci, extent.height, extent.width), read, name="window")
-    shape = (spec.n, extent.height, extent.width, spec.ci)
+        return te.compute((data.shape[0], spec.ci, extent.height, extent.width), read, name="window")
+    shape = (data.shape[0], extent.height, extent.width, spec.ci)
     return te.compute(shape, lambda n, h, w, c: read(n, c, h, w), name="window")
 
 
@@ -178,7 +180,7 @@ def _accumulate(
             return value * weight
         return tirx.if_then_else(tirx.all(*checks), value * weight, tirx.const(0, spec.accumulator_dtype))
 
-    lead = (spec.n, spec.groups, blocks, len(band.phases), layout.rows(band))
+    lead = (window.shape[0], spec.groups, blocks, len(band.phases), layout.rows(band))
     name, axes = f"acc{band.index}", [th, ic, tw]
     if layout.lanes == "co":
         return te.compute(
@@ -193,7 +195,9 @@ def _accumulate(
     )
 
 
-def _finish(spec: ConvTranspose2dSpec, layout: Layout, band: Band, acc: Any, bias: Any, columns: int) -> Any:
+def _finish(
+    spec: ConvTranspose2dSpec, layout: Layout, band: Band, batch: Expr, acc: Any, bias: Any, columns: int
+) -> Any:
     """Sums plus bias in the output's dtype, in the order of the output's memory; `acc` is None where no tap reaches."""
     channels = spec.co // spec.groups
 
@@ -208,7 +212,7 @@ def _finish(spec: ConvTranspose2dSpec, layout: Layout, band: Band, acc: Any, bia
             total = total + bias[g * channels + channel].astype(spec.accumulator_dtype)
         return total.astype(spec.dtype)
 
-    lead = (spec.n, spec.groups, layout.blocks(spec), layout.co_block, len(band.phases), layout.rows(band))
+    lead = (batch, spec.groups, layout.blocks(spec), layout.co_block, len(band.phases), layout.rows(band))
     return te.compute((*lead, columns, len(spec.axes[1].phases)), finish, name=f"band{band.index}")
 
 

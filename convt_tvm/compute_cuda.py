@@ -60,7 +60,7 @@ def _function(arguments: list[Any], spec: ConvTranspose2dSpec, layout: ThreadLay
 def _axes(spec: ConvTranspose2dSpec, layout: ThreadLayout, band: Band) -> tuple[int, ...]:
     """Extents of the axes of a band, in the order of the module's formula."""
     return (
-        spec.n,
+        spec.input_shape[0],
         spec.groups,
         layout.blocks(spec),
         len(band.phases),
@@ -93,7 +93,7 @@ def _window(spec: ConvTranspose2dSpec, extent: Window, data: Any, name: str) -> 
             return value
         return tirx.if_then_else(tirx.all(h >= top, h < bottom, w >= left, w < right), value, zero)
 
-    return te.compute((spec.n, spec.ci, extent.height, extent.width), read, name=name)
+    return te.compute((spec.input_shape[0], spec.ci, extent.height, extent.width), read, name=name)
 
 
 def _accumulate(spec: ConvTranspose2dSpec, layout: ThreadLayout, band: Band, data: Any, packed: Any) -> Any:

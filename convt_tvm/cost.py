@@ -113,8 +113,8 @@ def _image_traffic(spec: ConvTranspose2dSpec, layout: Layout, target: Target) ->
     rows = max(layout.rows(band) for band in bands(spec))
     image = _image_bytes(spec)
     if image * min(layout.row_chunk, rows) // max(1, rows) <= target.cache_bytes // 2:
-        return spec.n * image
-    return spec.n * image * layout.blocks(spec) * sum(len(band.phases) for band in bands(spec))
+        return spec.input_shape[0] * image
+    return spec.input_shape[0] * image * layout.blocks(spec) * sum(len(band.phases) for band in bands(spec))
 
 
 def _weight_traffic(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> tuple[int, int]:
@@ -131,8 +131,8 @@ def _weight_traffic(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -
     if weights <= held:
         return weights, tiles * (rows // chunk)
     if layout.slice_bytes(spec) <= held:
-        return spec.n * weights * (rows // chunk), tiles
-    return spec.n * weights * (rows // chunk) * tiles, 1
+        return spec.input_shape[0] * weights * (rows // chunk), tiles
+    return spec.input_shape[0] * weights * (rows // chunk) * tiles, 1
 
 
 def _weight_bytes(spec: ConvTranspose2dSpec) -> int:
@@ -154,7 +154,14 @@ def core_cycles(
 ) -> float:
     """Estimated cycles of one core for `spec` in `layout`; see `Tile.step_cycles` for `reuse`."""
     rows = sum(band.row_steps(layout, spec.ih) for band in bands(spec))
-    steps = spec.n * spec.groups * layout.blocks(spec) * rows * layout.column_steps(spec) * (spec.ci // spec.groups)
+    steps = (
+        spec.input_shape[0]
+        * spec.groups
+        * layout.blocks(spec)
+        * rows
+        * layout.column_steps(spec)
+        * (spec.ci // spec.groups)
+    )
     sums = steps * tile.step_cycles(target, layout.phases, reuse)
     weight_bytes, tiles = _weight_traffic(spec, layout, target)
     # Of the tiles that share a slice of weights the first has to wait for it, while it computes.

@@ -115,7 +115,7 @@ def _shapes(spec: ConvTranspose2dSpec) -> tuple[_Shape, ...]:
         taps = band.taps if most_taps else 0
         found.append(
             _Shape(
-                blocks=spec.n * spec.groups * len(band.phases),
+                blocks=spec.input_shape[0] * spec.groups * len(band.phases),
                 rows=band.rows,
                 columns=max(phase.count for phase in phases),
                 phases=len(phases),

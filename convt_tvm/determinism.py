@@ -65,11 +65,11 @@ def _differing(first: torch.Tensor, operator: Operator, inputs: Inputs, runs: in
 
 def _compare_batch(spec: ConvTranspose2dSpec, make: Make, seed: int) -> Iterator[tuple[str, str]]:
     """Each item of a batch of two or more with the same item in a batch of one."""
-    many, one = replace(spec, n=max(2, spec.n)), replace(spec, n=1)
+    many, one = replace(spec, n=max(2, spec.n or 0)), replace(spec, n=1)
     input, weight, bias = normal_inputs(many, seed)
     together, alone = make(many)(input, weight, bias).clone(), make(one)
     problem = ""
-    for item in range(many.n):
+    for item in range(len(input)):
         single = alone(input[item : item + 1], weight, bias)
         if (wrong := bits(single) != bits(together[item : item + 1])).any():
             problem = (

@@ -81,7 +81,7 @@ class Explanation:
             "workload": self.workload.name,
             "source": self.workload.source,
             "spec": self.workload.spec.name,
-            "output_shape": list(self.workload.spec.output_shape),
+            "output_shape": list(self.workload.spec.sized.output_shape),
             "target": self.target.name,
             "threads": self.threads,
             "rows": [asdict(phase) | {"taps": list(phase.taps)} for phase in self.rows],
@@ -124,7 +124,7 @@ def explain(workload: Workload, target: str | Target = "llvm", *, limits: Limits
     """
     from convt_tvm.space import choices
 
-    resolved, spec = Target.parse(target), workload.spec
+    resolved, spec = Target.parse(target), workload.spec.sized
     return Explanation(
         workload=workload,
         target=resolved,

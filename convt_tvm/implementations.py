@@ -78,7 +78,7 @@ def _build(target: Target, schedule: str | None, spec: ConvTranspose2dSpec) -> O
 
     choice = None
     if schedule is not None:
-        declared = replace(spec, n=max(1, spec.n))
+        declared = replace(spec, n=spec.n or 1)
         choice = next((each for each in choices(declared, target) if each.space.name == schedule), None)
         if choice is None:
             raise RefusedError(Refusal("rejected", f"the schedule space {schedule} does not apply"))

@@ -51,8 +51,10 @@ def _on_stack(node: Any) -> Any:
     TVM allocates 1 KiB and more from a pool, in a call for each task.
     """
     buffer = node.buffer
-    size_bytes = prod(int(extent) for extent in buffer.shape) * tvm.DataType(str(buffer.dtype)).itemsize
-    if size_bytes > MAX_STACK_BYTES:
+    elements = prod(buffer.shape)
+    if not isinstance(elements, int | tirx.IntImm):
+        return node
+    if int(elements) * tvm.DataType(str(buffer.dtype)).itemsize > MAX_STACK_BYTES:
         return node
     return tirx.AllocBuffer(buffer, {**node.annotations, "disable_lower_builtin": tirx.const(1, "bool")})
 
@@ -260,7 +262,8 @@ def lower_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
     window = Window.of(spec, layout)
     channels = spec.co // spec.groups
     (stride_h, stride_w), columns = spec.stride, layout.columns(spec)
-    output = _buffer("output", spec.output_shape, spec.dtype)
+    batch = function.params[0].shape[0]
+    output = _buffer("output", (batch, *spec.output_shape[1:]), spec.dtype)
 
     phases = len(spec.axes[1].phases)
     # Columns in which every phase lies inside the output, and phases of the one column that may follow them.
@@ -350,5 +353,5 @@ def lower_pack(function: tirx.PrimFunc) -> tvm.IRModule:
     return _assemble(function, "pack", packed, {"ordered": store}, lambda nest: nest)
 
 
-def _buffer(name: str, shape: Sequence[int], dtype: str) -> Any:
-    return tirx.decl_buffer(shape, dtype, name=name, data_alignment=tvm.DataType(dtype).itemsize)
+def _buffer(name: str, shape: Sequence[Expr], dtype: str) -> Any:
+    return tirx.decl_buffer(shape, dtype, name=name, data_alignment=1)

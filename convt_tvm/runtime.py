@@ -10,7 +10,6 @@ import shutil
 import sys
 import tempfile
 import threading
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from convt_tvm.errors import (
     ArtifactNotFoundError,
     IncompatibleMachineError,
 )
-from convt_tvm.spec import DTYPE_BYTES
 from convt_tvm.threads import adopted, configure, get_num_threads, required, set_num_threads
 
 __all__ = ["Kernel", "get_num_threads", "load", "set_num_threads"]
@@ -61,12 +59,11 @@ class Kernel:
         "__weakref__",
         "_bias_types",
         "_convt",
+        "_empty_like",
         "_fast_type",
-        "_mask",
-        "_output_shape",
+        "_output",
         "_pack",
         "_parallel",
-        "_sizes",
         "_tensor",
         "_torch",
         "directory",
@@ -87,18 +84,20 @@ class Kernel:
             self._pack = module.get_function("pack")
         except AttributeError as error:
             raise ArtifactCorruptError(f"{directory / KERNEL_FILE} is no kernel: {error}; build it again.") from error
-        self._output_shape = spec.output_shape
-        shapes = spec.input_shape, manifest.packed_shape, spec.bias_shape, spec.output_shape
-        dtypes = spec.dtype, manifest.packed_dtype, spec.dtype, spec.dtype
-        self._sizes = tuple(prod(shape) * DTYPE_BYTES[dtype] for shape, dtype in zip(shapes, dtypes, strict=True))
-        self._mask = DTYPE_BYTES[spec.dtype] - 1 | DTYPE_BYTES[manifest.packed_dtype] - 1
         # apache-tvm-ffi has imported torch by now, if there is one.
         torch = sys.modules.get("torch")
         self._torch = None if torch is None else torch_kind(torch)
         self._tensor: Any = None if torch is None else torch.Tensor
         # With an empty batch there is nothing to call: a type that no argument has.
-        self._fast_type = self._tensor if spec.n else object()
+        self._fast_type = object() if spec.n == 0 else self._tensor
         self._bias_types = () if torch is None else (torch.Tensor, torch.nn.Parameter)
+        # `empty_like` takes half the time of `new_empty`, which reads a shape. One element stands for all of them.
+        self._empty_like: Any = None if torch is None else torch.empty_like
+        self._output: Any = (
+            None
+            if torch is None
+            else torch.empty(1, dtype=getattr(torch, spec.dtype), device="cpu").expand(spec.sized.output_shape)
+        )
 
     def __repr__(self) -> str:
         return (
@@ -109,13 +108,13 @@ class Kernel:
     def __call__(self, input: Any, weight: Any, bias: Any = None, *, out: Any = None) -> Any:
         """Convolve; all arguments are torch tensors on the CPU, or all are numpy arrays.
 
-        Nothing is copied that is contiguous (row-major) and aligned to its element; what is not is copied first.
+        Nothing is copied that is contiguous (row-major), wherever it starts; what is not is copied first.
         Gradients are not recorded: each argument is taken as its ``detach()``.
 
         Parameters
         ----------
         input
-            ``spec.input_shape`` (NCHW), ``spec.dtype``.
+            ``spec.input_shape`` (NCHW), ``spec.dtype``; with any number of images where ``spec.n`` is None.
         weight
             ``spec.weight_shape`` (IOHW), ``spec.dtype``, which is packed first, on each call; or what `pack` returned.
         bias
@@ -137,25 +136,26 @@ class Kernel:
         ArgumentTypeError
             (a TypeError) for anything that is neither tensor nor array, and for a mixture of both.
         """
-        # The compiled entry checks number, type, dtype, shape, strides and device of its arguments before it writes
-        # anything. What it cannot see is tested here: overlap, alignment, a negation that is still to be done. Each
-        # test costs 50 to 100 ns, so it is all in one place, and whatever fails is sorted out by `_call_checked`.
+        # The compiled entry checks number, type, dtype, shape, strides, device and overlap of its arguments before it
+        # writes anything. What it cannot see is tested here: that they are torch's own tensors, and that no negation is
+        # still to be done (`is_neg`). A test costs 30 to 100 ns; whatever fails is sorted out by `_call_checked`.
         fast = self._fast_type
-        if (type(out) is fast or out is None) and type(input) is fast and type(weight) is fast and weight.dim() == 5:
+        if (
+            type(input) is fast
+            and type(weight) is fast
+            and (type(out) is fast or out is None)
+            and weight.dim() == 5
+            and not (input.is_neg() or weight.is_neg())
+        ):
             try:
-                result = input.new_empty(self._output_shape) if out is None else out
-                start, x, w = result.data_ptr(), input.data_ptr(), weight.data_ptr()
-                x_size, w_size, b_size, size = self._sizes
-                stop = start + size
-                b = stop if bias is None else bias.data_ptr()
-                if (
-                    (x >= stop or start >= x + x_size)
-                    and (w >= stop or start >= w + w_size)
-                    and (b >= stop or start >= b + b_size)
-                    and not (start | x | w | b) & self._mask
-                    and not (result.is_neg() or input.is_neg() or weight.is_neg())
-                ):
-                    if self._parallel and adopted.setting != required.setting:
+                if out is not None:
+                    result = out
+                elif self.spec.n is None:
+                    result = input.new_empty((input.size(0), *self._output.shape[1:]))
+                else:
+                    result = self._empty_like(self._output)
+                if out is None or not out.is_neg():
+                    if adopted.setting != required.setting and self._parallel:
                         configure()
                     if bias is None:
                         self._convt(input, weight, result)
@@ -163,7 +163,7 @@ class Kernel:
                     if type(bias) in self._bias_types and not bias.is_neg():
                         self._convt(input, weight, bias, result)
                         return result
-            except (AttributeError, BufferError, RuntimeError, TypeError, ValueError):
+            except (BufferError, IndexError, RuntimeError, TypeError, ValueError):
                 pass
         return self._call_checked(input, weight, bias, out)
 
@@ -176,16 +176,18 @@ class Kernel:
             raise ArgumentError(
                 f"bias is superfluous: the kernel adds none; it is {spec.name}. Build one with bias=True, or pass None."
             )
-        kind.check("input", input, spec.input_shape, spec.dtype, spec)
+        if spec.n is None:
+            spec = spec.with_batch(input.shape[0] if input.ndim else 1)
+        kind.check("input", input, spec.input_shape, spec.dtype, self.spec)
         packed = weight.ndim == 5
         if packed:
-            kind.check("packed weight", weight, self.manifest.packed_shape, self.manifest.packed_dtype, spec)
+            kind.check("packed weight", weight, self.manifest.packed_shape, self.manifest.packed_dtype, self.spec)
         else:
-            kind.check("weight", weight, spec.weight_shape, spec.dtype, spec)
+            kind.check("weight", weight, spec.weight_shape, spec.dtype, self.spec)
         if bias is not None:
-            kind.check("bias", bias, spec.bias_shape, spec.dtype, spec)
+            kind.check("bias", bias, spec.bias_shape, spec.dtype, self.spec)
         if out is not None:
-            kind.check("out", out, spec.output_shape, spec.dtype, spec)
+            kind.check("out", out, spec.output_shape, spec.dtype, self.spec)
             kind.check_writable("out", out)
         if not spec.n:
             return kind.empty(spec.output_shape, spec.dtype, input) if out is None else out
@@ -196,7 +198,10 @@ class Kernel:
         result = out if direct else kind.empty(spec.output_shape, spec.dtype, input)
         if self._parallel and adopted.setting != required.setting:
             configure()
-        self._convt(*map(kind.pass_on, read), kind.pass_on(result))
+        try:
+            self._convt(*map(kind.pass_on, read), kind.pass_on(result))
+        except ValueError as error:
+            raise ArgumentError(f"the kernel {self.spec.name} refuses the arguments: {error}.") from error
         if out is None or direct:
             return result
         kind.copy(result, out)

@@ -143,7 +143,7 @@ def spread_window(sch: Schedule, spec: ConvTranspose2dSpec, window: SBlockRV) ->
     """
     itemsize = DTYPE_BYTES[spec.accumulator_dtype]
     line = CACHE_LINE_BYTES // itemsize
-    _, *extents = (int(sch.get(loop).extent) for loop in sch.get_loops(window)[-4:])
+    extents = [int(sch.get(loop).extent) for loop in sch.get_loops(window)[-3:]]
     columns = layout_of(sch.mod["main"]).lanes == "ow"
     stride, count = (extents[1] * extents[2], extents[0]) if columns else (extents[2], POSITION_STREAMS)
     if collides(stride * itemsize, count):

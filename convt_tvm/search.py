@@ -224,7 +224,7 @@ def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> int:
 
 def _spec_features(spec: ConvTranspose2dSpec) -> list[float]:
     sizes = (
-        spec.n, spec.ci // spec.groups, spec.co // spec.groups, spec.groups, spec.ih, spec.iw,
+        spec.n or 0, spec.ci // spec.groups, spec.co // spec.groups, spec.groups, spec.ih, spec.iw,
         *spec.kernel_size, *spec.stride, *spec.dilation,
     )  # fmt: skip
     return [math.log2(size + 1) for size in sizes]

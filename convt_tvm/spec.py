@@ -3,7 +3,7 @@
 import operator
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import prod
 from typing import Any, Self, TypeAlias
 
@@ -19,7 +19,7 @@ DTYPE_BYTES: dict[str, int] = {"float32": 4, "float64": 8, "float16": 2, "bfloat
 _PAIRS = ("kernel_size", "stride", "padding", "output_padding", "dilation")
 _SIZES = ("ci", "ih", "iw", "co", "groups")
 _NAME = re.compile(
-    r"n(?P<n>\d+)_ci(?P<ci>\d+)_ih(?P<ih>\d+)_iw(?P<iw>\d+)_co(?P<co>\d+)_k(?P<kernel_size>\d+x\d+)"
+    r"n(?P<n>\d+|any)_ci(?P<ci>\d+)_ih(?P<ih>\d+)_iw(?P<iw>\d+)_co(?P<co>\d+)_k(?P<kernel_size>\d+x\d+)"
     r"_s(?P<stride>\d+x\d+)_p(?P<padding>\d+x\d+)_op(?P<output_padding>\d+x\d+)_d(?P<dilation>\d+x\d+)"
     r"_g(?P<groups>\d+)_(?P<bias>bias|nobias)_(?P<dtype>\w+)"
 )
@@ -53,7 +53,7 @@ class ConvTranspose2dSpec:
     Parameters
     ----------
     n, ci, ih, iw
-        Input shape NCHW; ``n`` may be 0, the others are at least 1.
+        Input shape NCHW; ``n`` may be 0, or None for any batch size; the others are at least 1.
     co
         Output channels; ``ci`` and ``co`` are multiples of ``groups``.
     kernel_size, stride, padding, output_padding, dilation
@@ -83,7 +83,7 @@ class ConvTranspose2dSpec:
     True
     """
 
-    n: int
+    n: int | None
     ci: int
     ih: int
     iw: int
@@ -100,7 +100,7 @@ class ConvTranspose2dSpec:
     def __init__(
         self,
         *,
-        n: int,
+        n: int | None,
         ci: int,
         ih: int,
         iw: int,
@@ -115,7 +115,7 @@ class ConvTranspose2dSpec:
         dtype: str = "float32",
     ) -> None:
         given = {
-            "n": _as_int("n", n),
+            "n": None if n is None else _as_int("n", n),
             "ci": _as_int("ci", ci),
             "ih": _as_int("ih", ih),
             "iw": _as_int("iw", iw),
@@ -136,7 +136,7 @@ class ConvTranspose2dSpec:
     def _validate(self) -> None:
         if self.dtype not in DTYPE_BYTES:
             raise UnsupportedDtypeError(f"dtype={self.dtype!r} is not supported; use one of {', '.join(DTYPE_BYTES)}.")
-        if self.n < 0:
+        if self.n is not None and self.n < 0:
             raise SpecError(f"n={self.n} must not be negative.")
         for name in _SIZES:
             if getattr(self, name) < 1:
@@ -185,10 +185,25 @@ class ConvTranspose2dSpec:
         """Output width."""
         return self.axes[1].output_size
 
+    def with_batch(self, n: int) -> "ConvTranspose2dSpec":
+        """The same layer applied to ``n`` images."""
+        return replace(self, n=n)
+
+    @property
+    def sized(self) -> "ConvTranspose2dSpec":
+        """The spec itself; where it goes for any batch size, that of a single image."""
+        return self.with_batch(1) if self.n is None else self
+
+    @property
+    def _batch(self) -> int:
+        if self.n is None:
+            raise SpecError(f"{self.name} has no shapes of its own: it is for any batch size; see `with_batch`.")
+        return self.n
+
     @property
     def input_shape(self) -> tuple[int, int, int, int]:
         """NCHW."""
-        return self.n, self.ci, self.ih, self.iw
+        return self._batch, self.ci, self.ih, self.iw
 
     @property
     def weight_shape(self) -> tuple[int, int, int, int]:
@@ -203,7 +218,13 @@ class ConvTranspose2dSpec:
     @property
     def output_shape(self) -> tuple[int, int, int, int]:
         """NCHW."""
-        return self.n, self.co, self.oh, self.ow
+        return self._batch, self.co, self.oh, self.ow
+
+    @property
+    def shapes(self) -> str:
+        """Input and output shape in words: ``1x512x4x4 to 1x256x8x8``; ``n`` stands for any batch size."""
+        images = (self.sized.input_shape[1:], self.sized.output_shape[1:])
+        return " to ".join("x".join(map(str, ("n" if self.n is None else self.n, *image))) for image in images)
 
     @property
     def accumulator_dtype(self) -> str:
@@ -214,7 +235,7 @@ class ConvTranspose2dSpec:
     def multiply_adds(self) -> int:
         """Multiply-adds that reach the output: no zeros between inputs, none beyond the borders."""
         height, width = self.axes
-        return self.n * self.ci * (self.co // self.groups) * height.products * width.products
+        return self._batch * self.ci * (self.co // self.groups) * height.products * width.products
 
     @property
     def size_bytes(self) -> int:
@@ -225,9 +246,10 @@ class ConvTranspose2dSpec:
     @property
     def name(self) -> str:
         """The canonical name, which holds every field; see `from_name`."""
+        batch = "any" if self.n is None else self.n
         pairs = {name: "x".join(map(str, getattr(self, name))) for name in _PAIRS}
         return (
-            f"n{self.n}_ci{self.ci}_ih{self.ih}_iw{self.iw}_co{self.co}_k{pairs['kernel_size']}_s{pairs['stride']}"
+            f"n{batch}_ci{self.ci}_ih{self.ih}_iw{self.iw}_co{self.co}_k{pairs['kernel_size']}_s{pairs['stride']}"
             f"_p{pairs['padding']}_op{pairs['output_padding']}_d{pairs['dilation']}_g{self.groups}"
             f"_{'bias' if self.bias else 'nobias'}_{self.dtype}"
         )
@@ -243,7 +265,7 @@ class ConvTranspose2dSpec:
             if field in _PAIRS:
                 given[field] = tuple(map(int, text.split("x")))
             elif field not in ("bias", "dtype"):
-                given[field] = int(text)
+                given[field] = None if text == "any" else int(text)
         given["bias"] = given["bias"] == "bias"
         spec = cls(**given)
         if spec.name != name:

@@ -309,7 +309,7 @@ def print_explanation(found: "Explanation") -> None:
     print_facts(
         [
             ("workload", f"{found.workload.name}: {found.workload.source}"),
-            ("computes", f"{'x'.join(map(str, spec.input_shape))} to {'x'.join(map(str, spec.output_shape))}"),
+            ("computes", spec.shapes),
             ("spec", spec.name),
             (f"rows, stride {spec.stride[0]}", phases(found.rows)),
             (f"columns, stride {spec.stride[1]}", phases(found.columns)),

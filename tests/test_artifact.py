@@ -346,7 +346,7 @@ def test_a_changed_value_under_the_old_digest_is_found(published):
         read_manifest(published)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, True, [1]])
+@pytest.mark.parametrize("version", [0, FORMAT - 1, FORMAT + 1, "1", None, True, [1]])
 def test_another_format_says_which_is_read(published, version):
     edit(published, lambda values: values.update(format=version, novelty=1))
     with pytest.raises(
@@ -408,7 +408,7 @@ def test_spec_and_target_that_are_none_are_corrupt(published, name, value):
 def test_spec_values_of_wrong_types_are_corrupt(published):
     for value in (None, "x", [1, 2, 3], {}, 1.5, -1):
         for name in SPEC.to_json():
-            if name != "bias":
+            if name != "bias" and (name, value) != ("n", None):
                 edit(published, lambda values, name=name, value=value: values["spec"].update({name: value}))
                 with pytest.raises(ArtifactCorruptError):
                     read_manifest(published)

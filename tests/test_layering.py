@@ -44,7 +44,8 @@ MAY_IMPORT = {
     "cuda_device_code": "errors target cuda_toolkit emulator",
     "backends": "spec target compute compute_cuda schedule schedule_cuda lower lower_cuda cuda_toolkit "
     "cuda_device_code",
-    "compiler": "errors spec target layout artifact runtime records database space backends",
+    "entry": "",
+    "compiler": "errors spec target layout artifact runtime records database space entry backends",
     "cache": "errors spec target artifact runtime database compiler",
     "plan": "errors phases spec runtime cache",
     "functional": "errors plan",
@@ -102,7 +103,7 @@ MAY_IMPORT = {
 # These import tvm when they are imported; the others may do so inside a function only.
 COMPILING = {
     *("compute", "compute_cuda", "shuffle", "schedule", "schedule_cuda", "schedules", "space", "lower", "lower_cuda"),
-    *("cuda_device_code", "backends", "compiler", "emulate", "metaschedule"),
+    *("cuda_device_code", "entry", "backends", "compiler", "emulate", "metaschedule"),
 }
 
 # What runs where no compiler is installed.

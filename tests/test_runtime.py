@@ -333,12 +333,34 @@ def test_out_may_overlap_any_argument(directory, place, kind, monkeypatch):
             out, changed = out.numpy(), [argument.numpy() for argument in changed]
         assert kernel(*changed, out=out) is out
         assert np.array_equal(out, wanted)
-        # Whether an overlap harms is up to the schedule, so look at what the kernel was given too.
-        given = []
+        # Whether an overlap harms is up to the schedule, so look at what the kernel accepted too.
+        convt, accepted = kernel._convt, []
+
+        def record(*tensors, convt=convt, accepted=accepted):
+            convt(*tensors)
+            accepted.append([tensor.data_ptr() for tensor in tensors])
+
         with monkeypatch.context() as patch:
-            patch.setattr(kernel, "_convt", lambda *tensors, given=given: given.extend(t.data_ptr() for t in tensors))
+            patch.setattr(kernel, "_convt", record)
             kernel(*changed, out=out)
-        assert given[-1] not in (*given[:-1], buffer.data_ptr())
+        assert len(accepted) == 1
+        assert accepted[0][-1] not in (*accepted[0][:-1], buffer.data_ptr())
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_compiled_entries_refuse_memory_that_they_would_write_and_read(kernel, place):
+    arguments = list(draw(kernel.spec))
+    arguments[1] = kernel.pack(arguments[1])
+    size, total = arguments[place].numel(), int(np.prod(kernel.spec.output_shape))
+    buffer = torch.zeros(total + 2 * size)
+    out = buffer[size : size + total].view(kernel.spec.output_shape)
+    for offset, refused in ((0, False), (1, True), (size + total - 1, True), (size + total, False)):
+        arguments[place] = buffer[offset : offset + size].view(arguments[place].shape)
+        if refused:
+            with pytest.raises(ValueError, match=f"{['input', 'packed', 'bias'][place]} shares memory with output"):
+                kernel._convt(*arguments, out)
+        else:
+            kernel._convt(*arguments, out)
 
 
 def test_modes_of_torch_that_matter_not(kernel):
@@ -379,6 +401,50 @@ def test_an_empty_batch_gives_an_empty_batch(artifacts, monkeypatch):
         ArgumentError, match=r"input must be float32 of shape \(0, 4, 3, 5\) on cpu; found float32 of shape"
     ):
         empty(torch.empty(spec.input_shape), w, b)
+
+
+@pytest.mark.parametrize("changes", [{}, {"dtype": "bfloat16"}, {"ci": 40, "co": 33, "iw": 9}])
+def test_one_kernel_takes_any_batch_size(artifacts, changes):
+    spec = spec_of(n=None, **changes)
+    kernel = load(artifacts(spec))
+    for n in (0, 1, 2, 5):
+        sized = spec.with_batch(n)
+        x, w, b = draw(sized, seed=n)
+        wanted = expected(sized, x, w, b)
+        for weight in (w, kernel.pack(w)):
+            assert same(kernel(x, weight, b), wanted)
+            out = torch.full(sized.output_shape, 7.0, dtype=wanted.dtype)
+            assert kernel(x, weight, b, out=out) is out
+            assert same(out, wanted)
+            assert same(kernel(to_numpy(x), to_numpy(weight), to_numpy(b)), to_numpy(wanted))
+
+
+def test_the_batch_of_the_output_is_that_of_the_input(artifacts):
+    spec = spec_of(n=None)
+    kernel = load(artifacts(spec))
+    x, w, b = draw(spec.with_batch(2))
+    for weight in (w, kernel.pack(w)):
+        for n in (0, 1, 3):
+            with pytest.raises(ArgumentError, match=r"out must be float32 of shape \(2, 6, .*built for nany_ci4"):
+                kernel(x, weight, b, out=torch.empty(spec.with_batch(n).output_shape))
+        with pytest.raises(ArgumentError, match=r"input must be float32 of shape \(2, 4, 3, 5\).* \(2, 4, 3, 6\)"):
+            kernel(torch.zeros(2, 4, 3, 6), weight, b)
+        with pytest.raises(ArgumentError, match=r"input must be float32 of shape \(1, 4, 3, 5\).* of shape \(\)"):
+            kernel(torch.tensor(1.0), weight, b)
+
+
+def test_a_batch_that_indices_cannot_count_is_refused(monkeypatch, tmp_path):
+    from convt_tvm import compiler
+
+    spec = spec_of(n=None, ih=30, iw=30)
+    monkeypatch.setattr(compiler, "MAX_ELEMENTS", 2 * 6 * 60 * 60 + 5)
+    compiler.build_artifact(spec, "llvm", tmp_path / "kernel")
+    kernel = load(tmp_path / "kernel")
+    x, w, b = draw(spec.with_batch(3))
+    assert kernel(x[:2], w, b).shape[0] == 2
+    for weight in (w, kernel.pack(w)):
+        with pytest.raises(ArgumentError, match="refuses the arguments: the batch has more than 2 images; split it"):
+            kernel(x, weight, b)
 
 
 WRONG = {

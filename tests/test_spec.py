@@ -55,6 +55,22 @@ def specs(draw):
     )
 
 
+def test_a_spec_for_any_batch_size_has_a_name_and_no_shapes_of_its_own():
+    sizes = dict(ci=4, ih=3, iw=5, co=6, kernel_size=3, stride=2)
+    spec = ConvTranspose2dSpec(n=None, **sizes)
+    assert spec.name.startswith("nany_ci4_")
+    assert ConvTranspose2dSpec.from_name(spec.name) == spec
+    assert ConvTranspose2dSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+    assert spec.weight_shape == (4, 6, 3, 3)
+    assert spec.shapes == "nx4x3x5 to nx6x7x11"
+    assert spec.with_batch(7) == ConvTranspose2dSpec(n=7, **sizes)
+    assert spec.sized == spec.with_batch(1)
+    assert spec.with_batch(7).sized == spec.with_batch(7)
+    for name in ("input_shape", "output_shape", "multiply_adds", "size_bytes"):
+        with pytest.raises(SpecError, match=r"nany_ci4_.* has no shapes of its own: it is for any batch size"):
+            getattr(spec, name)
+
+
 def test_derived_values():
     spec = example()
     assert (spec.oh, spec.ow) == (10, 10)
