@@ -103,6 +103,8 @@ class Manifest:
         ``ignored``, why others did not. JSON values, each left out where there is none.
     resources
         What each function takes of each GPU architecture: registers, shared memory, spills. JSON values; none for CPUs.
+    tested
+        What `convt_tvm.determinism.confirm_repeats` found to give the same bits; empty if that was not tried.
     format
         `FORMAT`.
     digest
@@ -126,6 +128,7 @@ class Manifest:
     files: dict[str, str]
     tuning: dict[str, Any] = field(default_factory=dict)
     resources: list[dict[str, Any]] = field(default_factory=list)
+    tested: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
     digest: str = field(default="")
 
@@ -141,6 +144,7 @@ class Manifest:
             "versions": not _is_text_map(self.versions, (str, type(None))),
             "fingerprint": not isinstance(self.fingerprint, str),
             "tuning": not isinstance(self.tuning, dict),
+            "tested": not isinstance(self.tested, dict),
             "files": not _is_text_map(self.files, (str,)) or KERNEL_FILE not in self.files,
             "resources": not isinstance(self.resources, list),
             "format": self.format != FORMAT,
@@ -175,6 +179,7 @@ class Manifest:
             "files": self.files,
             "tuning": self.tuning,
             "resources": self.resources,
+            "tested": self.tested,
         }
 
     @property
@@ -486,11 +491,13 @@ def verify(directory: Path) -> Manifest:
     return read(directory)[0]
 
 
-def copy(directory: Path, to: Path, *, extra: Mapping[str, Path] | None = None) -> Manifest:
+def copy(
+    directory: Path, to: Path, *, extra: Mapping[str, Path] | None = None, tested: Mapping[str, Any] | None = None
+) -> Manifest:
     """Publish a verified copy of an artifact at ``to``, with ``extra`` files beside it, and return its manifest.
 
-    Atomic, and replacing what is there, as `publish` does. An extra file is listed in the copy's manifest, which
-    therefore has another digest; without one the copy is the same artifact.
+    Atomic, and replacing what is there, as `publish` does. An extra file, and what was ``tested``, are in the copy's
+    manifest, which therefore has another digest; without them the copy is the same artifact.
 
     Raises
     ------
@@ -501,4 +508,6 @@ def copy(directory: Path, to: Path, *, extra: Mapping[str, Path] | None = None) 
     described = {item.name: getattr(manifest, item.name) for item in fields(manifest)}
     for name in ("digest", "files"):
         del described[name]
+    if tested is not None:
+        described["tested"] = dict(tested)
     return _publish(Path(to), content | {name: path.read_bytes() for name, path in (extra or {}).items()}, **described)

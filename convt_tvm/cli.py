@@ -96,6 +96,9 @@ def build(
     with_runtime: Annotated[
         bool, typer.Option("--with-runtime", help="Add TVM's runtime library, for machines without apache-tvm.")
     ] = False,
+    test: Annotated[
+        bool, typer.Option("--test", help="Record in the manifest that the same bits come out on every run.")
+    ] = False,
     tuning_logs: Annotated[
         bool, typer.Option("--tuning-logs/--no-tuning-logs", help="Use what sessions on this machine found.")
     ] = True,
@@ -116,7 +119,9 @@ def build(
     def work(workload: Any) -> None:
         row = {"workload": workload.name, "spec": workload.spec.name, "target": compiled_for.name}
         try:
-            row |= _build_one(workload.spec, compiled_for, output, with_runtime=with_runtime, tuned=tuning_logs)
+            row |= _build_one(
+                workload.spec, compiled_for, output, with_runtime=with_runtime, tuned=tuning_logs, test=test
+            )
         except Exception as error:  # recorded as this row's status, so that the others are still built
             text = " ".join(str(error).split())
             row["error"] = text if isinstance(error, ConvTError) else f"{type(error).__name__}: {text}"
@@ -136,8 +141,8 @@ def build(
         raise typer.Exit(FAILED)
 
 
-def _build_one(spec: Any, target: Any, output: Path, *, with_runtime: bool, tuned: bool) -> dict[str, Any]:
-    """Publish one artifact, which need not run here; returns what is printed about it."""
+def _build_one(spec: Any, target: Any, output: Path, *, with_runtime: bool, tuned: bool, test: bool) -> dict[str, Any]:
+    """Publish one artifact, which need not run here unless it is tested; returns what is printed about it."""
     from convt_tvm import artifact, runtime
     from convt_tvm.compiler import build_artifact
 
@@ -147,11 +152,26 @@ def _build_one(spec: Any, target: Any, output: Path, *, with_runtime: bool, tune
         build_artifact(spec, target, built, tuned=tuned)
         build_secs = perf_counter() - start
         extra = {artifact.RUNTIME_FILE: runtime.find_runtime(built)} if with_runtime else {}
-        # The runtime library changes the digest, and with it the name.
-        directory = output / artifact.copy(built, final, extra=extra).name
+        # The runtime library and what was tested change the digest, and with it the name.
+        tested = _test_repeats(built, tuned) if test else None
+        directory = output / artifact.copy(built, final, extra=extra, tested=tested).name
         artifact.copy(final, directory)
     size = sum(path.stat().st_size for path in directory.iterdir())
     return {"path": str(directory), "size_bytes": size, "build_secs": build_secs, "error": None}
+
+
+def _test_repeats(directory: Path, tuned: bool) -> dict[str, Any]:
+    """What the manifest says of an artifact that gives the same bits again and again."""
+    from functools import partial
+
+    from convt_tvm import runtime
+    from convt_tvm.compiler import build as build_kernel
+    from convt_tvm.determinism import confirm_repeats
+    from convt_tvm.target import machine
+
+    kernel = runtime.load(directory)
+    make = partial(build_kernel, target=kernel.target, tuned=tuned)
+    return confirm_repeats(kernel, make, threads=sorted({1, machine().cores}))
 
 
 app.command(short_help="Search for the fastest schedules.")(cli_tune.tune)
@@ -191,6 +211,7 @@ def inspect(
         "schedule": manifest.schedule,
         "layout": ", ".join(f"{key}={value}" for key, value in manifest.layout.items()),
         "tuning": _describe_tuning(manifest.tuning),
+        "tested": f"same bits: {', '.join(manifest.tested['same_bits'])}" if manifest.tested else "no",
         "packed": f"{'x'.join(map(str, manifest.packed_shape))} {manifest.packed_dtype}",
         "built with": ", ".join(f"{name} {version or '(none)'}" for name, version in manifest.versions.items()),
         "digest": manifest.digest,

@@ -4,17 +4,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
 from convt_tvm import runtime
 from convt_tvm.check import Operator, bits, thread_count
+from convt_tvm.errors import BuildError
 from convt_tvm.reference import Inputs, normal_inputs
 from convt_tvm.runtime import Kernel
 from convt_tvm.spec import ConvTranspose2dSpec
 
-__all__ = ["RUNS", "Make", "compare_repeats"]
+__all__ = ["RUNS", "Make", "compare_repeats", "confirm_repeats"]
 
 Make: TypeAlias = Callable[[ConvTranspose2dSpec], Operator]
 """What gives an implementation for a spec."""
@@ -77,3 +78,30 @@ def _compare_batch(spec: ConvTranspose2dSpec, make: Make, seed: int) -> Iterator
             )
             break
     yield f"{many.n} items together and alone", problem
+
+
+def confirm_repeats(
+    kernel: Kernel, make: Make, *, threads: Sequence[int], seed: int = 0, runs: int = RUNS
+) -> dict[str, Any]:
+    """What an artifact's manifest says of a kernel whose bits repeat: ``runs``, ``threads`` and ``same_bits``.
+
+    Parameters
+    ----------
+    make
+        Gives kernels for specs that differ in ``n``.
+
+    Raises
+    ------
+    BuildError
+        if they do not repeat.
+    """
+
+    def own_or_made(spec: ConvTranspose2dSpec) -> Operator:
+        return kernel if spec == kernel.spec else make(spec)
+
+    same = []
+    for what, problem in compare_repeats(kernel.spec, own_or_made, seed=seed, threads=threads, runs=runs):
+        if problem:
+            raise BuildError(f"{kernel.spec.name} does not repeat ({what}): {problem}.")
+        same.append(what)
+    return {"runs": runs, "threads": list(threads), "same_bits": same}

@@ -74,6 +74,7 @@ def test_what_is_published_is_read_back(published, kernel):
     manifest, content = read(published)
     assert verify(published) == read_manifest(published) == manifest
     assert {name: getattr(manifest, name) for name in FIELDS} == FIELDS
+    assert manifest.tested == {}
     assert content == {KERNEL_FILE: kernel.read_bytes()}
     assert manifest.name == f"{SPEC.name}-{manifest.digest[:12]}"
     assert Manifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
@@ -107,7 +108,8 @@ CHANGES = {
 
 
 def test_every_field_changes_the_digest(tmp_path, kernel):
-    assert set(CHANGES) == {item.name for item in fields(Manifest)} - {"format", "files", "digest"}
+    # What was tested is known once there is an artifact: `copy` puts it in.
+    assert set(CHANGES) == {item.name for item in fields(Manifest)} - {"format", "files", "digest", "tested"}
     digests = {publish(tmp_path / "same", **FIELDS, files={KERNEL_FILE: kernel}).digest}
     for name, value in CHANGES.items():
         digests.add(publish(tmp_path / name, **FIELDS | {name: value}, files={KERNEL_FILE: kernel}).digest)
@@ -485,3 +487,11 @@ def test_the_fingerprint_needs_neither_tvm_nor_torch_and_is_the_same_elsewhere()
     root = Path(artifact.__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[:2] == [source_fingerprint(), "[]"]
+
+
+def test_what_was_tested_is_in_the_copy_and_under_its_digest(tmp_path, published):
+    tested = {"runs": 100, "threads": [1, 2], "same_bits": ["100 runs"]}
+    copied = copy(published, tmp_path / "tested", tested=tested)
+    assert verify(tmp_path / "tested").tested == tested
+    assert copied.digest != read_manifest(published).digest
+    assert copy(tmp_path / "tested", tmp_path / "again").digest == copied.digest

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from convt_tvm.determinism import confirm_repeats
 from convt_tvm.errors import BuildError
 from convt_tvm.examine import examine, first_failure
 from convt_tvm.findings import STAGES
@@ -335,3 +336,35 @@ def test_the_first_failure_is_of_the_first_stage():
 def test_an_empty_batch_passes():
     found = examined(ConvTranspose2dSpec(**{**SPEC.to_json(), "n": 0}), right, runs=2)
     assert {finding.status for finding in found} == {"pass"}
+
+
+class StandIn:
+    """What `confirm_repeats` uses of a kernel."""
+
+    def __init__(self, make, spec=SPEC):
+        self.spec = spec
+        self.operator = make(spec)
+
+    def __call__(self, *inputs):
+        return self.operator(*inputs)
+
+
+def test_what_repeats_is_said_for_the_manifest(two_threads):
+    assert confirm_repeats(StandIn(right), right, threads=(1, 2), runs=3) == {
+        "runs": 3,
+        "threads": [1, 2],
+        "same_bits": ["3 runs", "1 and 2 threads", "2 items together and alone"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (racing, r"does not repeat \(4 runs\): 1 of 2240 outputs have other bits in call 3"),
+        (summed_by_threads, r"does not repeat \(1 and 2 threads\): \d+ of 2240 outputs have other bits in call 2"),
+        (last_item_otherwise, r"does not repeat \(2 items together and alone\): \d+ of 1120 outputs of item 1 have"),
+    ],
+)
+def test_what_does_not_repeat_is_no_artifact(make, complaint, two_threads):
+    with pytest.raises(BuildError, match=complaint):
+        confirm_repeats(StandIn(make), make, threads=(1, 2), runs=4)

@@ -62,7 +62,7 @@ MAY_IMPORT = {
     "errormap": "phases spec",
     "findings": "errors errormap rounding",
     "special": "spec reference check",
-    "determinism": "spec runtime reference check",
+    "determinism": "errors spec runtime reference check",
     "peers": "spec reference",
     "roofline": "spec target runtime",
     "bench": "spec workloads target runtime compiler reference measure check rows peers roofline",
@@ -95,7 +95,7 @@ MAY_IMPORT = {
     "cli_tune",
     "cli_check": "workloads target check emulate bench findings implementations examine check_report replay cases "
     "conformance terminal terminal_numerics cli_options",
-    "cli": "__init__ errors workloads target artifact runtime compiler cache check doctor terminal "
+    "cli": "__init__ errors workloads target artifact runtime compiler cache check determinism doctor terminal "
     "cli_options cli_bench cli_check cli_tune",
     "__main__": "cli",
 }
