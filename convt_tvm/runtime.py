@@ -308,6 +308,8 @@ def load(directory: str | os.PathLike[str]) -> Kernel:
         manifest.target.require_host()
     except IncompatibleMachineError as error:
         raise IncompatibleMachineError(f"the artifact {path} cannot run here: {error}") from error
+    if manifest.target.kind != "llvm":
+        raise ArtifactError(f"the artifact {path} is for GPUs; load it with convt_tvm.gpu_kernel.load_gpu.")
     kernel = content[KERNEL_FILE]
     parallel = _RUNTIME_SLOTS in kernel
     with _lock:

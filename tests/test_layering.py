@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "gpu": "",
     "target": "errors gpu",
     "artifact": "errors spec target",
+    "gpu_kernel": "errors gpu artifact",
     "arguments": "errors spec",
     "threads": "errors",
     "runtime": "errors spec target artifact arguments threads",
