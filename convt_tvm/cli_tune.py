@@ -42,6 +42,10 @@ def tune(
     wait: Annotated[
         float, typer.Option(min=0, metavar="SECS", help="Wait for another session that writes to the same log.")
     ] = 0,
+    rpc: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Check and time on servers of this TVM RPC tracker.")
+    ] = None,
+    key: Annotated[str, typer.Option(metavar="KEY", help="Of the servers to ask the tracker for.")] = "",
     merge: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Bring in the logs of another machine, and tune nothing.")
     ] = None,
@@ -65,7 +69,9 @@ def tune(
     if not workloads:
         raise typer.BadParameter("name at least one workload, for example dcgan/4, or all.")
     chosen, compiled_for = resolve(workloads), Target.parse(target)
-    counts = _thread_counts(threads)
+    if (rpc is None) != (not key):
+        raise typer.BadParameter("--rpc and --key go together: the tracker's address and the key of its servers.")
+    counts = _thread_counts(threads, here=rpc is None)
 
     from convt_tvm.terminal_tune import print_outcomes, session_progress
     from convt_tvm.tune import EFFORTS, Budget
@@ -90,6 +96,7 @@ def tune(
                             logs=where,
                             seed=seed,
                             wait_secs=wait,
+                            rpc=None if rpc is None else (rpc, key),
                             observe=observe,
                         )
                     except ConvTError as error:
@@ -116,7 +123,7 @@ def tune(
         raise typer.Exit(FAILED)
 
 
-def _thread_counts(text: str | None) -> list[int]:
+def _thread_counts(text: str | None, *, here: bool) -> list[int]:
     if text is None:
         from convt_tvm.threads import get_num_threads
 
@@ -127,7 +134,8 @@ def _thread_counts(text: str | None) -> list[int]:
         counts = []
     if not counts or min(counts) < 1:
         raise typer.BadParameter(f"--threads {text!r} is no list of numbers such as 1,2.")
-    require_cores(max(counts))
+    if here:
+        require_cores(max(counts))
     return counts
 
 

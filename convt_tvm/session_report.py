@@ -182,7 +182,15 @@ def draw(searches: Sequence[SearchLog], path: Path | io.BytesIO) -> None:
     figure.savefig(path, dpi=120, **({"format": "png"} if isinstance(path, io.BytesIO) else {}))
 
 
+def _plain(value: float, position: int) -> str:
+    return f"{value:g}"
+
+
 def _tidy(axes: Any) -> None:
+    for axis in (axes.xaxis, axes.yaxis):
+        if axis.get_scale() == "log":
+            axis.set_major_formatter(_plain)
+            axis.set_minor_formatter(lambda value, position: "")
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -215,8 +223,10 @@ def _draw_guesses(axes: Any, search: SearchLog, colour: str) -> None:
         low, high = min(*predicted, *measured), max(*predicted, *measured)
         axes.plot([low, high], [low, high], color="#999999", linewidth=1)
         axes.scatter(predicted, measured, s=14, color=colour, alpha=0.6, linewidths=0)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+    else:
+        axes.text(0.5, 0.5, "no predictions yet", ha="center", transform=axes.transAxes)
     axes.set_xlabel("predicted, microseconds")
     axes.set_ylabel("measured")
     axes.set_title(

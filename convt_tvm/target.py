@@ -104,9 +104,12 @@ def _with_implied(features: Iterable[str], arch: str) -> tuple[str, ...]:
 def _cpuinfo() -> dict[str, str]:
     """The first value of each key of /proc/cpuinfo; empty where there is no such file."""
     try:
-        text = _CPUINFO.read_text(encoding="utf-8", errors="replace")
+        return _parse_cpuinfo(_CPUINFO.read_text(encoding="utf-8", errors="replace"))
     except OSError:
         return {}
+
+
+def _parse_cpuinfo(text: str) -> dict[str, str]:
     values: dict[str, str] = {}
     for line in text.splitlines():
         key, _, value = line.partition(":")
@@ -130,7 +133,10 @@ def host_features() -> frozenset[str]:
     Read once, from /proc/cpuinfo. A virtual machine that masks a feature is taken at its word. Elsewhere than on Linux
     the set is empty, which makes a host target the architecture's baseline.
     """
-    values = _cpuinfo()
+    return _features_in(_cpuinfo())
+
+
+def _features_in(values: Mapping[str, str]) -> frozenset[str]:
     flags = set(values.get("flags", values.get("Features", "")).split())
     known = _IMPLIES[host_architecture()]
     found = {feature for feature in known if _LINUX_FLAGS.get(feature, feature) in flags}
@@ -417,16 +423,25 @@ def _usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def machine() -> Machine:
-    """Describe this machine: processor, cores this process may use, features, system and library versions."""
-    values = _cpuinfo()
+def machine(cpuinfo: str | None = None) -> Machine:
+    """Describe this machine: processor, cores this process may use, features, system and library versions.
+
+    With the text of another machine's /proc/cpuinfo, describe that one; its system and versions are not known.
+    """
+    if cpuinfo is not None:
+        values = _parse_cpuinfo(cpuinfo)
+        cores = sum(line.startswith("processor") for line in cpuinfo.splitlines())
+        features, system, python, versions = _features_in(values), "", "", {}
+    else:
+        values, cores, features = _cpuinfo(), _usable_cores(), host_features()
+        system, python, versions = platform.platform(), platform.python_version(), package_versions()
     cpu = values.get("model name") or values.get("CPU part") or platform.processor() or platform.machine()
     return Machine(
         cpu=re.sub(r"\s+", " ", cpu),
         model="/".join(values[name] for name in ("cpu family", "model", "stepping") if name in values),
-        cores=_usable_cores(),
-        features=tuple(sorted(host_features())),
-        os=platform.platform(),
-        python=platform.python_version(),
-        versions=package_versions(),
+        cores=cores,
+        features=tuple(sorted(features)),
+        os=system,
+        python=python,
+        versions=versions,
     )

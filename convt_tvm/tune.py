@@ -8,6 +8,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +26,7 @@ from convt_tvm.session import Outcome, Progress, run_session
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.store import Store
 from convt_tvm.target import Target, machine
-from convt_tvm.trials import Builders, LocalRunner
+from convt_tvm.trials import Builders, LocalRunner, Runner
 from convt_tvm.workloads import Workload
 
 __all__ = ["EFFORTS", "Budget", "tune"]
@@ -59,6 +60,7 @@ def tune(
     logs: Path,
     seed: int = 0,
     wait_secs: float = 0,
+    rpc: tuple[str, str] | None = None,
     observe: Callable[[Progress], None] = lambda progress: None,
 ) -> Outcome:
     """Tune one workload on this machine, going on from what its log holds.
@@ -73,6 +75,8 @@ def tune(
         Where the log is or will be, and those of other workloads to learn from.
     wait_secs
         How long to wait for another session that is writing to the same log.
+    rpc
+        Address of a TVM RPC tracker, and the key of the servers that check and time; this machine then only builds.
     observe
         Called after each trial.
 
@@ -88,16 +92,31 @@ def tune(
     from convt_tvm.space import choices
 
     resolved, spec = Target.parse(target), workload.spec
-    resolved.require_host()
+    if rpc is None:
+        resolved.require_host()
     found = choices(spec, resolved)
     if not found:
         raise BuildError(f"no schedule space applies to {spec.name} on {resolved.name}; there is nothing to tune.")
-    here = machine()
-    context = Context(resolved.name, here.key, threads)
-    with (
-        Store.open(log_directory(logs, spec, resolved), wait_secs=wait_secs) as store,
-        tempfile.TemporaryDirectory(prefix="convt-tvm-tune-") as scratch,
-    ):
+    with ExitStack() as stack:
+        store = stack.enter_context(Store.open(log_directory(logs, spec, resolved), wait_secs=wait_secs))
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="convt-tvm-tune-")))
+        builders = Builders(spec, resolved, scratch, min(machine().cores, 4))
+        stack.callback(builders.close)
+        runner: Runner
+        peak_gflops = torch_time = None
+        if rpc is None:
+            there = machine()
+            peak_gflops = measure_limits(spec.accumulator_dtype, threads).flops_per_sec / 1e9
+            torch_time = torch_us(spec, threads, seed)
+            runner = LocalRunner(spec, scratch, threads, seed)
+            stack.callback(runner.close)
+        else:
+            from convt_tvm.remote import RemoteRunner
+
+            runner = RemoteRunner(spec, scratch, threads, *rpc, seed)
+            stack.callback(runner.close)
+            there = runner.require(resolved)
+        context = Context(resolved.name, there.key, threads)
         info = SessionInfo(
             context=context,
             source=source_fingerprint()[:SOURCE_DIGITS],
@@ -113,34 +132,27 @@ def tune(
             seed=seed,
             effort=effort,
             command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            machine_info=here.to_json(),
+            machine_info=there.to_json(),
             commit=current_commit(),
             host=socket.gethostname(),
             pid=os.getpid(),
-            peak_gflops=measure_limits(spec.accumulator_dtype, threads).flops_per_sec / 1e9,
-            torch_us=torch_us(spec, threads, seed),
+            peak_gflops=peak_gflops,
+            torch_us=torch_time,
         )
-        search = Search(
-            spec,
-            [(choice.candidate, choice.cycles) for choice in found],
-            seed=seed,
-            elsewhere=lessons(logs, spec, context),
+        outcome = run_session(
+            info,
+            store,
+            Search(
+                spec,
+                [(choice.candidate, choice.cycles) for choice in found],
+                seed=seed,
+                elsewhere=lessons(logs, spec, context),
+            ),
+            builders,
+            runner,
+            observe=observe,
+            still_applies=lambda trial: is_same_code(spec, resolved, trial),
         )
-        builders = Builders(spec, resolved, Path(scratch), min(machine().cores, 4))
-        runner = LocalRunner(spec, Path(scratch), threads, seed)
-        try:
-            outcome = run_session(
-                info,
-                store,
-                search,
-                builders,
-                runner,
-                observe=observe,
-                still_applies=lambda trial: is_same_code(spec, resolved, trial),
-            )
-        finally:
-            builders.close()
-            runner.close()
         if outcome.result is not None and outcome.result.session == info.session:
             from convt_tvm.metaschedule import commit
 

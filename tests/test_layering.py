@@ -69,11 +69,12 @@ MAY_IMPORT = {
     "bench": "spec workloads target runtime compiler reference measure check rows peers roofline",
     "workers": "",
     "trials": "errors spec target runtime records space compiler reference measure workers",
+    "remote": "errors spec target artifact trials workers",
     "search": "spec records",
     "session": "errors records store measure trials search",
     "metaschedule": "spec target compute records store space",
     "tune": "errors spec workloads target artifact compute records store database space compiler reference measure "
-    "check roofline bench trials search session metaschedule",
+    "check roofline bench trials remote search session metaschedule",
     "explain": "spec workloads target space roofline",
     "report": "errors rows",
     "implementations": "errors spec target space compiler check peers",
