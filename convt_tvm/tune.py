@@ -17,7 +17,7 @@ from types import MappingProxyType
 from convt_tvm.artifact import source_fingerprint
 from convt_tvm.bench import current_commit
 from convt_tvm.database import log_directory, relatives
-from convt_tvm.errors import BuildError
+from convt_tvm.errors import BuildError, TuningError
 from convt_tvm.measure import interleaved
 from convt_tvm.records import Context, SessionInfo, Trial
 from convt_tvm.roofline import measure_limits
@@ -92,6 +92,8 @@ def tune(
     from convt_tvm.space import choices
 
     resolved, spec = Target.parse(target), workload.spec
+    if not spec.n:
+        raise TuningError(f"{spec.name} has no batch to time; tune the workload with n=1 or another batch size.")
     if rpc is None:
         resolved.require_host()
     found = choices(spec, resolved)
