@@ -55,7 +55,8 @@ LAUNCH_CYCLES = 4000
 MAX_THREADS = 256
 MAX_ROWS = 16
 MAX_TILE = 8
-STAGE_BYTES = (12 << 10, SHARED_BYTES)
+STAGE_BYTES = (12 << 10, SHARED_BYTES - 64)
+"""How full stages may be; the second of two arrays begins at a multiple of 64 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
