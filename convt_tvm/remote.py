@@ -35,6 +35,8 @@ __all__ = ["RemoteRunner"]
 ATTEMPTS = 3
 CONNECT_SECS = 60
 """A server takes 5 to 10 s to register again after each session."""
+SESSION_SECS = 10 * RUN_TIMEOUT_SECS
+"""After which a server ends a session, and with it a candidate that hangs; the next job gets a new one."""
 _BIG_CORES = 1  # ThreadGroup::kBig in TVM's threading_backend.h
 
 
@@ -73,6 +75,8 @@ class RemoteRunner:
             answer = self._worker.ask({**self._job, **job}, timeout_secs)
             if answer.status == "ok" or attempt == ATTEMPTS:
                 break
+            # With the client goes its session; the next attempt asks the tracker for another server.
+            self._worker.kill()
         return answer if answer.status != "failed" else Answer("crashed", error=answer.error)
 
     def machine(self) -> Machine:
@@ -116,15 +120,20 @@ class RemoteRunner:
         self._worker.kill()
 
 
+_sessions: list[Any] = []
+"""The client's session, if it has one: a server gives its next client nothing before the last one is gone."""
+
+
 def _run(job: dict[str, Any]) -> dict[str, Any]:
-    """Answer a job with a session of its own, so that a server is never held between jobs."""
+    """Answer a job, on the server that the first one was given."""
     import torch
     import tvm
     from tvm import rpc
 
-    remote = rpc.connect_tracker(job["host"], job["port"]).request(
-        job["key"], session_timeout=10 * RUN_TIMEOUT_SECS, max_retry=3
-    )
+    if not _sessions:
+        tracker = rpc.connect_tracker(job["host"], job["port"])
+        _sessions.append(tracker.request(job["key"], session_timeout=SESSION_SECS, max_retry=3))
+    remote = _sessions[0]
     if not job["directories"]:
         return {"cpuinfo": _read_cpuinfo(remote), "wrong": ""}
     remote.get_function("runtime.config_threadpool")(_BIG_CORES, job["threads"])
