@@ -330,8 +330,9 @@ def lower_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
         return store
 
     def store_window(loops: Sequence[Loop], node: Any) -> Any:
-        row, column = node.indices[2:] if layout.lanes == "ow" else node.indices[1:3]
-        return _fill_window(loops, node, [_Clip(row, *window.rows_inside), _Clip(column, *window.columns_inside)])
+        # By the input's coordinates: the window's count from where it was compacted to.
+        *_, row, column = _find_load(node.value, "input").indices
+        return _fill_window(loops, node, [_Clip(row, 0, spec.ih), _Clip(column, 0, spec.iw)])
 
     def skip(nest: Any) -> Any:
         return _skip_rows(nest, 2 if layout.lanes == "ow" else 1, window.rows_inside)

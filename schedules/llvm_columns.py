@@ -67,7 +67,10 @@ MAX_VECTORS = 4
 MAX_CHANNELS = 14
 MAX_INTERLEAVED = 512
 """Outputs in a row of a tile beyond which they are stored one by one, to keep code small."""
-COSTS = Costs(cycles_per_input=0.5, cycles_per_output=1.0)
+CYCLES_PER_INPUT = 0.5
+CYCLES_PER_OUTPUT = 1.0
+CYCLES_PER_RUN = 40.0
+"""Cycles for each run of inputs copied: one row of a channel opens a page of its own (sam/up1, 3 % of its time)."""
 
 
 def applies(spec: ConvTranspose2dSpec) -> bool:
@@ -88,7 +91,21 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
                         reuse = phases * max(1, *(phase.taps for phase in spec.axes[1].phases))
                         for chunk in row_chunks(spec, 1, target):
                             layout = Layout("ow", co_block, 1, vectors * lanes, lanes, chunk, phases)
-                            yield layout, core_cycles(spec, layout, tile, target, reuse=reuse, costs=COSTS)
+                            run = chunk * spec.iw if copies_by_chunk(spec, layout) else spec.ih * spec.iw
+                            costs = Costs(CYCLES_PER_INPUT + CYCLES_PER_RUN / run, CYCLES_PER_OUTPUT)
+                            yield layout, core_cycles(spec, layout, tile, target, reuse=reuse, costs=costs)
+
+
+def copies_by_chunk(spec: ConvTranspose2dSpec, layout: Layout) -> bool:
+    """Whether the window is copied chunk by chunk: where each of its rows serves the rows of one chunk only.
+
+    So it is with one tap for each row phase. There must be several chunks, for they are what threads share.
+    """
+    reached = [band for band in bands(spec) if reaches(spec, band)]
+    if len(reached) != 1 or spec.groups != 1:
+        return False
+    band = reached[0]
+    return band.reads_one_row and layout.rows(band) > layout.chunk(band)
 
 
 def space(sch: Schedule) -> None:
@@ -96,11 +113,8 @@ def space(sch: Schedule) -> None:
     function = sch.mod["main"]
     spec, layout = spec_of(function), layout_of(function)
     window = find_window(sch)
-    # With one tap per row phase a row of the window serves one row of each phase: it is copied where it is used.
-    reached = [band for band in bands(spec) if reaches(spec, band)]
-    one_row = len(reached) == 1 and reached[0].reads_one_row and layout.row_chunk == spec.groups == 1
-    by_row = window is not None and one_row
-    if window is not None and not by_row:
+    by_chunk = window is not None and copies_by_chunk(spec, layout)
+    if window is not None and not by_chunk:
         copy_window(sch, spec, window)
     for band in bands(spec):
         output = sch.get_sblock(f"band{band.index}")
@@ -111,7 +125,7 @@ def space(sch: Schedule) -> None:
         sch.reorder(*order, column_block, ob, column, pw)
         if reaches(spec, band) and layout.column_block * len(spec.axes[1].phases) <= MAX_INTERLEAVED:
             sch.annotate(column, IN_VECTORS, True)
-        parallelize(sch, order[:3] if by_row and band in reached else order, band_cycles(spec))
+        parallelize(sch, order[:3] if by_chunk and reaches(spec, band) else order, band_cycles(spec))
         if reaches(spec, band):
             acc = sch.get_sblock(f"acc{band.index}")
             sch.compute_at(acc, column_block, preserve_unit_loops=True)
@@ -119,11 +133,11 @@ def space(sch: Schedule) -> None:
             phase_loop, phase = sch.split(pw, [None, layout.phases])
             vector, lane = sch.split(qw, [None, layout.vector_lanes])
             sch.reorder(phase_loop, th, ic, tw, ob, phase, vector, lane)
-            if not by_row:
+            if not by_chunk:
                 skip_rows(sch, (ic, tw, ob, phase, vector, lane))
             accumulate_in_registers(
                 sch, acc, phases=phase_loop, reduction=th, tap=tw, tile=(ob, phase, vector), lane=lane
             )
-    if by_row:
-        sch.compute_at(window, sch.get_loops(sch.get_sblock(f"band{reached[0].index}"))[0], preserve_unit_loops=True)
-        spread_window(sch, spec, window)
+            if by_chunk:
+                sch.compute_at(window, sch.get_loops(output)[0], preserve_unit_loops=True)
+                spread_window(sch, spec, window)
