@@ -115,7 +115,7 @@ def test_the_module_is_the_command():
             "error: 'dcgn/2' is no suite, no workload and no canonical spec name; did you mean dcgan/2",
         ),
         (["check", TINY.replace("k3x3", "k0x3")], "error: no workload '.*': kernel_size=\\(0, 3\\) must be at least 1"),
-        (["check", TINY, "--target", "cuda"], "error: target 'cuda' is not understood"),
+        (["check", TINY, "--target", "tpu"], "error: target 'tpu' is not understood"),
         (["check", TINY, "--threads", "0"], "Invalid value for '--threads'"),
         (["check", TINY, "--threads", "many"], "Invalid value for '--threads'"),
         (["check", TINY, "--threads", "100000"], "100000 threads are more than the \\d+ cores"),

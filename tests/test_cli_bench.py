@@ -72,9 +72,9 @@ def benching(monkeypatch, limits):
         ),
         (["bench", "dcgan/2", "--threads", "100000"], "100000 threads are more than"),
         (["bench", "dcgan/2", "--rounds", "0"], "rounds"),
-        (["bench", "dcgan/2", "--target", "cuda"], "target 'cuda'"),
+        (["bench", "dcgan/2", "--target", "tpu"], "target 'tpu'"),
         (["explain", "dcgan/9"], "dcgan/9"),
-        (["report"], "Missing argument"),
+        (["report"], "name either a file of rows or, with --session"),
     ],
 )
 def test_mistakes_exit_with_2(run, arguments, message):
