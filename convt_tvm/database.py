@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from convt_tvm.errors import TuningLogError
-from convt_tvm.records import Context, Result, SessionInfo, Trial
+from convt_tvm.records import Context, Result, Trial
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.store import DATABASE_FILES, RESULTS, SESSIONS, TRIALS, Store, read_records
 from convt_tvm.target import Target, machine
@@ -68,7 +68,8 @@ def find_result(
 
         threads = get_num_threads()
     ignored, usable = list(stored.problems), {}
-    for result in stored.records:
+    # By date: `merge` appends what may be older.
+    for result in sorted(stored.records, key=lambda result: result.date):
         context = result.context
         if context.target != target.name:
             ignored.append(f"the result of session {result.session} is for the target {context.target}")
@@ -155,10 +156,3 @@ def _merge_database(theirs: Store, ours: Store) -> None:
             renumbered = [moved[line[0]], *line[1:]]
             if json.dumps(renumbered) not in known:
                 ours.append_raw(tuning_records, [renumbered])
-
-
-def sessions_below(logs: Path) -> Iterator[tuple[Path, SessionInfo]]:
-    """Every run recorded below a directory, or in it, with the log it belongs to."""
-    for path in sorted([*logs.glob(f"**/{SESSIONS}")]):
-        for info in read_records(path.parent, SessionInfo).records:
-            yield path.parent, info
