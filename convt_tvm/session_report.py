@@ -154,6 +154,8 @@ def readable_trace(search: SearchLog, candidate: Candidate) -> str:
     from convt_tvm.spec import ConvTranspose2dSpec
     from convt_tvm.target import Target
 
+    if not search.infos:
+        return f"{candidate}; which workload it is for went with the log's sessions."
     spec = ConvTranspose2dSpec.from_name(search.infos[-1].spec)
     return trace_text(spec, Target.parse(search.context.target), candidate)
 
@@ -212,7 +214,8 @@ def _draw_curves(axes: Any, searches: Sequence[SearchLog]) -> None:
     axes.set_xlabel("trials (crosses: failed ones)")
     axes.set_ylabel("microseconds a call; line: best so far")
     axes.set_title("Search", loc="left", fontsize=10)
-    axes.legend(fontsize=8, frameon=False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8, frameon=False)
     _tidy(axes)
 
 
