@@ -67,6 +67,7 @@ def test_no_candidate_is_proposed_twice_and_none_is_left_out(count):
     while proposals := search.propose(measured, count):
         assert len(proposals) <= count
         made += [proposal.candidate.key for proposal in proposals]
+        assert len(set(made)) == len(made)
         # One in four fails; that says nothing about its time, and it is not asked for again.
         measured |= {p.candidate.key: None if rng.random() < 0.25 else rng.uniform(1, 9) for p in proposals}
     assert sorted(made) == sorted(candidate.key for candidate, _ in choices)
