@@ -15,7 +15,7 @@ from convt_tvm.errors import SpecError
 from convt_tvm.fuzz import fuzzed_specs
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 
-__all__ = ["FAMILIES", "FUZZ", "Case", "OnnxNode", "onnx_nodes", "sampled_cases", "spec_of_onnx"]
+__all__ = ["FAMILIES", "FUZZ", "Case", "OnnxNode", "missing_families", "onnx_nodes", "sampled_cases", "spec_of_onnx"]
 
 FUZZ = "fuzz"
 
@@ -185,6 +185,17 @@ FAMILIES: dict[str, Gather] = {
     "ONNX node tests": _onnx_cases,
 }
 """Cases by where they come from, apart from `FUZZ`."""
+
+
+def missing_families() -> dict[str, str]:
+    """The families whose cases cannot be had here, and what they lack."""
+    found = {}
+    for family, gather in FAMILIES.items():
+        try:
+            next(gather(), None)
+        except ImportError as error:
+            found[family] = f"no module {error.name}; pip install 'convt-tvm[peers]'"
+    return found
 
 
 def sampled_cases(family: str, seed: int, numbers: range) -> Sequence[Case]:

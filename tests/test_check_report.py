@@ -72,6 +72,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_holds_its_pictures_and_needs_no_network(good, tmp_path):
+    pytest.importorskip("matplotlib")
     page = write_report(tmp_path / "report", [good])
     parsed = Page(page.read_text())
     assert len(parsed.images) == 4

@@ -2,6 +2,7 @@ import json
 import signal
 import subprocess
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -206,7 +207,8 @@ def test_diagnose_looks_at_everything(tmp_path):
     findings = list(diagnose(tmp_path / "cache"))
     names = [finding.name for finding in findings]
     assert names == [
-        "python", "processor", "apache-tvm", "apache-tvm-ffi", "numpy", "torch", "libtvm_runtime.so", "linker", "cache",
+        "python", "processor", "apache-tvm", "apache-tvm-ffi", "numpy", "torch", "libtvm_runtime.so", "linker",
+        "cuda toolkit", "gpu", "cache",
         "apache/tvm#19524", "iter_map_simplify", "link and load", "save_json",
     ]  # fmt: skip
     assert not list(tmp_path.iterdir())
@@ -215,8 +217,6 @@ def test_diagnose_looks_at_everything(tmp_path):
 def test_without_the_compiler_nothing_is_replayed(monkeypatch, tmp_path):
     here = module.machine()
     versions = {**here.versions, "apache-tvm": None}
-    monkeypatch.setattr(
-        module, "machine", lambda: type(here)(here.cpu, 1, here.features, here.os, here.python, versions)
-    )
+    monkeypatch.setattr(module, "machine", lambda: replace(here, versions=versions))
     names = [finding.name for finding in diagnose(tmp_path / "cache")]
     assert names[-1] == "cache"
