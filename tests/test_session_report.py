@@ -23,7 +23,7 @@ class FailingBuilder(StubBuilder):
     def build(self, candidates):
         for built in super().build(candidates):
             if built.candidate == UNBUILDABLE:
-                built = Built(built.candidate, "build_failed", "rows <2> & more")
+                built = Built(built.candidate, "build_failed", "rows <b> & more")
             yield built
 
 
@@ -128,7 +128,7 @@ def test_the_page_shows_failures_by_cause_and_the_wrong_candidate(searches):
     pytest.importorskip("matplotlib")
     page = Page(to_html(searches, ["a < b", "trace"]))
     assert ["wrong", str(BEST), "3 of 8 outputs are wrong on integers"] in page.rows
-    assert ["build failed", str(UNBUILDABLE), "rows <2> & more"] in page.rows
+    assert ["build failed", str(UNBUILDABLE), "rows <b> & more"] in page.rows
     first, second = ([row for row in page.rows if row[0] == search.name] for search in searches)
     assert [row[1:3] for row in (*first, *second)] == [["48", "2"], ["20", "0"]]
     assert page.text.count("Failed") == 1
