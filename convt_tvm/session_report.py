@@ -191,8 +191,10 @@ def _plain(value: float, position: int) -> str:
 def _tidy(axes: Any) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         if axis.get_scale() == "log":
+            low, high = axis.get_view_interval()
             axis.set_major_formatter(_plain)
-            axis.set_minor_formatter(lambda value, position: "")
+            # Times of one workload seldom span a decade, and need numbers between the powers of ten.
+            axis.set_minor_formatter(_plain if high < 10 * low else lambda value, position: "")
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
