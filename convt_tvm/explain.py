@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
+from convt_tvm.database import Found, find_result
+from convt_tvm.records import Result
 from convt_tvm.roofline import Bound, Limits, bound
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
@@ -45,7 +47,11 @@ class Explanation:
     bound
         The roofline.
     candidates
-        Every layout considered, the cheapest first, which is the one that would run.
+        Every layout considered, the cheapest by the cost rule first, which runs where no stored result says otherwise.
+    stored
+        The stored tuning result that `build` would use as long as it lowers to the code that was measured, if any.
+    ignored
+        Why other stored results do not apply.
     """
 
     workload: Workload
@@ -57,6 +63,8 @@ class Explanation:
     bound: Bound
     threads: int
     candidates: tuple[Candidate, ...]
+    stored: Result | None = None
+    ignored: tuple[str, ...] = ()
 
     @property
     def zero_multiplications(self) -> int:
@@ -71,6 +79,13 @@ class Explanation:
         first = self.candidates[0]
         others = [candidate for candidate in self.candidates if candidate.schedule != first.schedule]
         text = f"{first.schedule} has the fewest estimated cycles of {len(self.candidates)} layouts"
+        if self.stored is not None and self.stored.tuned:
+            winner = self.stored.candidate
+            decided = ", ".join(f"{name}={value}" for name, value in winner.layout.items())
+            gain = self.stored.default_us / self.stored.median_us
+            text = (
+                f"{winner.schedule} ({decided}), which a session found {gain:.2f} times as fast as the default; {text}"
+            )
         if not others:
             return text
         return f"{text}; {others[0].schedule} needs {others[0].cycles / first.cycles:.2f} times as many at its best"
@@ -101,6 +116,8 @@ class Explanation:
                 "bandwidth_size_bytes": self.bound.bandwidth.size_bytes,
             },
             "candidates": [asdict(candidate) for candidate in self.candidates],
+            "stored": None if self.stored is None else self.stored.summary(),
+            "ignored": list(self.ignored),
             "reason": self.reason,
         }
 
@@ -125,6 +142,7 @@ def explain(workload: Workload, target: str | Target = "llvm", *, limits: Limits
     from convt_tvm.space import choices
 
     resolved, spec = Target.parse(target), workload.spec.sized
+    found = Found(None) if workload.spec.n is None else find_result(spec, resolved, threads=limits.threads)
     return Explanation(
         workload=workload,
         target=resolved,
@@ -137,4 +155,6 @@ def explain(workload: Workload, target: str | Target = "llvm", *, limits: Limits
         candidates=tuple(
             Candidate(choice.space.name, choice.layout.to_json(), choice.cycles) for choice in choices(spec, resolved)
         ),
+        stored=found.result,
+        ignored=found.ignored,
     )

@@ -328,6 +328,7 @@ def print_explanation(found: "Explanation") -> None:
                 f"{found.threads} thread{'s' if found.threads > 1 else ''}",
             ),
             ("runs", found.reason),
+            *(("ignored", reason) for reason in found.ignored),
         ]
     )
     if not found.candidates:

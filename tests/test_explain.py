@@ -1,5 +1,7 @@
 import json
+from types import SimpleNamespace
 
+from convt_tvm.database import Found
 from convt_tvm.explain import AxisPhase, explain
 from convt_tvm.roofline import Bandwidth, Limits
 from convt_tvm.spec import ConvTranspose2dSpec
@@ -38,6 +40,22 @@ def test_the_first_candidate_is_the_default_choice():
         )
         assert [each.cycles for each in found.candidates] == sorted(each.cycles for each in found.candidates)
         assert found.reason.startswith(f"{first.schedule} has the fewest estimated cycles of {len(found.candidates)}")
+
+
+def test_a_stored_result_runs_in_place_of_the_default(monkeypatch):
+    workload = resolve(["dcgan/1"])[0]
+    plain = explain(workload, limits=LIMITS)
+    second = plain.candidates[1]
+    winner = SimpleNamespace(schedule=second.schedule, layout=second.layout)
+    result = SimpleNamespace(tuned=True, candidate=winner, default_us=30.0, median_us=20.0, summary=lambda: {"a": 1})
+    monkeypatch.setattr("convt_tvm.explain.find_result", lambda *_, **__: Found(result, ("made elsewhere",)))
+    found = explain(workload, limits=LIMITS)
+    assert f"co_block={second.layout['co_block']}" in found.reason
+    assert "1.50 times as fast as the default" in found.reason
+    assert found.to_json()["stored"] == {"a": 1}
+    assert found.to_json()["ignored"] == ["made elsewhere"]
+    result.tuned = False
+    assert "session" not in found.reason
 
 
 def test_json_holds_it_all():

@@ -75,7 +75,7 @@ MAY_IMPORT = {
     "metaschedule": "spec target compute records store space",
     "tune": "errors spec workloads target artifact compute records store database space compiler reference measure "
     "check roofline bench trials remote search session metaschedule",
-    "explain": "spec workloads target space roofline",
+    "explain": "spec workloads target records database space roofline",
     "report": "errors rows",
     "implementations": "errors spec target space compiler check peers",
     "examine": "errors spec reference check distributions errormap findings rounding special determinism "
