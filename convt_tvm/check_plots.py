@@ -7,38 +7,20 @@ from typing import Any
 
 from convt_tvm.errors import RowsError
 from convt_tvm.findings import Examination, Finding
+from convt_tvm.pictures import COLOURS, new_figure, tidy
 from convt_tvm.rounding import ULP_EDGES
 
 __all__ = ["plot_lengths", "plot_overview", "plot_phases", "plot_ulps"]
 
-# Okabe and Ito's palette, distinguishable with any colour vision.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _SMALLEST = 1e-5
 _PHASES_LABELLED = 12
-
-
-def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RowsError(f"plots need matplotlib ({error}); pip install 'convt-tvm[plot]'.") from error
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
-
-
-def _tidy(axes: Any) -> None:
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _measured(examination: Examination, data: str) -> list[Finding]:
@@ -55,15 +37,15 @@ def plot_ulps(examination: Examination, data: str) -> bytes | None:
     if not found:
         return None
     labels = ["0", *(f"{edge:g}" for edge in ULP_EDGES[1:]), "more"]
-    figure = _figure(max(4.0, 2.1 * len(found)), 2.5)
+    figure = new_figure(max(4.0, 2.1 * len(found)), 2.5, RowsError)
     panels = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
-    for axes, each, colour in zip(panels, found, cycle(_COLOURS), strict=False):
+    for axes, each, colour in zip(panels, found, cycle(COLOURS), strict=False):
         total = max(1, sum(each.rounding.ulps)) if each.rounding else 1
         shares = [100 * count / total for count in each.rounding.ulps] if each.rounding else []
         axes.bar(range(len(labels)), shares, color=colour, width=0.85)
         axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
         axes.set_title(each.implementation, fontsize=9)
-        _tidy(axes)
+        tidy(axes)
     panels[0].set_ylabel("% of the outputs", fontsize=8)
     figure.supxlabel(f"error up to so many ulps, {data} data", fontsize=8)
     return _png(figure)
@@ -71,10 +53,10 @@ def plot_ulps(examination: Examination, data: str) -> bytes | None:
 
 def plot_lengths(examinations: Sequence[Examination], data: str) -> bytes | None:
     """The largest error over bound against the number of products summed; None where nothing was measured."""
-    figure = _figure(7.5, 3.6)
+    figure = new_figure(7.5, 3.6, RowsError)
     axes = figure.subplots()
     names = list(dict.fromkeys(each.implementation for one in examinations for each in _measured(one, data)))
-    for name, colour, marker in zip(names, cycle(_COLOURS), cycle(_MARKERS), strict=False):
+    for name, colour, marker in zip(names, cycle(COLOURS), cycle(_MARKERS), strict=False):
         points = [
             (length.length, max(length.largest, _SMALLEST))
             for one in examinations
@@ -94,7 +76,7 @@ def plot_lengths(examinations: Sequence[Examination], data: str) -> bytes | None
     axes.set_xlabel("products summed by an output", fontsize=9)
     axes.set_ylabel("largest error / bound", fontsize=9)
     axes.legend(fontsize=8, ncols=2, frameon=False, loc="best")
-    _tidy(axes)
+    tidy(axes)
     return _png(figure)
 
 
@@ -104,7 +86,7 @@ def plot_phases(examination: Examination, data: str) -> bytes | None:
     if not found:
         return None
     highest = max(max(map(max, each.phases)) for each in found if each.phases)
-    figure = _figure(max(4.0, 1.9 * len(found)), 2.3)
+    figure = new_figure(max(4.0, 1.9 * len(found)), 2.3, RowsError)
     panels = figure.subplots(1, len(found), squeeze=False)[0]
     for axes, each in zip(panels, found, strict=True):
         phases = each.phases or ()
@@ -128,15 +110,15 @@ def plot_overview(examinations: Sequence[Examination], data: str, ours: str, oth
             ratios[one.workload] = pair[0].max_error / pair[1].max_error
     if not ratios:
         return None
-    figure = _figure(7.5, 1.2 + 0.24 * len(ratios))
+    figure = new_figure(7.5, 1.2 + 0.24 * len(ratios), RowsError)
     axes = figure.subplots()
     places = range(len(ratios))
-    colours = [_COLOURS[0] if ratio <= 2 else _COLOURS[1] for ratio in ratios.values()]
+    colours = [COLOURS[0] if ratio <= 2 else COLOURS[1] for ratio in ratios.values()]
     axes.barh(places, list(ratios.values()), color=colours, height=0.62)
     axes.axvline(1, color="black", linewidth=1)
     axes.axvline(2, color="black", linewidth=1, linestyle=":")
     axes.set_yticks(list(places), [name[:40] for name in ratios], fontsize=8)
     axes.set_ylim(len(ratios) - 0.4, -0.6)
     axes.set_xlabel(f"{ours}: largest error over that of {other}, {data} data (dotted: twice)", fontsize=9)
-    _tidy(axes)
+    tidy(axes)
     return _png(figure)

@@ -7,12 +7,12 @@ from statistics import geometric_mean
 from typing import Any
 
 from convt_tvm.errors import RowsError
+from convt_tvm.pictures import COLOURS, new_figure
 from convt_tvm.rows import OURS, TORCH, Row, Run, geometric_means, latest_runs
 
 __all__ = ["plot", "to_markdown", "update_section"]
 
-# Of Okabe and Ito's palette, distinguishable with any colour vision.
-_AHEAD, _BEHIND, _EVEN = "#0072B2", "#D55E00", "#999999"
+_AHEAD, _BEHIND, _EVEN = COLOURS[0], COLOURS[1], COLOURS[6]
 
 
 def _digits(value: float | None, unit: str = "") -> str:
@@ -147,12 +147,6 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     RowsError
         if no workload has both our time and a peer's, or matplotlib is missing.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RowsError(f"plots need matplotlib ({error}); pip install 'convt-tvm[plot]'.") from error
-
     panels = {
         count: [run for run in runs if run.over_best is not None and not run.is_overhead]
         for count, runs in _by_threads(rows).items()
@@ -161,12 +155,11 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     if not panels:
         raise RowsError("no workload has both our time and a peer's; run `convt-tvm bench` with peers.")
     tallest = max(len(runs) for runs in panels.values())
-    figure = Figure(figsize=(1 + 6.5 * len(panels), 1.6 + 0.3 * tallest), layout="constrained")
-    FigureCanvasAgg(figure)
-    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    picture = new_figure(1 + 6.5 * len(panels), 1.6 + 0.3 * tallest, RowsError)
+    all_axes = picture.subplots(1, len(panels), squeeze=False)[0]
     for axes, (count, runs) in zip(all_axes, panels.items(), strict=True):
         _draw(axes, runs, count)
-    figure.savefig(path, dpi=144)
+    picture.savefig(path, dpi=144)
 
 
 def _colour(run: Run) -> str:

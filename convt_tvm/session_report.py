@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from convt_tvm.errors import TuningLogError
+from convt_tvm.pictures import COLOURS, new_figure, tidy
 from convt_tvm.records import Candidate, Context, Result, SessionInfo, Trial
 from convt_tvm.search import rank_correlation
 from convt_tvm.store import read_records
 
 __all__ = ["SearchLog", "draw", "read_searches", "readable_trace", "to_html"]
-
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,27 +159,16 @@ def readable_trace(search: SearchLog, candidate: Candidate) -> str:
     return trace_text(spec, Target.parse(search.context.target), candidate)
 
 
-def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise TuningLogError(f"plots need matplotlib ({error}); pip install 'convt-tvm[plot]'.") from error
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def draw(searches: Sequence[SearchLog], path: Path | io.BytesIO) -> None:
     """Draw the search curves into one picture, with predicted against measured times of each search beside them.
 
     The file's suffix names the format; PNG where there is none. Needs matplotlib.
     """
-    figure = _figure(6 + 4.6 * len(searches), 4.4)
+    figure = new_figure(6 + 4.6 * len(searches), 4.4, TuningLogError)
     axes = figure.subplots(1, 1 + len(searches), width_ratios=[1.3, *(1 for _ in searches)])
     _draw_curves(axes[0], searches)
     for place, search in enumerate(searches):
-        _draw_guesses(axes[1 + place], search, _COLOURS[place % len(_COLOURS)])
+        _draw_guesses(axes[1 + place], search, COLOURS[place % len(COLOURS)])
     figure.savefig(path, dpi=120, **({"format": "png"} if isinstance(path, io.BytesIO) else {}))
 
 
@@ -195,14 +183,12 @@ def _tidy(axes: Any) -> None:
             axis.set_major_formatter(_plain)
             # Times of one workload seldom span a decade, and need numbers between the powers of ten.
             axis.set_minor_formatter(_plain if high < 10 * low else lambda value, position: "")
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
 
 
 def _draw_curves(axes: Any, searches: Sequence[SearchLog]) -> None:
     for place, search in enumerate(searches):
-        colour = _COLOURS[place % len(_COLOURS)]
+        colour = COLOURS[place % len(COLOURS)]
         curve = [(count, us) for count, us in enumerate(search.curve, 1) if us is not None]
         if not curve:
             continue

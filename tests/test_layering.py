@@ -76,11 +76,12 @@ MAY_IMPORT = {
     "tune": "errors spec workloads target artifact compute records store database space compiler reference measure "
     "check roofline bench trials remote search session metaschedule",
     "explain": "spec workloads target records database space roofline",
-    "report": "errors rows",
+    "pictures": "errors",
+    "report": "errors rows pictures",
     "implementations": "errors spec target space compiler check peers",
     "examine": "errors spec reference check distributions errormap findings rounding special determinism "
     "implementations peers target workloads",
-    "check_plots": "errors findings rounding",
+    "check_plots": "errors findings rounding pictures",
     "check_report": "errors findings rounding check_plots",
     "replay": "errors spec target runtime findings examine implementations",
     "cases": "errors spec fuzz",
@@ -89,7 +90,7 @@ MAY_IMPORT = {
     "__init__": "errors spec target runtime compiler functional nn",
     "terminal": "check doctor rows explain",
     "terminal_numerics": "findings implementations conformance terminal",
-    "session_report": "errors spec target records store compiler search",
+    "session_report": "errors spec target records store compiler search pictures",
     "terminal_tune": "spec session session_report terminal",
     "cli_options": "target terminal",
     "cli_tune": "errors workloads target threads database session tune session_report terminal_tune cli_options",
