@@ -10,6 +10,7 @@ import typer
 from convt_tvm.cli_options import (
     FAILED,
     Json,
+    OptionalWorkloads,
     TargetName,
     Threads,
     each,
@@ -31,14 +32,7 @@ _FAILURES = Path("convt-tvm-failures")
 
 
 def check(
-    workloads: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="WORKLOAD",
-            help="A suite (dcgan), a name (dcgan/2), a canonical spec name, or all.",
-            show_default=False,
-        ),
-    ] = None,
+    workloads: OptionalWorkloads = None,
     target: TargetName = "llvm",
     threads: Threads = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, metavar="N", help="Of the inputs.")] = 0,

@@ -13,6 +13,7 @@ __all__ = [
     "REGRESSED",
     "USAGE",
     "Json",
+    "OptionalWorkloads",
     "TargetName",
     "Threads",
     "Workloads",
@@ -24,14 +25,13 @@ __all__ = [
 
 FAILED, USAGE, REGRESSED, INTERRUPTED = 1, 2, 3, 130
 
-Workloads: TypeAlias = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="WORKLOAD",
-        help="A suite (dcgan), a name (dcgan/2), a canonical spec name, or all.",
-        show_default=False,
-    ),
-]
+_WORKLOADS = typer.Argument(
+    metavar="WORKLOAD",
+    help="A suite (dcgan), a name (dcgan/2), a canonical spec name, or all.",
+    show_default=False,
+)
+Workloads: TypeAlias = Annotated[list[str], _WORKLOADS]
+OptionalWorkloads: TypeAlias = Annotated[list[str] | None, _WORKLOADS]
 TargetName: TypeAlias = Annotated[
     str, typer.Option("--target", metavar="TARGET", help="llvm is this machine; llvm:x86-64-v2, -v3, -v4; cuda:sm_90.")
 ]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convt_tvm.cli_options import FAILED, INTERRUPTED, Json, TargetName, print_json, require_cores
+from convt_tvm.cli_options import FAILED, INTERRUPTED, Json, OptionalWorkloads, TargetName, print_json, require_cores
 from convt_tvm.errors import ConvTError
 
 if TYPE_CHECKING:
@@ -16,14 +16,7 @@ __all__ = ["report_sessions", "tune"]
 
 
 def tune(
-    workloads: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="WORKLOAD",
-            help="A suite (dcgan), a name (dcgan/2), a canonical spec name, or all.",
-            show_default=False,
-        ),
-    ] = None,
+    workloads: OptionalWorkloads = None,
     target: TargetName = "llvm",
     threads: Annotated[
         str | None, typer.Option(metavar="N,...", help="A session for each number; by default what kernels use here.")

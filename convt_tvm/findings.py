@@ -10,6 +10,7 @@ from typing import Any, Literal, Self, TypeAlias
 from convt_tvm.errormap import Tap, Worst
 from convt_tvm.errors import RowsError
 from convt_tvm.rounding import LengthError, Rounding
+from convt_tvm.rows import require_fields
 
 __all__ = [
     "STAGES",
@@ -20,6 +21,8 @@ __all__ = [
     "read_examinations",
     "write_examinations",
 ]
+
+_REMEDY = "`convt-tvm check --report` writes them"
 
 Stage: TypeAlias = Literal["exactness", "rounding", "special", "determinism"]
 Status: TypeAlias = Literal["pass", "fail", "limitation", "rejected", "unavailable"]
@@ -76,13 +79,7 @@ class Finding:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """The finding that `to_json` wrote; raises RowsError for missing or unknown fields."""
-        known = {field.name for field in fields(cls)}
-        if not isinstance(values, Mapping) or set(values) != known:
-            found = set(values) if isinstance(values, Mapping) else set()
-            raise RowsError(
-                f"a finding lacks the fields {sorted(known - found)} and has the unknown ones {sorted(found - known)}; "
-                "`convt-tvm check --report` writes them."
-            )
+        require_fields(cls, values, "a finding", _REMEDY)
         given = _unplain(dict(values))
         if given["rounding"] is not None:
             lengths = tuple(LengthError(*each) for each in given["rounding"].pop("lengths"))
@@ -166,13 +163,7 @@ class Examination:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """The examination that `to_json` wrote; raises RowsError for missing or unknown fields."""
-        known = {field.name for field in fields(cls)}
-        if not isinstance(values, Mapping) or set(values) != known:
-            found = set(values) if isinstance(values, Mapping) else set()
-            raise RowsError(
-                f"an examination lacks the fields {sorted(known - found)} and has the unknown ones "
-                f"{sorted(found - known)}; `convt-tvm check --report` writes them."
-            )
+        require_fields(cls, values, "an examination", _REMEDY)
         findings = tuple(map(Finding.from_json, values["findings"]))
         return cls(**{**values, "threads": tuple(values["threads"]), "findings": findings})
 

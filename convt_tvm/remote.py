@@ -26,6 +26,7 @@ from convt_tvm.trials import (
     Measured,
     exact_inputs,
     measured,
+    raced,
     wrong_answer,
 )
 from convt_tvm.workers import Answer, Worker, serve
@@ -109,11 +110,7 @@ class RemoteRunner:
     def race(self, built: Sequence[Built], rounds: int) -> list[tuple[float, ...]]:
         """Time candidates by turns on one server."""
         job = {"directories": [str(each.directory) for each in built], "rounds": rounds, "limit_us": None}
-        answer = self._ask(job, CONNECT_SECS + 10 * RUN_TIMEOUT_SECS)
-        if answer.status != "ok" or answer.value["wrong"]:
-            why = answer.error or answer.value["wrong"]
-            raise TuningError(f"the finalists could not be measured again: {why}; run the session again.")
-        return [tuple(samples) for samples in answer.value["samples_us"]]
+        return raced(self._ask(job, CONNECT_SECS + 10 * RUN_TIMEOUT_SECS))
 
     def close(self) -> None:
         """End the client."""

@@ -21,10 +21,26 @@ __all__ = [
     "latest_runs",
     "read_rows",
     "regressions",
+    "require_fields",
 ]
 
 OURS, COPY, TORCH = "ours", "ours_again", "torch"
 """The kernel, a second copy of it that gives the noise floor, and the peer that runs are compared by."""
+
+
+def require_fields(record: type[Any], values: object, name: str, remedy: str) -> None:
+    """Raise RowsError unless `values` is a mapping with exactly the fields of the dataclass `record`.
+
+    The message calls it `name`, lists what is missing and what is unknown, and ends in `remedy`.
+    """
+    known = {field.name for field in fields(record)}
+    found = set(values) if isinstance(values, Mapping) else set()
+    if not isinstance(values, Mapping) or found != known:
+        raise RowsError(
+            f"{name} lacks the fields {sorted(known - found)} and has the unknown ones {sorted(found - known)}; "
+            f"{remedy}."
+        )
+
 
 Status: TypeAlias = Literal["ok", "wrong", "rejected", "unavailable", "failed"]
 
@@ -109,13 +125,7 @@ class Row:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """The row that `to_json` wrote; raises RowsError for missing or unknown fields."""
-        known = {field.name for field in fields(cls)}
-        if not isinstance(values, Mapping) or set(values) != known:
-            found = set(values) if isinstance(values, Mapping) else set()
-            raise RowsError(
-                f"a benchmark row lacks the fields {sorted(known - found)} and has the unknown ones "
-                f"{sorted(found - known)}; write rows with `convt-tvm bench -o`."
-            )
+        require_fields(cls, values, "a benchmark row", "write rows with `convt-tvm bench -o`")
         return cls(**{**values, "samples_us": tuple(values["samples_us"])})
 
 

@@ -142,11 +142,7 @@ class LocalRunner:
         """Time candidates by turns in one process."""
         directories = [str(each.directory) for each in built]
         job = {**self._job, "directories": directories, "rounds": rounds, "limit_us": None}
-        answer = self._worker.ask(job, RACE_TIMEOUT_SECS)
-        if answer.status != "ok" or answer.value["wrong"]:
-            why = answer.error or answer.value["wrong"]
-            raise TuningError(f"the finalists could not be measured again: {why}; run the session again.")
-        return [tuple(samples) for samples in answer.value["samples_us"]]
+        return raced(self._worker.ask(job, RACE_TIMEOUT_SECS))
 
     def close(self) -> None:
         """End the process."""
@@ -161,6 +157,14 @@ def measured(answer: Answer, secs: float) -> Measured:
     if answer.value["wrong"]:
         return Measured("wrong", answer.value["wrong"], secs=secs)
     return Measured("ok", samples_us=tuple(answer.value["samples_us"][0]), secs=secs)
+
+
+def raced(answer: Answer) -> list[tuple[float, ...]]:
+    """What a runner's answer about several candidates says; raises TuningError if it could not time them all."""
+    if answer.status != "ok" or answer.value["wrong"]:
+        why = answer.error or answer.value["wrong"]
+        raise TuningError(f"the finalists could not be measured again: {why}; run the session again.")
+    return [tuple(samples) for samples in answer.value["samples_us"]]
 
 
 def exact_inputs(spec: ConvTranspose2dSpec, seed: int) -> dict[str, Any]:

@@ -26,6 +26,20 @@ def pytest_unconfigure(config):
         shutil.rmtree(config.stash[_CACHE], ignore_errors=True)
 
 
+@pytest.fixture
+def run(capsys):
+    """Runs `convt-tvm` in this process; returns exit code, stdout and stderr."""
+    from convt_tvm import cli
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as exited:
+            cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return exited.value.code, captured.out, captured.err
+
+    return call
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("cuda") is not None:
         import torch

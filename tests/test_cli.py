@@ -10,27 +10,14 @@ import pytest
 from rich.console import Console
 
 from convt_tvm import check as check_module
-from convt_tvm import cli, terminal
 from convt_tvm import doctor as doctor_module
+from convt_tvm import terminal
 from convt_tvm.check import CheckRow
 from convt_tvm.doctor import Finding
 from convt_tvm.workloads import resolve
 
 ROOT = Path(__file__).parents[1]
 TINY = "n1_ci4_ih3_iw3_co2_k3x3_s2x2_p1x1_op1x1_d1x1_g1_bias_float32"
-
-
-@pytest.fixture
-def run(capsys):
-    """Runs the command in this process; returns exit code, stdout and stderr."""
-
-    def call(*arguments):
-        with pytest.raises(SystemExit) as exited:
-            cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return exited.value.code, captured.out, captured.err
-
-    return call
 
 
 def row_for(workload, **changes):

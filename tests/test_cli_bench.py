@@ -8,24 +8,11 @@ from rich.console import Console
 from test_rows import BASE, run_of
 
 from convt_tvm import bench as bench_module
-from convt_tvm import cli, roofline, terminal
+from convt_tvm import roofline, terminal
 from convt_tvm.roofline import Bandwidth, Limits
 from convt_tvm.rows import COPY, OURS, append_rows, read_rows
 
 TINY = "n1_ci4_ih3_iw3_co2_k3x3_s2x2_p1x1_op1x1_d1x1_g1_bias_float32"
-
-
-@pytest.fixture
-def run(capsys):
-    """Runs the command in this process; returns exit code, stdout and stderr."""
-
-    def call(*arguments):
-        with pytest.raises(SystemExit) as exited:
-            cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return exited.value.code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

@@ -5,26 +5,12 @@ import pytest
 import stub_session
 from stub_session import SPEC, make_info, run_stub
 
-from convt_tvm import cli
 from convt_tvm import tune as tune_module
 from convt_tvm.errors import TuningError
 from convt_tvm.session import Outcome
 from convt_tvm.threads import get_num_threads
 
 OTHER = "n1_ci4_ih3_iw3_co2_k3x3_s2x2_p1x1_op1x1_d1x1_g1_bias_float32"
-
-
-@pytest.fixture
-def run(capsys):
-    """Runs the command in this process; returns exit code, stdout and stderr."""
-
-    def call(*arguments):
-        with pytest.raises(SystemExit) as exited:
-            cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return exited.value.code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_check import narrow_sums
 
 from convt_tvm.determinism import confirm_repeats
 from convt_tvm.errors import BuildError
@@ -89,23 +90,6 @@ def without_input(index):
 def bias_dropped_on_empty_phases(spec, output, input, weight, bias):
     reached = reference(spec, torch.ones_like(input), torch.ones_like(weight), None) != 0
     return torch.where(reached, output, 0.0)
-
-
-def summed_in(dtype):
-    """Adds up channels and bias one after the other in a narrow type."""
-
-    def make(spec):
-        def run(input, weight, bias):
-            total = torch.zeros(spec.output_shape, dtype=dtype) if bias is None else bias.to(dtype)[None, :, None, None]
-            for channel in range(spec.ci):
-                one = torch.zeros_like(weight)
-                one[channel] = weight[channel]
-                total = total + reference(spec, input, one, None).to(dtype)
-            return total.to(input.dtype)
-
-        return run
-
-    return make
 
 
 def rounded_to(bits):
@@ -248,9 +232,9 @@ FAULTS = {
     "an output not written": (on_output(left_unwritten), "exactness", SPEC),
     "last channel block not written": (on_output(last_block_unfinished), "exactness", SPEC),
     "another dtype": (on_output(other_dtype), "exactness", SPEC),
-    "sums in float16": (summed_in(torch.float16), "rounding", with_dtype(SPEC, "float16")),
-    "sums in bfloat16": (summed_in(torch.bfloat16), "rounding", with_dtype(SPARSE, "bfloat16")),
-    "sums in float32": (summed_in(torch.float32), "rounding", with_dtype(SPEC, "float64")),
+    "sums in float16": (narrow_sums(torch.float16), "rounding", with_dtype(SPEC, "float16")),
+    "sums in bfloat16": (narrow_sums(torch.bfloat16), "rounding", with_dtype(SPARSE, "bfloat16")),
+    "sums in float32": (narrow_sums(torch.float32), "rounding", with_dtype(SPEC, "float64")),
     "tf32 products": (rounded_to(10), "rounding", SPEC),
     "bfloat16 products": (rounded_to(7), "rounding", SPEC),
     "bias added after rounding": (bias_after_rounding, "rounding", with_dtype(SPEC, "float16")),

@@ -61,7 +61,7 @@ MAY_IMPORT = {
     "distributions": "errors spec reference",
     "rounding": "spec reference",
     "errormap": "phases spec",
-    "findings": "errors errormap rounding",
+    "findings": "errors errormap rounding rows",
     "special": "spec reference check",
     "determinism": "errors spec runtime reference check",
     "peers": "spec reference",
