@@ -196,9 +196,13 @@ def _elements(spec: ConvTranspose2dSpec, layout: Layout) -> dict[str, int]:
 
 def lower_choice(spec: ConvTranspose2dSpec, target: Target, choice: Choice) -> Lowered:
     """Declare `spec` in the layout of `choice`, schedule and lower it; TVM's own errors pass through."""
+    return lower_schedule(_schedule(spec, target, choice), spec, choice.layout, target)
+
+
+def _schedule(spec: ConvTranspose2dSpec, target: Target, choice: Choice) -> Schedule:
     sch = Schedule(get_backend(target).declare_phases(spec, choice.layout, target))
     choice.space.space(sch)
-    return lower_schedule(sch, spec, choice.layout, target)
+    return sch
 
 
 def trace_text(spec: ConvTranspose2dSpec, target: Target, candidate: Candidate) -> str:
@@ -206,9 +210,7 @@ def trace_text(spec: ConvTranspose2dSpec, target: Target, candidate: Candidate) 
     choice = find_choice(spec, target, candidate)
     if choice is None:
         return f"{candidate} is no candidate of this version."
-    sch = Schedule(get_backend(target).declare_phases(spec, choice.layout, target))
-    choice.space.space(sch)
-    return f"# {candidate}\n{sch.trace}"
+    return f"# {candidate}\n{_schedule(spec, target, choice).trace}"
 
 
 def lower_schedule(sch: Schedule, spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> Lowered:

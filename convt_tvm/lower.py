@@ -19,7 +19,7 @@ from convt_tvm.layout import Band, Window, bands, kernel_columns
 from convt_tvm.shuffle import binary, extract, interleave, pieces, ramp, transpose
 from convt_tvm.spec import Pair
 
-__all__ = ["lower_kernel", "lower_pack"]
+__all__ = ["flatten_blocks", "lower_kernel", "lower_pack"]
 
 MAX_STACK_BYTES = 32 << 10
 """Largest buffer on a thread's stack: a row of accumulators, not the input's window."""
@@ -30,7 +30,7 @@ Store = Callable[[Sequence[Loop], Any], Any]
 """Makes the statement that replaces the loops directly around a store, and the store."""
 
 
-def _flatten_blocks(function: tirx.PrimFunc) -> tirx.PrimFunc:
+def flatten_blocks(function: tirx.PrimFunc) -> tirx.PrimFunc:
     """`function` as loops, allocations and stores, without blocks."""
     passes = [
         s_tir.transform.CanonicalizeLoop(),
@@ -39,6 +39,7 @@ def _flatten_blocks(function: tirx.PrimFunc) -> tirx.PrimFunc:
         s_tir.transform.ConvertBlocksToOpaque(),
         s_tir.transform.CompactBufferAllocation(),
         tirx.transform.StmtSimplify(),
+        s_tir.transform.UnifyThreadBinding(),
         s_tir.transform.LowerOpaqueBlock(),
     ]
     module = tvm.ir.transform.Sequential(passes)(tvm.IRModule({"main": function}))
@@ -168,6 +169,13 @@ def _with_value(expression: Expr, variable: Any, value: Expr) -> Expr:
     return analyzer.simplify(expression)
 
 
+def _at_start(expression: Expr, loops: Sequence[Loop]) -> Expr:
+    """`expression` in the first iteration of `loops`."""
+    for loop in loops:
+        expression = _with_value(expression, loop.loop_var, 0)
+    return expression
+
+
 def _nest(loops: Sequence[Loop], store: Any, clips: Sequence[_Clip] = ()) -> Any:
     """`store` in `loops`, for the values that all of `clips` keep."""
     ranges: dict[Any, tuple[Expr, Expr]] = {}
@@ -247,7 +255,7 @@ def _assemble(
     function: tirx.PrimFunc, name: str, output: Any, stores: Mapping[str, Store], skip: Callable[[Any], Any]
 ) -> tvm.IRModule:
     """A module with `function` as `name`, its outputs joined in `output` by `stores`."""
-    function = _flatten_blocks(function)
+    function = flatten_blocks(function)
     inputs = [buffer for buffer in function.params if str(buffer.name) not in stores]
     body = _replace_stores(function.body, stores, skip)
     joined = tirx.PrimFunc([*inputs, output], body, function.ret_type)
@@ -293,11 +301,7 @@ def lower_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
             if outside is None:
                 return one_by_one(loops, [*filled, *rows])
             inner = loops[outside:]
-            first_channel, first_column = channel, qw
-            for loop in inner:
-                first_channel, first_column = (
-                    _with_value(index, loop.loop_var, 0) for index in (first_channel, first_column)
-                )
+            first_channel, first_column = _at_start(channel, inner), _at_start(qw, inner)
             by_channels = layout.lanes == "co"
             cast = isinstance(node.value, tirx.Cast)
             value = node.value.value if cast else node.value

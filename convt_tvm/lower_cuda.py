@@ -8,33 +8,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import tvm
-from tvm import s_tir, tirx
+from tvm import tirx
 
 from convt_tvm.compute import lookup, spec_of
 from convt_tvm.compute_cuda import thread_layout_of
 from convt_tvm.layout import Band, bands, kernel_columns
+from convt_tvm.lower import flatten_blocks
 from convt_tvm.thread_layout import kernel_rows
 
 __all__ = ["lower_thread_kernel", "lower_thread_pack"]
 
 Store = Callable[[Any], Any]
 """Makes the statement that replaces a store."""
-
-
-def _flatten(function: tirx.PrimFunc) -> tirx.PrimFunc:
-    """`function` as loops, allocations and stores, without blocks."""
-    passes = [
-        s_tir.transform.CanonicalizeLoop(),
-        s_tir.transform.LowerInitBlock(),
-        s_tir.transform.PlanAndUpdateBufferAllocationLocation(),
-        s_tir.transform.ConvertBlocksToOpaque(),
-        s_tir.transform.CompactBufferAllocation(),
-        tirx.transform.StmtSimplify(),
-        s_tir.transform.UnifyThreadBinding(),
-        s_tir.transform.LowerOpaqueBlock(),
-    ]
-    module = tvm.ir.transform.Sequential(passes)(tvm.IRModule({"main": function}))
-    return module["main"]
 
 
 def _replace_stores(node: Any, stores: Mapping[str, Store]) -> Any:
@@ -59,7 +44,7 @@ def _replace_stores(node: Any, stores: Mapping[str, Store]) -> Any:
 
 def _assemble(function: tirx.PrimFunc, name: str, output: Any, stores: Mapping[str, Store]) -> tvm.IRModule:
     """A module with `function` as `name`, its outputs joined in `output` by `stores`."""
-    function = _flatten(function)
+    function = flatten_blocks(function)
     inputs = [buffer for buffer in function.params if str(buffer.name) not in stores]
     joined = tirx.PrimFunc([*inputs, output], _replace_stores(function.body, stores), function.ret_type)
     return tvm.IRModule({name: joined.with_attrs({**function.attrs, "global_symbol": name})})

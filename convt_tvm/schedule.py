@@ -49,18 +49,14 @@ def accumulate_in_registers(
     ``tap``, those of ``tile``, ``lane``. A cache stage in local memory whose indices are all constant becomes
     registers in LLVM.
     """
-    function = sch.mod["main"]
-    layout = layout_of(function)
     local = sch.cache_write(acc, 0, "local")
     sch.reverse_compute_at(local, phases, preserve_unit_loops=True)
     *copies, inner = sch.get_loops(local)[-4:]
-    vector, copy_lane = sch.split(inner, [None, layout.vector_lanes])
-    for loop in (lane, copy_lane):
-        sch.vectorize(loop)
-    for loop in (tap, *tile, *copies, vector):
+    vector, copy_lane = sch.split(inner, [None, layout_of(sch.mod["main"]).vector_lanes])
+    sch.vectorize(copy_lane)
+    for loop in (*copies, vector):
         sch.unroll(loop)
-    if layout.unrolls_phases(spec_of(function)):
-        sch.unroll(phases)
+    _unroll(sch, phases, tap, tile, lane)
 
     *init_loops, init_lane = sch.get_loops(sch.decompose_reduction(acc, reduction))
     sch.vectorize(init_lane)
@@ -83,12 +79,18 @@ def accumulate_in_memory(
     The loops are, from the outside: ``phases``, ``reduction``, others, ``tap``, those of all tiles, a reduction, those
     of ``tile``, ``lane``.
     """
+    _unroll(sch, phases, tap, tile, lane)
+    sch.vectorize(sch.get_loops(sch.decompose_reduction(acc, reduction))[-1])
+
+
+def _unroll(sch: Schedule, phases: LoopRV, tap: LoopRV, tile: Sequence[LoopRV], lane: LoopRV) -> None:
+    """Make one straight run of multiply-adds of a tile and a tap, and of all phases while it stays short enough."""
+    sch.vectorize(lane)
     for loop in (tap, *tile):
         sch.unroll(loop)
-    sch.vectorize(lane)
-    if layout_of(sch.mod["main"]).unrolls_phases(spec_of(sch.mod["main"])):
+    function = sch.mod["main"]
+    if layout_of(function).unrolls_phases(spec_of(function)):
         sch.unroll(phases)
-    sch.vectorize(sch.get_loops(sch.decompose_reduction(acc, reduction))[-1])
 
 
 def skip_rows(sch: Schedule, loops: Sequence[LoopRV]) -> None:

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "database": "errors spec target threads records store",
     "space": "errors spec target layout schedules records",
     "lower": "spec layout compute shuffle",
-    "lower_cuda": "layout compute compute_cuda thread_layout",
+    "lower_cuda": "layout compute compute_cuda thread_layout lower",
     "cuda_toolkit": "errors",
     "emulator": "errors cuda_toolkit",
     "cuda_device_code": "errors target cuda_toolkit emulator",
