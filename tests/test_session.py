@@ -8,8 +8,11 @@ import pytest
 import stub_session
 from stub_session import StubBuilder, StubRunner, make_choices, make_info, run_stub, true_us
 
+from convt_tvm.errors import TuningError
 from convt_tvm.records import Result, SessionInfo, Trial
 from convt_tvm.store import TRIALS, read_records
+from convt_tvm.trials import raced
+from convt_tvm.workers import Answer
 
 BEST = min((candidate for candidate, _ in make_choices()), key=true_us)
 
@@ -69,6 +72,18 @@ def test_a_wrong_candidate_never_wins_and_is_recorded_with_its_trace(tmp_path):
     (wrong,) = [trial for trial in read_records(tmp_path / "log", Trial).records if trial.status == "wrong"]
     assert wrong.candidate == BEST and wrong.wrong_trace == ("Split",) and wrong.samples_us == ()
     assert wrong.error == "3 of 8 outputs are wrong on integers"
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (Answer("crashed", error="signal 11"), "signal 11"),
+        (Answer("ok", {"wrong": "3 of 64 outputs are off", "samples_us": []}), "3 of 64 outputs are off"),
+    ],
+)
+def test_finalists_that_cannot_be_raced_end_the_session(answer, why):
+    with pytest.raises(TuningError, match=f"the finalists could not be measured again: {why}; run the session again"):
+        raced(answer)
 
 
 def test_within_the_noise_the_default_stays(tmp_path):

@@ -1,5 +1,7 @@
 """Schedule spaces: every layout is right, the default suits its target."""
 
+from dataclasses import replace
+
 import pytest
 
 from convt_tvm import space as space_module
@@ -14,9 +16,13 @@ from convt_tvm.workloads import resolve
 
 V2, V3, V4 = (Target.parse(f"llvm:x86-64-v{level}") for level in (2, 3, 4))
 
+HOST = Target.parse("llvm")
 ODD = ConvTranspose2dSpec(
     n=2, ci=6, ih=5, iw=19, co=26, kernel_size=(3, 5), stride=(2, 3), padding=(1, 2), output_padding=(1, 2), groups=2
 )
+# Border rows and columns on all sides; one tap for each row phase, and rows that no chunk of two divides.
+BORDERED = ConvTranspose2dSpec(n=2, ci=5, ih=6, iw=9, co=19, kernel_size=(5, 4), stride=(2, 1), padding=(1, 0))
+ONE_ROW = ConvTranspose2dSpec(n=2, ci=64, ih=7, iw=64, co=5, kernel_size=2, stride=2)
 
 
 def test_spaces_are_the_files_of_schedules():
@@ -57,14 +63,33 @@ def test_a_target_without_a_space_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("lanes", ["co", "ow"])
-def test_each_space_is_exact_in_several_layouts(lanes, tmp_path, monkeypatch):
-    import convt_tvm.compiler as build_module
-
-    host = Target.parse("llvm")
-    inputs = integer_inputs(ODD, seed=2)
-    expected = reference(ODD, *inputs)
-    found = [choice for choice in choices(ODD, host) if choice.layout.lanes == lanes]
+def test_each_space_is_exact_in_several_layouts(lanes, tmp_path):
+    found = [choice for choice in choices(ODD, HOST) if choice.layout.lanes == lanes]
     for number, choice in enumerate(found[:: len(found) // 4]):
-        monkeypatch.setattr(build_module, "default_choice", lambda spec, target, choice=choice: choice)
-        build_artifact(ODD, host, tmp_path / str(number))
-        assert (load(tmp_path / str(number))(*inputs).double() == expected).all(), choice
+        assert is_exact(ODD, choice, tmp_path / str(number)), choice
+
+
+@pytest.mark.parametrize(
+    ("spec", "lanes", "changes"),
+    [
+        (BORDERED, "co", {}),
+        (BORDERED, "co", {"row_chunk": 2}),
+        (BORDERED, "co", {"taps": "outer"}),
+        (BORDERED, "co", {"taps": "outer", "row_chunk": 3}),
+        (BORDERED, "co", {"column_block": 4}),
+        (BORDERED, "ow", {}),
+        (BORDERED, "ow", {"row_chunk": 2}),
+        (ONE_ROW, "ow", {"row_chunk": 2}),
+        (ONE_ROW, "co", {"row_chunk": 2}),
+    ],
+)
+def test_each_decision_is_exact_at_the_border(spec, lanes, changes, tmp_path):
+    first = next(choice for choice in choices(spec, HOST) if choice.layout.lanes == lanes)
+    layout = replace(first.layout, row_block=1, **{"row_chunk": 1, **changes})
+    assert is_exact(spec, replace(first, layout=layout), tmp_path / "kernel"), layout
+
+
+def is_exact(spec, choice, directory):
+    inputs = integer_inputs(spec, seed=2)
+    build_artifact(spec, HOST, directory, choice=choice)
+    return bool((load(directory)(*inputs).double() == reference(spec, *inputs)).all())
