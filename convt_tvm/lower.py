@@ -188,19 +188,6 @@ def _nest(loops: Sequence[Loop], store: Any, clips: Sequence[_Clip] = ()) -> Any
     return body
 
 
-def _fill_window(loops: Sequence[Loop], store: Any, inside: Sequence[_Clip]) -> Any:
-    """The copy into the window as zeros everywhere and input inside, without a choice for each value."""
-    value = store.value
-    if not (isinstance(value, tvm.ir.Call) and value.op.name == "tirx.if_then_else"):
-        return _nest(loops, store)
-    _, data, zero = value.args
-    shared = [loop for loop in loops if loop.kind == tirx.ForKind.PARALLEL]
-    own = [loop for loop in loops if loop.kind != tirx.ForKind.PARALLEL]
-    zeros = _nest(own, tirx.BufferStore(store.buffer, zero, store.indices))
-    copy = _nest(own, tirx.BufferStore(store.buffer, data, store.indices), inside)
-    return _nest(shared, tirx.SeqStmt([zeros, copy]))
-
-
 def _stage(loops: Sequence[Loop], value: Expr, indices: Sequence[Expr], shape: Pair) -> tuple[Any, list[Any]]:
     """A buffer in registers with `value` at `indices` for all of `loops`, the last of them as a vector."""
     staged = tirx.decl_buffer(shape, value.ty.dtype, name="staged")
@@ -333,16 +320,11 @@ def lower_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
 
         return store
 
-    def store_window(loops: Sequence[Loop], node: Any) -> Any:
-        # By the input's coordinates: the window's count from where it was compacted to.
-        *_, row, column = _find_load(node.value, "input").indices
-        return _fill_window(loops, node, [_Clip(row, 0, spec.ih), _Clip(column, 0, spec.iw)])
-
     def skip(nest: Any) -> Any:
         return _skip_rows(nest, 2 if layout.lanes == "ow" else 1, window.rows_inside)
 
     stores = {f"band{band.index}": store_band(band) for band in bands(spec)}
-    return _assemble(function, "convt", output, {**stores, "window": store_window}, skip)
+    return _assemble(function, "convt", output, stores, skip)
 
 
 def lower_pack(function: tirx.PrimFunc) -> tvm.IRModule:
