@@ -23,13 +23,13 @@ class Kind(Protocol):
     name: str
 
     def check(self, name: str, tensor: Any, shape: tuple[int, ...], dtype: str, spec: ConvTranspose2dSpec) -> None:
-        """Raise ArgumentError unless the tensor has this shape and dtype and is in this machine's memory."""
+        """Raise ArgumentError unless the tensor has this shape and dtype and is in the memory that the kernel reads."""
 
     def check_writable(self, name: str, tensor: Any) -> None:
         """Raise ArgumentError unless results can be written to the tensor."""
 
     def is_direct(self, tensor: Any) -> bool:
-        """Whether the memory holds the values row-major."""
+        """Whether the memory holds the values row-major, and starts where the kernel can read."""
 
     def ready(self, tensor: Any) -> Any:
         """The same values for which `is_direct` holds: the tensor's own memory where possible, else a copy."""
@@ -47,31 +47,36 @@ class Kind(Protocol):
         """View memory for which `is_direct` holds in the form that compiled functions take."""
 
 
-def _found(name: str, wanted: tuple[int, ...], dtype: str, found: str, spec: ConvTranspose2dSpec) -> ArgumentError:
+def _found(
+    name: str, wanted: tuple[int, ...], dtype: str, found: str, spec: ConvTranspose2dSpec, device: str = "cpu"
+) -> ArgumentError:
     return ArgumentError(
-        f"{name} must be {dtype} of shape {wanted} on cpu; found {found}. The kernel was built for {spec.name}; build "
-        "one for these arguments."
+        f"{name} must be {dtype} of shape {wanted} on {device}; found {found}. The kernel was built for {spec.name}; "
+        "build one for these arguments."
     )
 
 
 class _TorchTensors:
     name = "torch tensor"
 
-    def __init__(self, torch: ModuleType) -> None:
+    def __init__(self, torch: ModuleType, device: str, alignment: int) -> None:
         self.torch = torch
+        self.device = device
+        self.alignment = alignment
 
     def check(self, name: str, tensor: Any, shape: tuple[int, ...], dtype: str, spec: ConvTranspose2dSpec) -> None:
         torch = self.torch
         if tensor.layout is not torch.strided:
-            raise _found(name, shape, dtype, f"a tensor of layout {tensor.layout}", spec)
-        if tuple(tensor.shape) != shape or tensor.dtype is not getattr(torch, dtype) or tensor.device.type != "cpu":
+            raise _found(name, shape, dtype, f"a tensor of layout {tensor.layout}", spec, self.device)
+        same = tuple(tensor.shape) == shape and tensor.dtype is getattr(torch, dtype)
+        if not same or tensor.device.type != self.device:
             found = f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)} on {tensor.device}"
-            raise _found(name, shape, dtype, found, spec)
+            raise _found(name, shape, dtype, found, spec, self.device)
         try:
             memory = tensor.untyped_storage().device.type
         except RuntimeError:
             memory = "none"
-        if memory != "cpu":
+        if memory != self.device:
             raise ArgumentError(
                 f"{name} has no memory: it is a {type(tensor).__name__} inside a torch.func transform, a fake tensor "
                 "mode or a compiler's trace; call the kernel on ordinary tensors."
@@ -85,7 +90,7 @@ class _TorchTensors:
             )
 
     def is_direct(self, tensor: Any) -> bool:
-        return bool(tensor.is_contiguous() and not tensor.is_neg())
+        return bool(tensor.is_contiguous() and not tensor.is_neg() and tensor.data_ptr() % self.alignment == 0)
 
     def ready(self, tensor: Any) -> Any:
         tensor = tensor.detach()
@@ -94,7 +99,7 @@ class _TorchTensors:
         return tensor.clone(memory_format=self.torch.contiguous_format)
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
-        return self.torch.empty(shape, dtype=getattr(self.torch, dtype), device="cpu")
+        return self.torch.empty(shape, dtype=getattr(self.torch, dtype), device=like.device)
 
     def overlaps(self, first: Any, second: Any) -> bool:
         start, other = first.data_ptr(), second.data_ptr()
@@ -161,6 +166,14 @@ NUMPY: Kind = _NumpyArrays()
 """Numpy arrays, those of ml_dtypes.bfloat16 included."""
 
 
-def torch_kind(torch: ModuleType) -> Kind:
-    """Torch tensors, of the module given: this one does not import it."""
-    return _TorchTensors(torch)
+def torch_kind(torch: ModuleType, device: str = "cpu", alignment: int = 1) -> Kind:
+    """Torch tensors, of the module given: this one does not import it.
+
+    Parameters
+    ----------
+    device
+        Type of the devices whose memory the kernel reads and writes.
+    alignment
+        Bytes at whose multiples it wants tensors to start.
+    """
+    return _TorchTensors(torch, device, alignment)

@@ -9,7 +9,7 @@ import tvm
 import tvm_ffi
 
 from convt_tvm.cuda_toolkit import Resources, compile_fatbin
-from convt_tvm.emulator import compile_emulated, load_stand_ins
+from convt_tvm.emulator import compile_emulated, load_stand_ins, shows_gpu
 from convt_tvm.errors import BuildError
 from convt_tvm.target import Target
 
@@ -42,7 +42,7 @@ def device_compiler(target: Target, emulated: bool) -> Iterator[list[Resources]]
     Parameters
     ----------
     emulated
-        Compile for the emulator instead, which reports nothing.
+        Compile for the emulator instead, which reports nothing; so does a process that sees the emulated GPU.
 
     Raises
     ------
@@ -53,7 +53,7 @@ def device_compiler(target: Target, emulated: bool) -> Iterator[list[Resources]]
     resources: list[Resources] = []
 
     def compile_code(code: str) -> bytearray:
-        if emulated:
+        if emulated or shows_gpu():
             return bytearray(compile_emulated(code))
         content, found = compile_fatbin(code, target.gpu_archs)
         resources.extend(found)

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from convt_tvm.cuda_toolkit import find_toolkit
 from convt_tvm.errors import BuildError
 
-__all__ = ["compile_emulated", "load_stand_ins", "set_descending"]
+__all__ = ["compile_emulated", "compile_stand_in", "load_stand_ins", "set_descending", "show_gpu", "shows_gpu"]
 
 _SOURCES = Path(__file__).parent / "emulated"
 _TRAPS = ("-fsanitize=bounds", "-fsanitize-undefined-trap-on-error")
@@ -36,6 +36,11 @@ def _compile(source: Path, library: Path, *options: str) -> None:
         raise BuildError(f"g++ cannot compile {source.name}: {done.stderr.strip()[:1000]}")
 
 
+def compile_stand_in(source: str, library: Path, *options: str) -> None:
+    """Compile a file of ``emulated/`` as a library; raises BuildError."""
+    _compile(_SOURCES / source, library, *options)
+
+
 @cache
 def load_stand_ins() -> ctypes.CDLL:
     """Open stand-ins for libcuda.so.1 and libcudart.so.13, once a process; libraries opened later find them by name.
@@ -48,13 +53,27 @@ def load_stand_ins() -> ctypes.CDLL:
     with TemporaryDirectory(prefix="convt-tvm-emulator-") as directory:
         opened = []
         for source, name, *options in (
-            ("driver.cpp", "libcuda.so.1"),
+            ("driver.cpp", "libcuda.so.1", str(_SOURCES / "devices.cpp")),
             ("runtime.cpp", "libcudart.so.13", f"-Wl,--version-script={_SOURCES / 'runtime.map'}"),
         ):
             library = Path(directory, name)
-            _compile(_SOURCES / source, library, "-O1", f"-Wl,-soname,{name}", *options)
+            compile_stand_in(source, library, "-O1", f"-Wl,-soname,{name}", *options)
             opened.append(ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL))
     return opened[0]
+
+
+_shown: list[tuple[int, int]] = []
+
+
+def show_gpu(capability: tuple[int, int] | None) -> None:
+    """Let the driver's stand-in show a GPU of this compute capability to whoever asks, or none, as at first."""
+    load_stand_ins().emu_show_gpu(10 * capability[0] + capability[1] if capability else 0)
+    _shown[:] = [capability] if capability else []
+
+
+def shows_gpu() -> bool:
+    """Whether this process sees the emulated GPU; what it compiles for GPUs is for that one then."""
+    return bool(_shown)
 
 
 def set_descending(descending: bool) -> None:

@@ -57,8 +57,8 @@ def conv_transpose2d(
     Parameters
     ----------
     input
-        ``(n, ci, ih, iw)`` or ``(ci, ih, iw)``; ``n`` may be 0. A torch tensor on the CPU or a numpy array, of float32,
-        float64, float16 or bfloat16. Any strides.
+        ``(n, ci, ih, iw)`` or ``(ci, ih, iw)``; ``n`` may be 0. A torch tensor on the CPU or a CUDA GPU, or a numpy
+        array, of float32, float64, float16 or bfloat16. Any strides.
     weight
         ``(ci, co/groups, kh, kw)``; of the same kind and dtype, like ``bias``.
     bias
@@ -83,7 +83,7 @@ def conv_transpose2d(
     UnsupportedDtypeError
         (also a NotImplementedError) for other dtypes; PyTorch computes int64 and complex ones too.
     ArgumentError
-        (a ValueError and a RuntimeError) for tensors that do not fit each other, or are not on the CPU.
+        (a ValueError and a RuntimeError) for tensors that do not fit each other, or are on different devices.
     ArgumentTypeError
         (a TypeError) for other types, or tensors and arrays in one call.
 
@@ -108,8 +108,9 @@ def conv_transpose2d(
     for name, value in (("input", input), ("weight", weight), ("bias", bias)):
         if value is not None or name != "bias":
             _check_tensor(name, value)
-    if torch.is_autocast_enabled("cpu"):
-        input, weight, bias = (_autocast(value) for value in (input, weight, bias))
+    device = input.device.type if isinstance(input, Tensor) and input.is_cuda else "cpu"
+    if torch.is_autocast_enabled(device):
+        input, weight, bias = (_autocast(value, device) for value in (input, weight, bias))
     return torch.ops.convt_tvm.conv_transpose2d.default(input, weight, bias, *parameters)
 
 
@@ -120,7 +121,7 @@ _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 
 
 def is_plain_call(input: Any, weight: Any, bias: Any) -> bool:
-    """Whether these are ordinary CPU tensors, with nothing of torch's watching that must see the operator.
+    """Whether these are ordinary tensors on CPU or GPU, with nothing of torch's watching that must see the operator.
 
     What might be watching: a compiler or tracer, a transform of `torch.func`, a dispatch mode such as a FLOP counter,
     autocast, forward-mode differentiation. The dispatcher would find out too, for some ten microseconds.
@@ -129,9 +130,8 @@ def is_plain_call(input: Any, weight: Any, bias: Any) -> bool:
         not torch.compiler.is_compiling()
         and type(input) in _PLAIN_TYPES
         and type(weight) in _PLAIN_TYPES
-        and (bias is None or (type(bias) in _PLAIN_TYPES and bias.is_cpu and not bias.is_neg()))
-        and input.is_cpu
-        and weight.is_cpu
+        and (bias is None or (type(bias) in _PLAIN_TYPES and bias.is_cpu is input.is_cpu and not bias.is_neg()))
+        and ((input.is_cpu and weight.is_cpu) or (input.is_cuda and weight.is_cuda))
         and input.layout is torch.strided
         and weight.layout is torch.strided
         and not input.is_neg()
@@ -179,8 +179,10 @@ def _check_tensor(name: str, value: Any) -> None:
         raise ArgumentTypeError(
             f"{name} is a {type(value).__name__}; pass input, weight and bias as torch tensors, or all as numpy arrays."
         )
-    if value.device.type not in ("cpu", "meta"):
-        raise ArgumentError(f"{name} is on {value.device}; the kernels run on the CPU: move it with .cpu().")
+    if value.device.type not in ("cpu", "cuda", "meta"):
+        raise ArgumentError(
+            f"{name} is on {value.device}; the kernels run on CPUs and CUDA GPUs: move it with .cpu() or .cuda()."
+        )
     if value.layout != torch.strided:
         raise ArgumentError(f"{name} has the layout {value.layout}; convert it with .to_dense().")
     # The operator would raise for neither: it would drop the tangent, or name one of torch's internals.
@@ -209,14 +211,14 @@ def _call_with_arrays(input: Array, weight: Any, bias: Any, parameters: Paramete
     return output[0] if plan.unbatched else output
 
 
-def _autocast(value: Tensor | None) -> Tensor | None:
+def _autocast(value: Tensor | None, device: str) -> Tensor | None:
     # Of the dtypes it meets, torch.autocast leaves float64 alone.
     if value is None or not value.is_floating_point() or value.dtype == torch.float64:
         return value
-    return value.to(torch.get_autocast_dtype("cpu"))
+    return value.to(torch.get_autocast_dtype(device))
 
 
-@torch.library.custom_op("convt_tvm::conv_transpose2d", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("convt_tvm::conv_transpose2d", mutates_args=(), device_types=("cpu", "cuda"))
 def _operator(
     input: Tensor,
     weight: Tensor,

@@ -16,6 +16,7 @@ __all__ = [
     "Limits",
     "capability",
     "find_driver",
+    "newest_architecture",
 ]
 
 OLDEST_CUDA_DRIVER = (13, 0)
@@ -86,6 +87,11 @@ class Gpu:
         return machine_code or capability(archs[-1]) <= self.capability
 
 
+def newest_architecture(gpu: Gpu) -> str | None:
+    """The newest of `ARCHITECTURES` whose code a GPU runs; None if it is older than all of them."""
+    return max((arch for arch in ARCHITECTURES if gpu.runs((arch,))), key=capability, default=None)
+
+
 @dataclass(frozen=True, slots=True)
 class Driver:
     """NVIDIA's driver: the newest CUDA version it supports, and the GPUs it sees."""
@@ -99,10 +105,10 @@ def find_driver() -> Driver | None:
     """The driver of this machine, asked once a process; None where there is none that works."""
     try:
         library = ctypes.CDLL("libcuda.so.1")
-        # The stand-in of `convt_tvm.emulator` has no cuInit.
-        if library.cuInit(0) != 0:
-            return None
-    except (OSError, AttributeError):
+    except OSError:
+        return None
+    # That of `convt_tvm.emulator` fails, unless `convt_tvm.emulated_torch` has it show a GPU.
+    if library.cuInit(0) != 0:
         return None
     version, count = ctypes.c_int(), ctypes.c_int()
     library.cuDriverGetVersion(ctypes.byref(version))

@@ -1,193 +1,126 @@
 """Kernels for NVIDIA GPUs, called with torch's CUDA tensors: without copies, on torch's current stream."""
 
-import ctypes
-import importlib.util
-import os
-import sys
-import sysconfig
-from collections.abc import Iterator
+import importlib
+from contextlib import AbstractContextManager, nullcontext
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from convt_tvm import artifact
-from convt_tvm.artifact import KERNEL_FILE, Manifest
-from convt_tvm.errors import (
-    ArgumentError,
-    ArgumentTypeError,
-    ArtifactCorruptError,
-    ArtifactError,
-    IncompatibleMachineError,
-)
+from convt_tvm.arguments import NUMPY, Kind, torch_kind
+from convt_tvm.artifact import Manifest
+from convt_tvm.errors import ArgumentError, ArgumentTypeError, ArtifactError, IncompatibleMachineError
 from convt_tvm.gpu import Gpu
+from convt_tvm.kernel import Kernel
+from convt_tvm.spec import DTYPE_BYTES
 
-__all__ = ["GpuKernel", "load_gpu"]
+__all__ = ["GpuKernel"]
 
-_LIBRARIES = ("libcudart.so.13", "libtvm_runtime.so", "libtvm_runtime_cuda.so")
-_VECTOR_BYTES = 16
-"""Alignment of packed weights; those of `GpuKernel.pack` have it."""
+_ALIGNMENT = 16
+"""Bytes of the widest load; torch's own allocations have it, views into them may not."""
 
 
-class GpuKernel:
-    """One compiled transposed convolution for GPUs, made by `load_gpu`.
+class GpuKernel(Kernel):
+    """A `Kernel` for GPUs: made, packed, saved and called as any other, with torch tensors on one CUDA device.
 
-    Attributes
-    ----------
-    spec, target, manifest, directory
-        As of `convt_tvm.runtime.Kernel`.
+    A call enqueues its launches on torch's current stream of that device and returns, as torch's operators do. It
+    allocates through torch alone and waits for nothing, so CUDA graphs capture it; pack the weight, or call once,
+    before the capture begins, as the first use of a device loads the code there. All tensors are on one device, and
+    what does not start at a multiple of 16 bytes is copied first.
     """
 
-    __slots__ = ("__weakref__", "_convt", "_pack", "directory", "manifest", "spec", "target")
+    __slots__ = ("_accepted", "_cuda", "_sizes")
 
     def __init__(self, manifest: Manifest, directory: Path, module: Any) -> None:
-        self.spec, self.target, self.manifest, self.directory = manifest.spec, manifest.target, manifest, directory
-        try:
-            self._convt, self._pack = module.get_function("convt"), module.get_function("pack")
-        except AttributeError as error:
-            raise ArtifactCorruptError(f"{directory / KERNEL_FILE} is no kernel: {error}; build it again.") from error
-
-    def __repr__(self) -> str:
-        return f"<GpuKernel {self.spec.name} for {self.target.key}, schedule {self.manifest.schedule!r}>"
+        super().__init__(manifest, directory, module, parallel=False)
+        if self._torch is None:
+            raise ArtifactError(
+                f"{directory} is for GPUs, and its kernel is called with torch's tensors; install torch."
+            )
+        torch = importlib.import_module("torch")
+        self._torch = torch_kind(torch, "cuda", _ALIGNMENT)
+        self._cuda = torch.cuda
+        self._accepted: set[int] = set()
+        spec = self.spec
+        read = (
+            (spec.input_shape, spec.dtype),
+            (manifest.packed_shape, manifest.packed_dtype),
+            (spec.bias_shape, spec.dtype),
+            (spec.output_shape, spec.dtype),
+        )
+        self._sizes = tuple(prod(shape or (0,)) * DTYPE_BYTES[dtype] for shape, dtype in read)
 
     def __call__(self, input: Any, weight: Any, bias: Any = None, *, out: Any = None) -> Any:
-        """Convolve on the GPU that holds the tensors; returns before it is done, as torch's operators do.
-
-        Nothing is copied that is contiguous. Gradients are not recorded.
-
-        Parameters
-        ----------
-        input, weight, bias, out
-            As of `convt_tvm.runtime.Kernel`, on one GPU. A plain weight is packed first; ``out`` shares no memory with
-            the others and is contiguous.
-
-        Returns
-        -------
-        torch.Tensor
-            ``out``, or a new one.
-
-        Raises
-        ------
-        ArgumentError, ArgumentTypeError
-            For a tensor whose shape, dtype, device or layout is not what the kernel takes.
-        IncompatibleMachineError
-            If the tensors' GPU does not run the code.
-        """
-        import torch
-
-        spec = self.spec
-        if (bias is not None) != spec.bias:
-            raise ArgumentError(f"bias is {'missing' if spec.bias else 'superfluous'}: the kernel is {spec.name}.")
-        read = [self._ready("input", input, spec.input_shape, spec.dtype)]
-        device = read[0].device
-        self._require(device)
-        with torch.cuda.device(device):
-            if getattr(weight, "ndim", 0) == 5:
-                packed = self._ready("packed weight", weight, self.manifest.packed_shape, self.manifest.packed_dtype)
-                read.append(packed if packed.data_ptr() % _VECTOR_BYTES == 0 else packed.clone())
-            else:
-                read.append(self.pack(weight))
-            if spec.bias:
-                read.append(self._ready("bias", bias, spec.bias_shape, spec.dtype))
-            if out is None:
-                out = torch.empty(spec.output_shape, dtype=input.dtype, device=device)
-            elif self._ready("out", out, spec.output_shape, spec.dtype).data_ptr() != out.data_ptr():
-                raise ArgumentError(f"out has strides {tuple(out.stride())}; pass a contiguous tensor.")
-            devices = {tensor.device for tensor in (*read, out)}
-            if len(devices) > 1:
-                raise ArgumentError(f"the tensors are on {', '.join(sorted(map(str, devices)))}; put them on one GPU.")
-            if spec.n:
-                self._convt(*read, out)
-        return out
+        """Convolve on the GPU that holds the tensors; see `Kernel`."""
+        with self._on_device_of(input):
+            # As in `Kernel.__call__`; what the compiled entry cannot see here is alignment and overlap.
+            fast = self._fast_type
+            if (
+                type(input) is fast
+                and type(weight) is fast
+                and (type(out) is fast or out is None)
+                and (bias is None or type(bias) in self._bias_types)
+                and weight.dim() == 5
+                and not (input.is_neg() or weight.is_neg() or (out is not None and out.is_neg()))
+                and not (bias is not None and bias.is_neg())
+            ):
+                arguments = (input, weight) if bias is None else (input, weight, bias)
+                try:
+                    result = input.new_empty(self.spec.output_shape) if out is None else out
+                    if self._are_apart(arguments, result):
+                        self._convt(*arguments, result)
+                        return result
+                except (BufferError, IndexError, RuntimeError, TypeError, ValueError):
+                    pass
+            return self._call_checked(input, weight, bias, out)
 
     def pack(self, weight: Any) -> Any:
-        """Repack a plain weight on its GPU, once for many calls; a new tensor of ``manifest.packed_shape``."""
-        import torch
+        """Repack a weight on its GPU; see `Kernel`."""
+        with self._on_device_of(weight):
+            return super().pack(weight)
 
-        plain = self._ready("weight", weight, self.spec.weight_shape, self.spec.dtype)
-        self._require(plain.device)
-        with torch.cuda.device(plain.device):
-            dtype = getattr(torch, self.manifest.packed_dtype)
-            packed = torch.empty(self.manifest.packed_shape, dtype=dtype, device=plain.device)
-            self._pack(plain, packed)
-        return packed
+    def _are_apart(self, arguments: tuple[Any, ...], result: Any) -> bool:
+        """Whether all start at multiples of the alignment and none shares memory with the result."""
+        start: int = result.data_ptr()
+        bits = start
+        end = start + self._sizes[3]
+        for tensor, size in zip(arguments, self._sizes, strict=False):
+            address = tensor.data_ptr()
+            bits |= address
+            if address < end and start < address + size:
+                return False
+        return bits % _ALIGNMENT == 0
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Publish a copy of the artifact, atomically."""
-        artifact.copy(self.directory, Path(directory))
+    def _on_device_of(self, tensor: Any) -> AbstractContextManager[Any]:
+        """A context in which the tensor's GPU, which has to run the code, is torch's current one."""
+        if not isinstance(tensor, self._tensor) or not tensor.is_cuda:
+            # `check` of the kind says what is wrong.
+            return nullcontext()
+        index = tensor.get_device()
+        if index not in self._accepted:
+            self._accept(index)
+        if index == self._cuda.current_device():
+            return nullcontext()
+        device: AbstractContextManager[Any] = self._cuda.device(index)
+        return device
 
-    def _ready(self, name: str, tensor: Any, shape: tuple[int, ...], dtype: str) -> Any:
-        """The same values, contiguous; raises for what the kernel does not take."""
-        import torch
-
-        if not isinstance(tensor, torch.Tensor):
-            raise ArgumentTypeError(f"{name} must be a torch tensor on a GPU; found {type(tensor).__qualname__}.")
-        found = f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)} on {tensor.device}"
-        if tuple(tensor.shape) != shape or tensor.dtype is not getattr(torch, dtype) or tensor.device.type != "cuda":
-            raise ArgumentError(
-                f"{name} must be {dtype} of shape {shape} on cuda; found {found}. The kernel was built for "
-                f"{self.spec.name}; build one for these arguments."
-            )
-        return tensor.detach().resolve_neg().contiguous()
-
-    def _require(self, device: Any) -> None:
-        import torch
-
-        gpu = Gpu(str(device), torch.cuda.get_device_capability(device))
+    def _accept(self, index: int) -> None:
+        gpu = Gpu(self._cuda.get_device_name(index), self._cuda.get_device_capability(index))
         if not gpu.runs(self.target.gpu_archs):
-            found = f"sm_{gpu.capability[0]}{gpu.capability[1]}"
+            major, minor = gpu.capability
             raise IncompatibleMachineError(
-                f"the kernel is for {', '.join(self.target.gpu_archs)}, and {device} is {found}; build it for that."
+                f"the kernel is for {', '.join(self.target.gpu_archs)}, and cuda:{index}, {gpu.name}, is "
+                f"sm_{major}{minor}; build one for that."
             )
+        self._accepted.add(index)
 
-
-def _places(directory: Path) -> Iterator[Path]:
-    """Folders of the libraries: the installed apache-tvm, NVIDIA's packages, the toolkit, beside the kernel."""
-    package = importlib.util.find_spec("tvm")
-    yield from (Path(place) / "lib" for place in (package.submodule_search_locations or ())) if package else ()
-    yield from Path(sysconfig.get_path("purelib")).glob("nvidia/*/lib")
-    yield from (Path("/usr/local/cuda/lib64"), directory)
-
-
-def load_gpu(directory: str | os.PathLike[str]) -> GpuKernel:
-    """Load an artifact for GPUs; needs no compiler, but torch for CUDA 13, and apache-tvm for its runtime libraries.
-
-    Raises
-    ------
-    IncompatibleMachineError
-        If there is no driver, too old a one, or no GPU that runs the code; before any library is opened.
-    ArtifactError
-        As `convt_tvm.artifact.verify`; if the artifact is not for GPUs; or if a library cannot be opened.
-    """
-    import tvm_ffi
-
-    path = Path(directory).resolve()
-    manifest = artifact.verify(path)
-    if manifest.target.kind != "cuda":
-        raise ArtifactError(f"the artifact {path} is for {manifest.target.name}; load it with convt_tvm.load.")
-    try:
-        manifest.target.require_host()
-    except IncompatibleMachineError as error:
-        raise IncompatibleMachineError(f"the artifact {path} cannot run here: {error}") from error
-    _open_libraries(path)
-    try:
-        return GpuKernel(manifest, path, tvm_ffi.load_module(str(path / KERNEL_FILE)))
-    except (RuntimeError, OSError) as error:
-        raise ArtifactError(f"{path / KERNEL_FILE} cannot be opened: {str(error).strip().splitlines()[-1]}") from error
-
-
-def _open_libraries(directory: Path) -> None:
-    """Open NVIDIA's runtime (torch's own where there is torch) and TVM's for CUDA; raises ArtifactError."""
-    import tvm_ffi
-
-    if tvm_ffi.get_global_func("ffi.Module.create.cuda", allow_missing=True) is not None:
-        return
-    if importlib.util.find_spec("torch") is not None and "torch" not in sys.modules:
-        importlib.import_module("torch")
-    for name in _LIBRARIES:
-        found = next((place / name for place in _places(directory) if (place / name).is_file()), Path(name))
-        try:
-            ctypes.CDLL(str(found), ctypes.RTLD_GLOBAL)
-        except OSError as error:
-            raise ArtifactError(
-                f"the kernel {directory} needs {name}, which cannot be opened ({error}); install torch for CUDA 13 or "
-                "nvidia-cuda-runtime, and apache-tvm."
-            ) from error
+    def _kind(self, **arguments: Any) -> Kind:
+        kind = super()._kind(**arguments)
+        if kind is NUMPY:
+            raise ArgumentTypeError(
+                f"the arguments are numpy arrays, and the kernel for {self.target.name} takes torch tensors on cuda; "
+                "pass torch.from_numpy(array).cuda()."
+            )
+        devices = {str(tensor.device) for tensor in arguments.values() if tensor is not None}
+        if len(devices) > 1:
+            raise ArgumentError(f"the tensors are on {', '.join(sorted(devices))}; put them on one GPU.")
+        return kind

@@ -23,9 +23,10 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
     """`torch.nn.ConvTranspose2d` that computes with compiled kernels; the same arguments, state_dict and numbers.
 
     The weight is packed at the first call and again whenever it has changed. What is noticed: another Parameter,
-    ``load_state_dict``, an optimiser's step, ``.to()``, any operation on the Parameter itself, and a change of all
-    values through ``weight.data`` (16 of them are compared at each call). A change of few values through
-    ``weight.data``, a numpy view or another process is not: call `forget_packed` after it.
+    ``load_state_dict``, an optimiser's step, ``.to()``, any operation on the Parameter itself, and, on the CPU, a
+    change of all values through ``weight.data`` (16 of them are compared at each call). A change of few values through
+    ``weight.data``, or of any there on a GPU, through a numpy view or by another process is not: call `forget_packed`
+    after it.
 
     Packed weights are no part of the state: not in ``state_dict``, nor in pickles, nor in copies.
 
@@ -38,7 +39,7 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
     in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode
         As in PyTorch.
     device, dtype
-        Of the parameters. They can be anywhere; the layer computes on the CPU.
+        Of the parameters. They can be anywhere; the layer computes on the CPU and on CUDA GPUs.
 
     Raises
     ------
@@ -326,8 +327,8 @@ def _reason_to_skip(module: torch.nn.ConvTranspose2d) -> str | None:
         return f"it is a {type(module).__qualname__}, a subclass that may compute something else"
     if "forward" in vars(module):
         return "its forward was replaced by another function"
-    if module.weight.device.type != "cpu":
-        return f"it is on {module.weight.device}; the kernels run on the CPU"
+    if module.weight.device.type not in ("cpu", "cuda"):
+        return f"it is on {module.weight.device}; the kernels run on CPUs and CUDA GPUs"
     try:
         check_parameters(
             module.in_channels,

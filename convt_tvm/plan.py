@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from convt_tvm.cache import cached_kernel
-from convt_tvm.errors import ArgumentError, ArgumentTypeError, SpecError
+from convt_tvm.errors import ArgumentError, ArgumentTypeError, IncompatibleMachineError, SpecError
+from convt_tvm.gpu import ARCHITECTURES, Gpu, capability, newest_architecture
 from convt_tvm.phases import Axis
 from convt_tvm.runtime import Kernel
 from convt_tvm.spec import ConvTranspose2dSpec, Pair
@@ -95,6 +96,7 @@ _PLANS_KEPT = 4096
 def find_plan(input: Tensor, weight: Tensor, bias: Tensor | None, parameters: Parameters) -> Plan:
     """Return the plan for these tensors; validates, and builds the kernel, if they are the first of their kind."""
     key = (
+        input.get_device(),
         input.shape,
         input.stride(),
         input.dtype,
@@ -109,8 +111,15 @@ def find_plan(input: Tensor, weight: Tensor, bias: Tensor | None, parameters: Pa
         check_dtypes(input, weight, bias)
         channels_last = returns_channels_last(input, weight)
         bias_shape = None if bias is None else tuple(bias.shape)
-        dtype = str(input.dtype)
-        plan = _make_plan(tuple(input.shape), tuple(weight.shape), bias_shape, dtype, parameters, channels_last)
+        plan = _make_plan(
+            tuple(input.shape),
+            tuple(weight.shape),
+            bias_shape,
+            str(input.dtype),
+            parameters,
+            channels_last,
+            _gpu_target(input.get_device()) if input.is_cuda else "llvm",
+        )
         _keep_plan(key, plan)
     return plan
 
@@ -123,7 +132,7 @@ def find_array_plan(input: Array, weight: Array, bias: Array | None, parameters:
     plan = _plans.get(key)
     if plan is None:
         check_dtypes(input, weight, bias)
-        plan = _make_plan(input.shape, weight.shape, bias_shape, str(input.dtype), parameters, channels_last=False)
+        plan = _make_plan(input.shape, weight.shape, bias_shape, str(input.dtype), parameters, False, "llvm")
         _keep_plan(key, plan)
     return plan
 
@@ -134,6 +143,18 @@ def _keep_plan(key: tuple[object, ...], plan: Plan) -> None:
     _plans[key] = plan
 
 
+def _gpu_target(index: int) -> str:
+    """What to compile for the GPU ``cuda:<index>``; raises IncompatibleMachineError if it is too old."""
+    gpu = Gpu(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
+    arch = newest_architecture(gpu)
+    if arch is None:
+        raise IncompatibleMachineError(
+            f"cuda:{index}, {gpu.name}, has compute capability {gpu.capability[0]}.{gpu.capability[1]}, and kernels "
+            f"need {'.'.join(map(str, capability(next(iter(ARCHITECTURES)))))}; compute on the CPU."
+        )
+    return f"cuda:{arch}"
+
+
 def _make_plan(
     input_shape: tuple[int, ...],
     weight_shape: tuple[int, ...],
@@ -141,6 +162,7 @@ def _make_plan(
     dtype: str,
     parameters: Parameters,
     channels_last: bool,
+    target: str,
 ) -> Plan:
     check_shapes(input_shape, weight_shape, bias_shape, parameters)
     unbatched = len(input_shape) == 3
@@ -166,7 +188,7 @@ def _make_plan(
         bias=bias_shape is not None,
         dtype=dtype,
     )
-    kernel = cached_kernel(spec)
+    kernel = cached_kernel(spec, target)
     manifest = kernel.manifest
     packing = json.dumps([manifest.layout, list(manifest.packed_shape), manifest.packed_dtype], sort_keys=True)
     return Plan(kernel, packing, spec.output_shape, unbatched, channels_last)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from convt_tvm.errors import IncompatibleMachineError, TargetError
-from convt_tvm.gpu import ARCHITECTURES, DEFAULT_ARCHITECTURES, OLDEST_CUDA_DRIVER, capability, find_driver
+from convt_tvm.gpu import ARCHITECTURES, DEFAULT_ARCHITECTURES, OLDEST_CUDA_DRIVER, find_driver, newest_architecture
 
 if TYPE_CHECKING:
     import tvm.target
@@ -149,11 +149,8 @@ def _features_in(values: Mapping[str, str]) -> frozenset[str]:
 def _visible_architectures() -> tuple[str, ...]:
     """For each GPU of this machine the newest known architecture whose code it runs, or the default ones."""
     driver = find_driver()
-    found = {
-        max((arch for arch in ARCHITECTURES if gpu.runs((arch,))), key=capability, default="")
-        for gpu in (driver.gpus if driver else ())
-    }
-    return tuple(sorted(found - {""}, key=capability)) or DEFAULT_ARCHITECTURES
+    found = {newest_architecture(gpu) for gpu in (driver.gpus if driver else ())}
+    return tuple(arch for arch in ARCHITECTURES if arch in found) or DEFAULT_ARCHITECTURES
 
 
 @dataclass(frozen=True, slots=True)

@@ -182,18 +182,21 @@ def test_mistakes_are_named_before_any_work(arguments, parameters, error, messag
     x, w, b = _tensors()
     # A valid call that is equal to some of the mistakes, as 1 == 1.0 == True, must not open the way for them.
     conv_transpose2d(x, w, b)
-    monkeypatch.setattr(plan, "cached_kernel", lambda spec: pytest.fail(f"built {spec}"))
+    monkeypatch.setattr(plan, "cached_kernel", lambda spec, target: pytest.fail(f"built {spec}"))
     with pytest.raises(error, match=message):
         conv_transpose2d(*arguments, **parameters)
 
 
 def test_another_device_is_named():
     with FakeTensorMode():
-        inputs = [torch.empty(t.shape, device="cuda") for t in _tensors()]
-        with pytest.raises(
-            ArgumentError, match=r"input is on cuda:0; the kernels run on the CPU: move it with \.cpu\(\)"
-        ):
+        inputs = [torch.empty(t.shape, device="xpu") for t in _tensors()]
+        with pytest.raises(ArgumentError, match=r"input is on xpu:0; the kernels run on CPUs and CUDA GPUs: move it"):
             conv_transpose2d(*inputs)
+
+
+def test_a_compiler_sees_the_device_of_the_output():
+    with FakeTensorMode():
+        assert conv_transpose2d(*(torch.empty(t.shape, device="cuda") for t in _tensors())).device.type == "cuda"
 
 
 def test_the_default_device_does_not_matter():
@@ -226,7 +229,7 @@ def test_the_fake_kernel_makes_the_same_checks(parameters, message):
 def test_a_known_call_asks_for_no_kernel(monkeypatch):
     asked = []
     find = plan.cached_kernel
-    monkeypatch.setattr(plan, "cached_kernel", lambda spec: asked.append(spec) or find(spec))
+    monkeypatch.setattr(plan, "cached_kernel", lambda spec, target: asked.append(spec) or find(spec, target))
     monkeypatch.setattr(plan, "_plans", {})
     x, w, b = _tensors()
     for _ in range(3):

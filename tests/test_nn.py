@@ -548,7 +548,7 @@ def _parametrised():
         (lambda: Subclass(3, 2, 3), "it is a Subclass, a subclass that may compute something else"),
         (lambda: tnn.LazyConvTranspose2d(2, 3), "it is a LazyConvTranspose2d"),
         (_replaced_forward, "its forward was replaced by another function"),
-        (lambda: tnn.ConvTranspose2d(3, 2, 3, device="meta"), "it is on meta; the kernels run on the CPU"),
+        (lambda: tnn.ConvTranspose2d(3, 2, 3, device="meta"), "it is on meta; the kernels run on CPUs and CUDA GPUs"),
         (lambda: tnn.ConvTranspose2d(3, 2, 3, dtype=torch.complex64), "dtype='complex64' is not supported"),
         (lambda: tnn.ConvTranspose2d(3, 2, 3, output_padding=5), r"output_padding=\(5, 5\) must be smaller"),
     ],

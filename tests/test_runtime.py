@@ -17,6 +17,7 @@ import torch
 
 import convt_tvm
 from convt_tvm import artifact, runtime, threads
+from convt_tvm.arguments import NUMPY
 from convt_tvm.artifact import KERNEL_FILE, RUNTIME_FILE, publish, read_manifest
 from convt_tvm.errors import (
     ArgumentError,
@@ -255,7 +256,7 @@ def test_arguments_in_place_are_not_copied(kernel, monkeypatch):
     packed, out = kernel.pack(w), torch.empty(kernel.spec.output_shape)
     wanted = expected(kernel.spec, x, w, b)
 
-    for kind in (type(kernel._torch), type(runtime.NUMPY)):
+    for kind in (type(kernel._torch), type(NUMPY)):
         monkeypatch.setattr(kind, "empty", _fail)
     monkeypatch.setattr(torch.Tensor, "clone", _fail)
     read_only = x.numpy().view()
@@ -837,7 +838,7 @@ def republished(directory, to, **changes):
 @pytest.fixture
 def no_opening(monkeypatch):
     monkeypatch.setattr(runtime, "_dlopen", _fail)
-    monkeypatch.setattr(runtime, "_open_runtime", _fail)
+    monkeypatch.setattr(runtime, "open_runtime", _fail)
 
 
 @pytest.mark.usefixtures("no_opening")

@@ -40,11 +40,15 @@ static void** arguments;
 static bool descending;
 static std::vector<void*> poisoned;
 static sigjmp_buf trap;
+static CUstream last_stream;
+static unsigned launches;
 
 extern "C" {
 emu_dim3 emu_thread, emu_block, emu_block_size, emu_grid_size;
 
 void emu_set_descending(int value) { descending = value; }
+unsigned emu_launches() { return launches; }
+CUstream emu_last_stream() { return last_stream; }
 
 void emu_syncthreads() {
   fibres[current].state = AT_BARRIER;
@@ -123,6 +127,8 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, voi
   const unsigned threads = config->blockDimX * config->blockDimY * config->blockDimZ;
   if (threads > MAX_THREADS || config->blockDimZ > 64 || config->gridDimY > 65535 || config->gridDimZ > 65535)
     return CUDA_ERROR_INVALID_VALUE;
+  launches++;
+  last_stream = config->hStream;
   kernel = (Kernel)function;
   arguments = parameters;
   emu_block_size = {config->blockDimX, config->blockDimY, config->blockDimZ};
@@ -172,11 +178,6 @@ CUresult cuGetErrorName(CUresult error, const char** name) {
 }
 
 CUresult cuGetErrorString(CUresult error, const char** text) { return cuGetErrorName(error, text); }
-
-CUresult cuDeviceGetName(char* name, int size, CUdevice) {
-  snprintf(name, size, "emulated");
-  return CUDA_SUCCESS;
-}
 
 CUresult cuTensorMapEncodeTiled(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                                 const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
