@@ -8,6 +8,7 @@ import typer
 
 from convt_tvm.cli_options import FAILED, INTERRUPTED, Json, OptionalWorkloads, TargetName, print_json, require_cores
 from convt_tvm.errors import ConvTError
+from convt_tvm.records import GENERIC, OWN
 
 if TYPE_CHECKING:
     from convt_tvm.session import Outcome
@@ -29,6 +30,9 @@ def tune(
     ] = None,
     budget: Annotated[float | None, typer.Option(min=0, metavar="MINUTES", help="Of each session, this time.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, metavar="N", help="Of the search and the inputs.")] = 0,
+    space: Annotated[
+        str, typer.Option(metavar="own|generic", help="generic: TVM's own space, a baseline that build never uses.")
+    ] = "own",
     logs: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where the logs are; by default those that build reads.")
     ] = None,
@@ -72,6 +76,8 @@ def tune(
 
     if effort not in EFFORTS:
         raise typer.BadParameter(f"there is no effort {effort!r}; there are {', '.join(EFFORTS)}.")
+    if space not in (OWN, GENERIC):
+        raise typer.BadParameter(f"there is no space {space!r}; there are {OWN} and {GENERIC}.")
     limits = Budget(trials or EFFORTS[effort].trials, EFFORTS[effort].minutes if budget is None else budget)
     outcomes: list[Outcome] = []
     failed = interrupted = False
@@ -88,6 +94,7 @@ def tune(
                             threads=count,
                             logs=where,
                             seed=seed,
+                            space=space,
                             wait_secs=wait,
                             rpc=None if rpc is None else (rpc, key),
                             observe=observe,

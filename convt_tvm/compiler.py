@@ -27,7 +27,18 @@ from convt_tvm.space import Choice, default_choice, find_choice
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target, package_versions
 
-__all__ = ["Lowered", "build", "build_artifact", "compile_module", "lower_choice", "lower_schedule", "trace_text"]
+__all__ = [
+    "Lowered",
+    "best_choice",
+    "build",
+    "build_artifact",
+    "compile_module",
+    "lower_choice",
+    "lower_schedule",
+    "schedule_choice",
+    "trace_json",
+    "trace_text",
+]
 
 MAX_ELEMENTS = 2**31 - 1
 
@@ -157,9 +168,16 @@ def build_artifact(
         )
 
 
-def _tuned_choice(spec: ConvTranspose2dSpec, target: Target) -> tuple[Choice | None, Lowered | None, dict[str, Any]]:
+def best_choice(spec: ConvTranspose2dSpec, target: Target, *, threads: int, logs: Path) -> Choice:
+    """What `build` would take with so many threads and these logs; raises BuildError if no space applies."""
+    return _tuned_choice(spec, target, threads=threads, logs=logs)[0] or default_choice(spec, target)
+
+
+def _tuned_choice(
+    spec: ConvTranspose2dSpec, target: Target, *, threads: int | None = None, logs: Path | None = None
+) -> tuple[Choice | None, Lowered | None, dict[str, Any]]:
     """The stored result's choice if it still stands for the code that was measured, and what the manifest says."""
-    found = find_result(spec, target)
+    found = find_result(spec, target, threads=threads, logs=logs)
     result, ignored = found.result, list(found.ignored)
     if result is not None:
         choice = find_choice(spec, target, result.candidate)
@@ -196,10 +214,11 @@ def _elements(spec: ConvTranspose2dSpec, layout: Layout) -> dict[str, int]:
 
 def lower_choice(spec: ConvTranspose2dSpec, target: Target, choice: Choice) -> Lowered:
     """Declare `spec` in the layout of `choice`, schedule and lower it; TVM's own errors pass through."""
-    return lower_schedule(_schedule(spec, target, choice), spec, choice.layout, target)
+    return lower_schedule(schedule_choice(spec, target, choice), spec, choice.layout, target)
 
 
-def _schedule(spec: ConvTranspose2dSpec, target: Target, choice: Choice) -> Schedule:
+def schedule_choice(spec: ConvTranspose2dSpec, target: Target, choice: Choice) -> Schedule:
+    """The phase form declared in the layout of `choice` and scheduled; TVM's own errors pass through."""
     sch = Schedule(get_backend(target).declare_phases(spec, choice.layout, target))
     choice.space.space(sch)
     return sch
@@ -210,7 +229,7 @@ def trace_text(spec: ConvTranspose2dSpec, target: Target, candidate: Candidate) 
     choice = find_choice(spec, target, candidate)
     if choice is None:
         return f"{candidate} is no candidate of this version."
-    return f"# {candidate}\n{_schedule(spec, target, choice).trace}"
+    return f"# {candidate}\n{schedule_choice(spec, target, choice).trace}"
 
 
 def lower_schedule(sch: Schedule, spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> Lowered:
@@ -225,7 +244,7 @@ def lower_schedule(sch: Schedule, spec: ConvTranspose2dSpec, layout: Layout, tar
         max_batch = MAX_ELEMENTS // max(_elements(spec.sized, layout).values())
         guarded = {name: guard_arguments(function, max_batch) for name, function in module.functions.items()}
         module = tvm.IRModule(guarded)
-    return Lowered(module, _trace_json(sch), code)
+    return Lowered(module, trace_json(sch), code)
 
 
 def compile_module(
@@ -258,7 +277,7 @@ def compile_module(
         return [found.to_json() for found in resources]
 
 
-def _trace_json(sch: Schedule) -> list[Any]:
+def trace_json(sch: Schedule) -> list[Any]:
     """Instructions and decisions of the schedule, as MetaSchedule writes them."""
 
     def plain(value: Any) -> Any:

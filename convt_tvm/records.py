@@ -13,10 +13,14 @@ from typing import Any, Literal, Self, TypeAlias
 
 from convt_tvm.errors import TuningLogError
 
-__all__ = ["Candidate", "Context", "Record", "Result", "SessionInfo", "Status", "Trial", "mad"]
+__all__ = ["GENERIC", "OWN", "Candidate", "Context", "Record", "Result", "SessionInfo", "Status", "Trial", "mad"]
 
 Status: TypeAlias = Literal["ok", "wrong", "build_failed", "run_failed", "crashed", "timed_out"]
 """``wrong``: an answer differed from the exact one. ``crashed`` and ``timed_out``: the process that built or ran it."""
+
+
+OWN, GENERIC = "own", "generic"
+"""What a session searches: the files of ``schedules/``, or, as a baseline, TVM's own post-order-apply."""
 
 
 def mad(samples: "tuple[float, ...] | list[float]") -> float:
@@ -29,8 +33,8 @@ def mad(samples: "tuple[float, ...] | list[float]") -> float:
 class Candidate:
     """A schedule space and the layout to declare for it: everything that decides the code of a kernel.
 
-    Where a space samples inside its function, ``trace`` holds the instructions and decisions of one schedule;
-    otherwise space and layout imply it, and it is None.
+    In TVM's own space ``trace`` holds the instructions and decisions of one schedule; in ours schedule and layout imply
+    them, and it is None.
     """
 
     schedule: str
@@ -41,12 +45,20 @@ class Candidate:
     def key(self) -> str:
         """Equal for equal candidates, whatever the order of the layout's fields."""
         text = f"{self.schedule} {json.dumps(dict(self.layout), sort_keys=True)}"
-        if self.trace is None:
-            return text
-        return f"{text} {hashlib.sha256(json.dumps(self.trace).encode()).hexdigest()[:16]}"
+        return text if self.trace is None else f"{text} {self._trace_digest}"
+
+    @property
+    def space(self) -> str:
+        """Of `OWN` and `GENERIC`, that which holds it."""
+        return OWN if self.trace is None else GENERIC
+
+    @property
+    def _trace_digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.trace).encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
-        return f"{self.schedule} ({', '.join(f'{name}={value}' for name, value in self.layout.items())})"
+        layout = ", ".join(f"{name}={value}" for name, value in self.layout.items())
+        return f"{self.schedule} ({layout})" + ("" if self.trace is None else f" {self._trace_digest}")
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""
@@ -155,11 +167,11 @@ class SessionInfo(Record):
     workload, spec
         Its name and its spec's canonical name.
     space
-        ``own`` for the files of ``schedules/``, ``generic`` for TVM's post-order-apply.
+        What it searched: `OWN` or `GENERIC`.
     candidates
         How many there were to choose from; 0 where they are generated.
     default
-        What runs when nothing was tuned.
+        What its best have to beat: what runs when nothing was tuned; for TVM's own space what `build` took at the time.
     trials, budget_secs, seed, effort, command
         As asked for.
     machine_info, versions, commit, host, pid
@@ -257,9 +269,10 @@ class Result(Record):
     Attributes
     ----------
     candidate, digest
-        The winner: the fastest of the finalists if it beats the default by more than the noise, else the default.
+        The winner: the fastest of the finalists if it beats the default by more than the noise, else the default. Of
+        TVM's own space always its fastest.
     tuned
-        Whether the winner is another than the default.
+        Whether the fastest beats the default by more than the noise.
     median_us, mad_us
         Of the winner, when the finalists were measured again.
     default_us

@@ -55,7 +55,7 @@ class Proposal:
     """A candidate to measure; `Trial.origin` lists what ``origin`` may be."""
 
     candidate: Candidate
-    cycles: float
+    cycles: float | None
     predicted_us: float | None
     origin: str
 

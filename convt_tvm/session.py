@@ -12,20 +12,28 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from statistics import median
+from typing import Protocol
 
 from convt_tvm.errors import TuningError
 from convt_tvm.measure import noise_floor
-from convt_tvm.records import Candidate, Finalist, Result, SessionInfo, Trial, mad
-from convt_tvm.search import Proposal, Search
+from convt_tvm.records import GENERIC, Candidate, Finalist, Result, SessionInfo, Trial, mad
+from convt_tvm.search import Proposal
 from convt_tvm.store import Store
 from convt_tvm.trials import Builder, Built, Measured, Runner
 
-__all__ = ["Outcome", "Progress", "run_session"]
+__all__ = ["Outcome", "Progress", "Proposer", "run_session"]
 
 BATCH = 16
 FINALISTS = 4
 """Besides the default."""
 ROUNDS = 15
+
+
+class Proposer(Protocol):
+    """What a session needs for choosing candidates."""
+
+    def propose(self, measured: Mapping[str, float | None], count: int) -> Sequence[Proposal]:
+        """Up to `count` candidates beyond those `measured`, microseconds by key; none to end the session."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +92,7 @@ class Outcome:
 def run_session(
     info: SessionInfo,
     store: Store,
-    search: Search,
+    search: Proposer,
     builder: Builder,
     runner: Runner,
     *,
@@ -110,7 +118,7 @@ class _Session:
         self,
         info: SessionInfo,
         store: Store,
-        search: Search,
+        search: Proposer,
         builder: Builder,
         runner: Runner,
         observe: Callable[[Progress], None],
@@ -127,7 +135,9 @@ class _Session:
         self.notes = list(store.repaired)
         stored = store.read(Trial)
         self.notes += stored.problems
-        mine = [trial for trial in stored.records if trial.context == info.context and _space_of(trial) == info.space]
+        mine = [
+            trial for trial in stored.records if trial.context == info.context and trial.candidate.space == info.space
+        ]
         valid = [trial for trial in mine if trial.source == info.source or still_applies(trial)]
         if len(valid) < len(mine):
             self.notes.append(
@@ -251,7 +261,7 @@ class _Session:
             for result in self.store.read(Result).records
             if result.context == self.info.context
             and result.source == self.info.source
-            and (result.candidate.trace is None) == (self.info.space == "own")
+            and result.candidate.space == self.info.space
         ]
         if stored and len(self.trials) == self.before and stored[-1].trials == len(self.trials):
             return stored[-1]
@@ -261,6 +271,8 @@ class _Session:
         built = self._rebuilt([default, *finalists])
         if not built or built[0].candidate != default:
             raise TuningError(f"the default schedule, {default}, could not be built again; run `convt-tvm check`.")
+        if self.info.space == GENERIC and len(built) == 1:
+            raise TuningError("none of the best schedules of TVM's own space could be built again; tune again.")
         samples = self.runner.race([*built, _copy_of(built[0])], ROUNDS)
         result = self._judge(built, samples[:-1], samples[-1])
         self.store.append(result)
@@ -277,9 +289,11 @@ class _Session:
     def _judge(self, built: Sequence[Built], samples: Sequence[tuple[float, ...]], copy: tuple[float, ...]) -> Result:
         noise = noise_floor(samples[0], copy)
         finalists = [Finalist(each.candidate, each.digest, times) for each, times in zip(built, samples, strict=True)]
-        default = finalists[0]
+        default, *others = finalists
         ranked = sorted(finalists, key=lambda finalist: finalist.median_us)
-        winner = ranked[0] if ranked[0].median_us * noise < default.median_us else default
+        fastest = min(others, key=lambda finalist: finalist.median_us, default=default)
+        tuned = fastest.median_us * noise < default.median_us
+        winner = fastest if tuned or self.info.space == GENERIC else default
         return Result(
             context=self.info.context,
             source=self.info.source,
@@ -287,7 +301,7 @@ class _Session:
             date=_now(),
             candidate=winner.candidate,
             digest=winner.digest,
-            tuned=winner is not default,
+            tuned=tuned,
             median_us=winner.median_us,
             mad_us=mad(winner.samples_us),
             default_us=median(default.samples_us),
@@ -295,10 +309,6 @@ class _Session:
             trials=len(self.trials),
             finalists=tuple(ranked),
         )
-
-
-def _space_of(trial: Trial) -> str:
-    return "own" if trial.candidate.trace is None else "generic"
 
 
 def _copy_of(built: Built) -> Built:

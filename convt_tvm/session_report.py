@@ -1,7 +1,7 @@
 """What stored sessions did: search curves, how good the guesses were, what failed, and the best schedule.
 
-Reads logs and measures nothing. A *search* is everything one log holds for one context: the same target, machine and
-number of threads, in however many runs.
+Reads logs and measures nothing. A *search* is everything one log holds for one context and one space: the same target,
+machine and number of threads, and our schedules or TVM's own, in however many runs.
 """
 
 import base64
@@ -15,9 +15,9 @@ from typing import Any
 
 from convt_tvm.errors import TuningLogError
 from convt_tvm.pictures import COLOURS, new_figure, tidy
-from convt_tvm.records import Candidate, Context, Result, SessionInfo, Trial
+from convt_tvm.records import OWN, Candidate, Context, Result, SessionInfo, Trial
 from convt_tvm.search import rank_correlation
-from convt_tvm.store import read_records
+from convt_tvm.store import R, Read, read_records
 
 __all__ = ["SearchLog", "draw", "read_searches", "readable_trace", "to_html"]
 
@@ -28,6 +28,8 @@ class SearchLog:
 
     Attributes
     ----------
+    space
+        `convt_tvm.records.OWN` or ``GENERIC``.
     infos
         Its runs, the last of them last.
     trials
@@ -39,6 +41,7 @@ class SearchLog:
     """
 
     context: Context
+    space: str
     infos: tuple[SessionInfo, ...]
     trials: tuple[Trial, ...]
     result: Result | None
@@ -48,7 +51,9 @@ class SearchLog:
     def name(self) -> str:
         """Workload, machine and threads."""
         threads = f"{self.context.threads} thread{'s' if self.context.threads > 1 else ''}"
-        return f"{self.infos[-1].workload if self.infos else '?'}, {threads}, machine {self.context.machine}"
+        workload = self.infos[-1].workload if self.infos else "?"
+        space = "" if self.space == OWN else ", TVM's own space"
+        return f"{workload}, {threads}, machine {self.context.machine}{space}"
 
     @property
     def curve(self) -> tuple[float | None, ...]:
@@ -97,6 +102,7 @@ class SearchLog:
         return {
             "name": self.name,
             "spec": self.infos[-1].spec if self.infos else None,
+            "space": self.space,
             "target": self.context.target,
             "machine": self.context.machine,
             "threads": self.context.threads,
@@ -129,22 +135,31 @@ def read_searches(directory: Path) -> list[SearchLog]:
     """
     infos, trials = read_records(directory, SessionInfo), read_records(directory, Trial)
     results = read_records(directory, Result)
-    contexts = list(dict.fromkeys(trial.context for trial in trials.records))
-    if not contexts:
+    problems = (*infos.problems, *trials.problems, *results.problems)
+    found = list(dict.fromkeys((trial.context, trial.candidate.space) for trial in trials.records))
+    if not found:
         raise TuningLogError(
             f"{directory} holds no trials; name the log of a workload, <logs>/<target key>/<spec name>."
         )
-    problems = (*infos.problems, *trials.problems, *results.problems)
-    return [
-        SearchLog(
-            context,
-            tuple(info for info in infos.records if info.context == context),
-            tuple(trial for trial in trials.records if trial.context == context),
-            next((result for result in reversed(results.records) if result.context == context), None),
-            problems,
+    searches = []
+    for context, space in found:
+        mine = [result for result in _by_date(results) if (result.context, result.candidate.space) == (context, space)]
+        searches.append(
+            SearchLog(
+                context,
+                space,
+                tuple(info for info in _by_date(infos) if (info.context, info.space) == (context, space)),
+                tuple(each for each in _by_date(trials) if (each.context, each.candidate.space) == (context, space)),
+                mine[-1] if mine else None,
+                problems,
+            )
         )
-        for context in contexts
-    ]
+    return searches
+
+
+def _by_date(read: Read[R]) -> list[R]:
+    """The oldest first: `merge` appends what may be older."""
+    return sorted(read.records, key=lambda record: record.date)
 
 
 def readable_trace(search: SearchLog, candidate: Candidate) -> str:
@@ -291,6 +306,12 @@ def _comparison(searches: Sequence[SearchLog]) -> str:
     return _rows(header, rows)
 
 
+def _verdict(result: Result) -> str:
+    if result.candidate.space != OWN:
+        return f"{result.default_us / result.median_us:.2f} times as fast as what build took"
+    return "beats the default by more than the noise" if result.tuned else "the default stays"
+
+
 def _details(search: SearchLog, trace: str) -> str:
     parts = [f"<h2>{html.escape(search.name)}</h2>"]
     if search.infos:
@@ -302,8 +323,7 @@ def _details(search: SearchLog, trace: str) -> str:
             f"<code>{html.escape(info.command)}</code></p>"
         )
     if search.result is not None:
-        verdict = "beats the default by more than the noise" if search.result.tuned else "the default stays"
-        parts.append(f"<p>Result: {html.escape(str(search.result.candidate))}: {verdict}.</p>")
+        parts.append(f"<p>Result: {html.escape(str(search.result.candidate))}: {_verdict(search.result)}.</p>")
         parts.append(
             _rows(
                 ["measured again, by turns", "median, us"],

@@ -2,12 +2,14 @@
 
 import functools
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from tvm.s_tir import Schedule
+from tvm.s_tir.schedule import Trace
 
 import convt_tvm.schedules
 from convt_tvm.errors import BuildError
@@ -79,4 +81,19 @@ def default_choice(spec: ConvTranspose2dSpec, target: Target) -> Choice:
 
 def find_choice(spec: ConvTranspose2dSpec, target: Target, candidate: Candidate) -> Choice | None:
     """The choice that a stored candidate stands for, or None if there is no such choice any more."""
+    if candidate.trace is not None:
+        return _replay(candidate)
     return next((choice for choice in choices(spec, target) if choice.candidate == candidate), None)
+
+
+def _replay(candidate: Candidate) -> Choice:
+    """A choice that schedules by the candidate's trace; no file of ``schedules/`` has to do with it."""
+    trace = list(candidate.trace or ())
+    space = Space(
+        candidate.schedule,
+        "llvm",
+        applies=lambda spec: True,
+        layouts=lambda spec, target: iter(()),
+        space=lambda sch: Trace.apply_json_to_schedule(trace, sch),
+    )
+    return Choice(space, Layout.from_json(candidate.layout), math.nan)

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from convt_tvm.errors import TuningError, TuningLogError
 from convt_tvm.records import Record, Result, SessionInfo, Trial
 
-__all__ = ["DATABASE_FILES", "RESULTS", "SESSIONS", "TRIALS", "Read", "Store", "read_records", "repair"]
+__all__ = ["DATABASE_FILES", "RESULTS", "SESSIONS", "TRIALS", "R", "Read", "Store", "read_records", "repair"]
 
 SESSIONS, TRIALS, RESULTS = "sessions.jsonl", "trials.jsonl", "results.jsonl"
 WORKLOADS, TUNING_RECORDS = DATABASE_FILES = "database_workload.json", "database_tuning_record.json"

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from convt_tvm.records import OWN
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.terminal import Column, milliseconds, print_table, stderr_is_terminal, stdout_console
 
@@ -81,7 +82,9 @@ def print_outcomes(outcomes: "Sequence[Outcome]") -> None:
     def best(outcome: "Outcome") -> str:
         if outcome.result is None:
             return "[bold red]none[/]"
-        return str(outcome.result.candidate) if outcome.result.tuned else "[dim]the default stays[/]"
+        if not outcome.result.tuned and outcome.info.space == OWN:
+            return "[dim]the default stays[/]"
+        return escape(str(outcome.result.candidate))
 
     def time(outcome: "Outcome") -> str:
         return milliseconds(None if outcome.result is None else outcome.result.median_us)

@@ -19,10 +19,10 @@ from convt_tvm.bench import current_commit
 from convt_tvm.database import log_directory, relatives
 from convt_tvm.errors import BuildError, TuningError
 from convt_tvm.measure import interleaved
-from convt_tvm.records import Context, SessionInfo, Trial
+from convt_tvm.records import GENERIC, OWN, Context, SessionInfo, Trial
 from convt_tvm.roofline import measure_limits
 from convt_tvm.search import Known, Search
-from convt_tvm.session import Outcome, Progress, run_session
+from convt_tvm.session import Outcome, Progress, Proposer, run_session
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.store import Store
 from convt_tvm.target import Target, machine
@@ -59,6 +59,7 @@ def tune(
     threads: int,
     logs: Path,
     seed: int = 0,
+    space: str = OWN,
     wait_secs: float = 0,
     rpc: tuple[str, str] | None = None,
     observe: Callable[[Progress], None] = lambda progress: None,
@@ -73,6 +74,8 @@ def tune(
         Of the kernel. What is found for one number says nothing about another.
     logs
         Where the log is or will be, and those of other workloads to learn from.
+    space
+        What to search: `convt_tvm.records.OWN` or ``GENERIC``.
     wait_secs
         How long to wait for another session that is writing to the same log.
     rpc
@@ -89,9 +92,12 @@ def tune(
     TuningError
         If another session is writing to the log, or the best could not be measured again.
     """
+    from convt_tvm.compiler import best_choice
     from convt_tvm.space import choices
 
     resolved, spec = Target.parse(target), workload.spec
+    if space == GENERIC and resolved.kind != "llvm":
+        raise TuningError(f"TVM's own space is searched with its rules for llvm only, not for {resolved.name}.")
     if not spec.n:
         raise TuningError(f"{spec.name} has no batch to time; tune the workload with n=1 or another batch size.")
     if rpc is None:
@@ -119,6 +125,17 @@ def tune(
             stack.callback(runner.close)
             there = runner.require(resolved)
         context = Context(resolved.name, there.key, threads)
+        default = found[0]
+        search: Proposer
+        if space == OWN:
+            known = [(choice.candidate, choice.cycles) for choice in found]
+            search = Search(spec, known, seed=seed, elsewhere=lessons(logs, spec, context))
+        else:
+            from convt_tvm.generic import GenericSearch
+
+            earlier = [trial.candidate for trial in store.read(Trial).records if trial.candidate.space == GENERIC]
+            search = GenericSearch(spec, resolved, threads=threads, seed=seed, earlier=earlier)
+            default = best_choice(spec, resolved, threads=threads, logs=logs)
         info = SessionInfo(
             context=context,
             source=source_fingerprint()[:SOURCE_DIGITS],
@@ -126,9 +143,9 @@ def tune(
             date=datetime.now(UTC).isoformat(timespec="seconds"),
             workload=workload.name,
             spec=spec.name,
-            space="own",
-            candidates=len(found),
-            default=found[0].candidate,
+            space=space,
+            candidates=len(found) if space == OWN else 0,
+            default=default.candidate,
             trials=budget.trials,
             budget_secs=budget.minutes * 60,
             seed=seed,
@@ -144,12 +161,7 @@ def tune(
         outcome = run_session(
             info,
             store,
-            Search(
-                spec,
-                [(choice.candidate, choice.cycles) for choice in found],
-                seed=seed,
-                elsewhere=lessons(logs, spec, context),
-            ),
+            search,
             builders,
             runner,
             observe=observe,
@@ -183,7 +195,7 @@ def lessons(logs: Path, spec: ConvTranspose2dSpec, context: Context) -> list[Kno
     known = [
         Known(other, trial.candidate, trial.cycles, trial.best_us)
         for other, trial in relatives(logs, spec, context)
-        if trial.cycles and trial.best_us and trial.candidate.trace is None
+        if trial.cycles and trial.best_us and trial.candidate.space == OWN
     ]
     known.sort(key=lambda each: spec_distance(each.spec, spec))
     return list(itertools.islice(known, MAX_LESSONS))

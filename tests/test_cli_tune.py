@@ -48,6 +48,7 @@ NOTHING_TIMED = Outcome(make_info(), None, 3, 3, "trials", {"crashed": 2, "wrong
         (["dcgan/99"], "dcgan/99"),
         ([SPEC.name, "--target", "sparc"], "target 'sparc'"),
         ([SPEC.name, "--effort", "huge"], "there is no effort 'huge'; there are quick, normal, full"),
+        ([SPEC.name, "--space", "ours"], "there is no space 'ours'; there are own and generic"),
         ([SPEC.name, "--threads", "one"], "--threads 'one' is no list of numbers such as 1,2"),
         ([SPEC.name, "--threads", "1,0"], "--threads '1,0' is no list of numbers"),
         ([SPEC.name, "--threads", "100000"], "100000 threads are more than the"),
@@ -76,6 +77,7 @@ def test_a_session_exits_with_0_and_tells_what_it_found(run, tuning, tmp_path):
             "threads": 1,
             "logs": tmp_path / "logs",
             "seed": 0,
+            "space": "own",
             "wait_secs": 0,
             "rpc": None,
         }

@@ -76,8 +76,9 @@ MAY_IMPORT = {
     "search": "spec records",
     "session": "errors records store measure trials search",
     "metaschedule": "spec target compute records store space",
+    "generic": "spec target layout compute records space compiler search",
     "tune": "errors spec workloads target artifact compute records store database space compiler reference measure "
-    "check roofline bench trials remote search session metaschedule",
+    "check roofline bench trials remote search session metaschedule generic",
     "explain": "spec workloads target records database space roofline",
     "pictures": "errors",
     "report": "errors rows pictures",
@@ -94,9 +95,10 @@ MAY_IMPORT = {
     "terminal": "check doctor rows explain",
     "terminal_numerics": "findings implementations conformance terminal",
     "session_report": "errors spec target records store compiler search pictures",
-    "terminal_tune": "spec session session_report terminal",
+    "terminal_tune": "spec records session session_report terminal",
     "cli_options": "target terminal",
-    "cli_tune": "errors workloads target threads database session tune session_report terminal_tune cli_options",
+    "cli_tune": "errors workloads target threads records database session tune session_report terminal_tune "
+    "cli_options",
     "cli_bench": "workloads target rows peers roofline bench explain report findings check_report terminal cli_options "
     "cli_tune",
     "cli_check": "workloads target check emulate bench findings implementations examine check_report replay cases "
@@ -109,7 +111,7 @@ MAY_IMPORT = {
 # These import tvm when they are imported; the others may do so inside a function only.
 COMPILING = {
     *("compute", "compute_cuda", "shuffle", "schedule", "schedule_cuda", "schedules", "space", "lower", "lower_cuda"),
-    *("cuda_device_code", "entry", "backends", "compiler", "emulate", "metaschedule"),
+    *("cuda_device_code", "entry", "backends", "compiler", "emulate", "metaschedule", "generic"),
 }
 
 # What runs where no compiler is installed.

@@ -6,13 +6,13 @@ from html.parser import HTMLParser
 
 import pytest
 import stub_session
-from stub_session import SPEC, StubBuilder, make_choices, run_stub, true_us
+from stub_session import SPEC, StubBuilder, make_choices, make_info, run_stub, true_us
 
 from convt_tvm.errors import TuningLogError
-from convt_tvm.records import Candidate
+from convt_tvm.records import GENERIC, OWN, Candidate, Result, Trial
 from convt_tvm.search import rank_correlation
 from convt_tvm.session_report import draw, read_searches, readable_trace, to_html
-from convt_tvm.store import SESSIONS
+from convt_tvm.store import SESSIONS, Store
 from convt_tvm.trials import Built
 
 BEST = min((candidate for candidate, _ in make_choices()), key=true_us)
@@ -75,6 +75,35 @@ def test_a_log_holds_a_search_for_each_context(searches):
     assert searches[0].failures == {"wrong": 1, "build_failed": 1}
     assert searches[0].name == "stub, 1 thread, machine aaaaaaaa"
     assert searches[1].name == "stub, 2 threads, machine aaaaaaaa"
+
+
+def test_tvms_own_space_is_a_search_of_its_own(tmp_path):
+    plain = Candidate("generic", {}, ("trace",))
+    run_stub(tmp_path, trials=20)
+    with Store.open(tmp_path / "log") as store:
+        (trial, *_), (result,) = store.read(Trial).records, store.read(Result).records
+        store.append(make_info(space=GENERIC))
+        store.append(replace(trial, candidate=plain, samples_us=(44.0,)))
+        store.append(replace(result, candidate=plain, median_us=44.0, default_us=11.0, tuned=False))
+    ours, theirs = read_searches(tmp_path / "log")
+    assert [(search.space, len(search.trials), len(search.infos)) for search in (ours, theirs)] == [
+        (OWN, 20, 1),
+        (GENERIC, 1, 1),
+    ]
+    assert (ours.result, theirs.result.candidate) == (result, plain)
+    assert theirs.name == f"{ours.name}, TVM's own space" and theirs.to_json()["space"] == GENERIC
+    pytest.importorskip("matplotlib")
+    assert f"{plain}: 0.25 times as fast as what build took" in Page(to_html([ours, theirs], ["", ""])).text
+
+
+def test_the_newest_result_counts_in_whatever_order_logs_were_merged(tmp_path):
+    run_stub(tmp_path, trials=20)
+    with Store.open(tmp_path / "log") as store:
+        (result,), trials = store.read(Result).records, store.read(Trial).records
+        store.append(replace(result, date="1999-01-01T00:00:00+00:00"))
+        store.append(replace(trials[-1], candidate=Candidate("older", {}), date="1999-01-01T00:00:00+00:00"))
+    (search,) = read_searches(tmp_path / "log")
+    assert search.result == result and search.trials[0].candidate.schedule == "older"
 
 
 def test_the_curve_is_the_best_so_far(searches):
