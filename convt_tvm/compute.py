@@ -18,12 +18,12 @@ A declaration in phase form computes, for each *row band* (all row phases with t
     acc[n, g, b, ph, qh, ob, pw, qw] += window[n, g*I + ic, qh + base(ph) - th*step, qw + base(pw) - tw*step]
                                         * packed[g*B + b, tap(ph, th), column(pw, tw), ic, ob]
 
-over ``th``, ``ic``, ``tw``, and an output stage ``band = acc + bias`` whose elements are in the order of the output's
-memory. ``ph``/``pw`` number phases, ``qh``/``qw`` positions in a phase, ``b``/``ob`` blocks of output channels and
-channels in a block, ``I`` is ``ci/groups`` and ``B`` the number of blocks. Column extents and channel blocks are
-rounded up to what the schedule's tiles divide, so that no loop carries a predicate; `convt_tvm.lower` then turns
-stores to bands into stores to the output and drops the surplus. Sums are kept in
-`ConvTranspose2dSpec.accumulator_dtype`; each output element is summed by one thread in one order.
+over ``th``, ``ic``, ``tw``, as a sum of partial sums (`Layout.partial_sum`), and an output stage ``band = acc + bias``
+whose elements are in the order of the output's memory. ``ph``/``pw`` number phases, ``qh``/``qw`` positions in a phase,
+``b``/``ob`` blocks of output channels and channels in a block, ``I`` is ``ci/groups`` and ``B`` the number of blocks.
+Column extents and channel blocks are rounded up to what the schedule's tiles divide, so that no loop carries a
+predicate; `convt_tvm.lower` then turns stores to bands into stores to the output and drops the surplus. Sums are kept
+in `ConvTranspose2dSpec.accumulator_dtype`; each output element is summed by one thread in one order.
 """
 
 import json
@@ -39,6 +39,7 @@ from convt_tvm.target import Target
 __all__ = [
     "IN_VECTORS",
     "SKIPS_ROWS",
+    "SUMS",
     "declare_pack",
     "declare_phases",
     "declare_reference",
@@ -56,6 +57,9 @@ IN_VECTORS = "convt.in_vectors"
 With lanes along channels it is the loop over lanes, with lanes along columns that over the columns of a tile; loops
 over columns and phases follow.
 """
+
+SUMS = "acc"
+"""Name of the sums of band k, followed by k."""
 
 Expr = Any
 """A TVM expression; the wheel ships no types."""
@@ -94,7 +98,8 @@ def declare_phases(spec: ConvTranspose2dSpec, layout: Layout, target: Target) ->
     Parameters are ``input`` (NCHW), ``packed`` (see `Layout.packed_shape`, in the accumulator's dtype), ``bias``
     where the spec has one, and ``band0``, ``band1``, ... of shape ``(n, groups, blocks, co_block, row phases, rows,
     columns, column phases)``. Where the spec is for any batch size, ``n`` is a variable, and schedules see the spec
-    of a single image. Blocks are named ``window``, ``acc<k>`` and ``band<k>``.
+    of a single image. Blocks are named ``window``, ``partial<k>``, ``acc<k>``
+    and ``band<k>``.
     """
     batch, spec = te.var("n") if spec.n is None else spec.n, spec.sized
     columns = layout.columns(spec)
@@ -163,11 +168,9 @@ def _accumulate(
     row_tap = [phase.first_tap for phase in band.phases]
     column_base = [phase.base - origin[1] if phase.taps else 0 for phase in column_phases]
 
-    th = te.reduce_axis((0, band.taps), name="th")
-    ic = te.reduce_axis((0, in_channels), name="ic")
-    tw = te.reduce_axis((0, max(column_taps)), name="tw")
-
-    def product(n: Expr, g: Expr, b: Expr, ph: Expr, qh: Expr, pw: Expr, qw: Expr, ob: Expr) -> Expr:
+    def product(place: Sequence[Expr], th: Expr, ic: Expr, tw: Expr) -> Expr:
+        n, g, b, ph, qh = place[:5]
+        pw, qw, ob = place[5:] if layout.lanes == "co" else (*place[6:], place[5])
         taps = lookup(column_taps, pw)
         channel, row = g * in_channels + ic, qh + lookup(row_base, ph) - th * step_h
         column = qw + lookup(column_base, pw) - tw * step_w
@@ -180,19 +183,31 @@ def _accumulate(
             return value * weight
         return tirx.if_then_else(tirx.all(*checks), value * weight, tirx.const(0, spec.accumulator_dtype))
 
-    lead = (window.shape[0], spec.groups, blocks, len(band.phases), layout.rows(band))
-    name, axes = f"acc{band.index}", [th, ic, tw]
-    if layout.lanes == "co":
-        return te.compute(
-            (*lead, len(column_phases), columns, layout.co_block),
-            lambda n, g, b, ph, qh, pw, qw, ob: te.sum(product(n, g, b, ph, qh, pw, qw, ob), axis=axes),
-            name=name,
-        )
-    return te.compute(
-        (*lead, layout.co_block, len(column_phases), columns),
-        lambda n, g, b, ph, qh, ob, pw, qw: te.sum(product(n, g, b, ph, qh, pw, qw, ob), axis=axes),
-        name=name,
-    )
+    phases = len(column_phases)
+    tile = (phases, columns, layout.co_block) if layout.lanes == "co" else (layout.co_block, phases, columns)
+    shape = (window.shape[0], spec.groups, blocks, len(band.phases), layout.rows(band), *tile)
+
+    names = ("th", "ic", "tw")
+    inner = layout.partial_sum(spec, band)
+    outer = [all_ // part for all_, part in zip((band.taps, in_channels, max(column_taps)), inner, strict=True)]
+    inner_axes = [te.reduce_axis((0, extent), name=name) for extent, name in zip(inner, names, strict=True)]
+    outer_axes = [te.reduce_axis((0, extent), name=f"{name}_part") for extent, name in zip(outer, names, strict=True)]
+
+    def partial_sum(*indices: Expr) -> Expr:
+        place, parts = indices[:-3], indices[-3:]
+        reduced = [part * size + axis for part, size, axis in zip(parts, inner, inner_axes, strict=True)]
+        return te.sum(product(place, *reduced), axis=inner_axes)
+
+    # Minus zero is what addition leaves alone, and LLVM cannot fill memory with it by a call, as it would with zeros.
+    add = te.comm_reducer(lambda a, b: a + b, lambda dtype: tirx.const(-0.0, dtype), name="add")
+    partial = te.compute((*shape, *outer), partial_sum, name=f"partial{band.index}")
+
+    def total(*place: Expr) -> Expr:
+        if all(extent == 1 for extent in outer):
+            return partial[(*place, 0, 0, 0)]
+        return add(partial[(*place, *outer_axes)], axis=outer_axes)
+
+    return te.compute(shape, total, name=f"{SUMS}{band.index}")
 
 
 def _finish(

@@ -1,29 +1,32 @@
 """Steps that the CPU schedule spaces share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
 from tvm.s_tir import Schedule
 
-from convt_tvm.compute import SKIPS_ROWS, layout_of, spec_of
-from convt_tvm.layout import CACHE_LINE_BYTES, collides
+from convt_tvm.compute import SKIPS_ROWS, SUMS, layout_of, spec_of
+from convt_tvm.layout import CACHE_LINE_BYTES, Band, collides
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 
 __all__ = [
-    "accumulate_in_memory",
-    "accumulate_in_registers",
+    "accumulate",
     "copy_window",
     "find_window",
     "parallelize",
     "share_pack",
-    "skip_rows",
     "spread_window",
+    "sum_loops",
 ]
 
 LoopRV = Any
 SBlockRV = Any
 
+TILE_LOOPS = {"co": 4, "ow": 3}
+"""Loops of a declaration's sums that a tile spans: rows, phases, columns, channels; channels, phases, columns."""
+REDUCED = 2
+"""Of the kinds of a block's variables, that of a reduction."""
 POSITION_STREAMS = 8
 """Positions read side by side, one channel after the other, for which the 8 to 12 ways of one cache set are too few."""
 PARALLEL_CYCLES = 250_000
@@ -33,67 +36,71 @@ On a two-core Emerald Rapids dcgan/5 took 57 us on one thread and 83 on two, dcg
 """
 
 
-def accumulate_in_registers(
+def sum_loops(sch: Schedule, sums: SBlockRV) -> tuple[Sequence[LoopRV], Sequence[LoopRV]]:
+    """The innermost loops of ``acc<k>``: those that a tile spans, and those over parts.
+
+    The latter count row taps, column taps and channels; there are none where the sums have one part only.
+    """
+    size = TILE_LOOPS[layout_of(sch.mod["main"]).lanes]
+    loops = sch.get_loops(sums)
+    if sch.get(sums).iter_vars[-1].iter_type != REDUCED:
+        return loops[-size:], []
+    *_, th, ic, tw = loops
+    return loops[-size - 3 : -3], [th, tw, ic]
+
+
+def accumulate(
     sch: Schedule,
-    acc: SBlockRV,
+    band: Band,
     *,
     phases: LoopRV,
-    reduction: LoopRV,
-    tap: LoopRV,
+    parts: Sequence[LoopRV],
     tile: Sequence[LoopRV],
     lane: LoopRV,
+    order: Callable[[LoopRV, LoopRV, LoopRV], Sequence[LoopRV]],
+    skips: bool = True,
 ) -> None:
-    """Keep the sums of `acc` inside the loop `phases` in registers, and write them out once.
+    """Sum the products of a tile of `band` in registers, part by part, and the parts in memory.
 
-    The loops of `acc` are, from the outside: ``phases``, ``reduction`` (the outermost reduction loop), others,
-    ``tap``, those of ``tile``, ``lane``. A cache stage in local memory whose indices are all constant becomes
-    registers in LLVM.
+    The loops of ``acc<k>`` end with `phases`, `parts` (those over row taps, column taps and channels, with others
+    between them, or none if there is one part), `tile` and `lane`. The loops of ``partial<k>`` over row taps, channels
+    and column taps are put in `order`; with `skips`, they are left out where they would read the border's rows only.
+    A buffer in local memory whose indices are all constant becomes registers in LLVM.
     """
-    local = sch.cache_write(acc, 0, "local")
-    sch.reverse_compute_at(local, phases, preserve_unit_loops=True)
-    *copies, inner = sch.get_loops(local)[-4:]
-    vector, copy_lane = sch.split(inner, [None, layout_of(sch.mod["main"]).vector_lanes])
-    sch.vectorize(copy_lane)
-    for loop in (*copies, vector):
-        sch.unroll(loop)
-    _unroll(sch, phases, tap, tile, lane)
-
-    *init_loops, init_lane = sch.get_loops(sch.decompose_reduction(acc, reduction))
-    sch.vectorize(init_lane)
-    for loop in init_loops[-len(tile) :]:
-        sch.unroll(loop)
-
-
-def accumulate_in_memory(
-    sch: Schedule,
-    acc: SBlockRV,
-    *,
-    phases: LoopRV,
-    reduction: LoopRV,
-    tap: LoopRV,
-    tile: Sequence[LoopRV],
-    lane: LoopRV,
-) -> None:
-    """Add to the sums of `acc` in memory; LLVM keeps those of a tile in registers for the innermost reduction.
-
-    The loops are, from the outside: ``phases``, ``reduction``, others, ``tap``, those of all tiles, a reduction, those
-    of ``tile``, ``lane``.
-    """
-    _unroll(sch, phases, tap, tile, lane)
-    sch.vectorize(sch.get_loops(sch.decompose_reduction(acc, reduction))[-1])
-
-
-def _unroll(sch: Schedule, phases: LoopRV, tap: LoopRV, tile: Sequence[LoopRV], lane: LoopRV) -> None:
-    """Make one straight run of multiply-adds of a tile and a tap, and of all phases while it stays short enough."""
-    sch.vectorize(lane)
-    for loop in (tap, *tile):
-        sch.unroll(loop)
     function = sch.mod["main"]
-    if layout_of(function).unrolls_phases(spec_of(function)):
+    layout = layout_of(function)
+    acc, partial = sch.get_sblock(f"{SUMS}{band.index}"), sch.get_sblock(f"partial{band.index}")
+    if layout.unrolls_phases(spec_of(function)):
         sch.unroll(phases)
+    sch.set_scope(partial, 0, "local")
+    sch.compute_at(partial, parts[-1] if parts else phases, preserve_unit_loops=True)
+    *rows_and_columns, last, _, _, _, th, ic, tw = sch.get_loops(partial)[-TILE_LOOPS[layout.lanes] - 6 :]
+    vector, partial_lane = sch.split(last, [None, layout.vector_lanes])
+    reduction, partial_tile = order(th, ic, tw), (*rows_and_columns, vector)
+    sch.reorder(*reduction, *partial_tile, partial_lane)
+    if skips:
+        _skip_rows(sch, (*reduction[1:], *partial_tile, partial_lane))
+    sch.vectorize(partial_lane)
+    for loop in (tw, *partial_tile):
+        sch.unroll(loop)
+    _start_sums(sch, partial, reduction[0], len(partial_tile))
+
+    sch.vectorize(lane)
+    for loop in tile:
+        sch.unroll(loop)
+    if parts:
+        _start_sums(sch, acc, parts[0], len(tile))
 
 
-def skip_rows(sch: Schedule, loops: Sequence[LoopRV]) -> None:
+def _start_sums(sch: Schedule, sums: SBlockRV, reduction: LoopRV, tile: int) -> None:
+    """Set `sums` to zero before the loop `reduction`, the `tile` innermost loops but that over lanes unrolled."""
+    *loops, lane = sch.get_loops(sch.decompose_reduction(sums, reduction))
+    sch.vectorize(lane)
+    for loop in loops[-tile:]:
+        sch.unroll(loop)
+
+
+def _skip_rows(sch: Schedule, loops: Sequence[LoopRV]) -> None:
     """Leave out the outermost of `loops`, and all in it, where it reads rows of the border only.
 
     A loop of one iteration is no candidate: it is simplified away, and its annotation with it.

@@ -51,12 +51,11 @@ from convt_tvm.compute import IN_VECTORS, layout_of, spec_of
 from convt_tvm.cost import Costs, Tile, band_cycles, block_sizes, core_cycles, lane_counts, row_chunks
 from convt_tvm.layout import Layout, bands, reaches
 from convt_tvm.schedule import (
-    accumulate_in_memory,
-    accumulate_in_registers,
+    accumulate,
     copy_window,
     find_window,
     parallelize,
-    skip_rows,
+    sum_loops,
 )
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
@@ -118,19 +117,17 @@ def space(sch: Schedule) -> None:
         if reaches(spec, band):
             acc = sch.get_sblock(f"acc{band.index}")
             sch.compute_at(acc, column_block if inner else task, preserve_unit_loops=True)
-            qh, pw, qw, ob, th, ic, tw = sch.get_loops(acc)[-7:]
+            (qh, pw, qw, ob), parts = sum_loops(sch, acc)
             vector, lane = sch.split(ob, [None, layout.vector_lanes])
             row_block, row = sch.split(qh, [None, layout.row_block])
             column_block, column = sch.split(qw, [None, layout.column_block])
             tile = (row, column, vector)
             if inner:
-                sch.reorder(row_block, column_block, pw, th, tw, ic, *tile, lane)
-                skip_rows(sch, (tw, ic, *tile, lane))
-                accumulate_in_registers(sch, acc, phases=pw, reduction=th, tap=tw, tile=tile, lane=lane)
+                sch.reorder(row_block, column_block, pw, *parts, *tile, lane)
             else:
+                th, tw, ic = parts
                 sch.reorder(pw, th, tw, row_block, column_block, ic, *tile, lane)
-                skip_rows(sch, (ic, *tile, lane))
-                accumulate_in_memory(sch, acc, phases=pw, reduction=th, tap=tw, tile=tile, lane=lane)
+            accumulate(sch, band, phases=pw, parts=parts, tile=tile, lane=lane, order=lambda th, ic, tw: (th, tw, ic))
     window = find_window(sch)
     if window is not None:
         copy_window(sch, spec, window)

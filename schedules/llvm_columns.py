@@ -50,12 +50,12 @@ from convt_tvm.cost import (
 )
 from convt_tvm.layout import Layout, bands, reaches
 from convt_tvm.schedule import (
-    accumulate_in_registers,
+    accumulate,
     copy_window,
     find_window,
     parallelize,
-    skip_rows,
     spread_window,
+    sum_loops,
 )
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
@@ -129,14 +129,20 @@ def space(sch: Schedule) -> None:
         if reaches(spec, band):
             acc = sch.get_sblock(f"acc{band.index}")
             sch.compute_at(acc, column_block, preserve_unit_loops=True)
-            ob, pw, qw, th, ic, tw = sch.get_loops(acc)[-6:]
+            (ob, pw, qw), parts = sum_loops(sch, acc)
             phase_loop, phase = sch.split(pw, [None, layout.phases])
             vector, lane = sch.split(qw, [None, layout.vector_lanes])
-            sch.reorder(phase_loop, th, ic, tw, ob, phase, vector, lane)
-            if not by_chunk:
-                skip_rows(sch, (ic, tw, ob, phase, vector, lane))
-            accumulate_in_registers(
-                sch, acc, phases=phase_loop, reduction=th, tap=tw, tile=(ob, phase, vector), lane=lane
+            tile = (ob, phase, vector)
+            sch.reorder(phase_loop, *parts, *tile, lane)
+            accumulate(
+                sch,
+                band,
+                phases=phase_loop,
+                parts=parts,
+                tile=tile,
+                lane=lane,
+                order=lambda th, ic, tw: (th, ic, tw),
+                skips=not by_chunk,
             )
             if by_chunk:
                 sch.compute_at(window, sch.get_loops(output)[0], preserve_unit_loops=True)

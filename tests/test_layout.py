@@ -47,6 +47,23 @@ def test_chunks_cover_a_band_in_whole_tiles():
         assert band.rows <= layout.rows(band) < band.rows + layout.chunk(band)
 
 
+@pytest.mark.parametrize(
+    ("ci", "kernel_size", "taps", "expected"),
+    [
+        (256, 1, "inner", (1, 256, 1)),
+        (256, 1, "outer", (1, 64, 1)),
+        (3, 5, "inner", (3, 3, 3)),
+        (8, 5, "inner", (3, 4, 3)),
+        (128, 5, "inner", (1, 32, 3)),
+        (509, 4, "inner", (1, 509, 2)),
+    ],
+)
+def test_partial_sums_are_a_few_times_the_root_of_all_products_long(ci, kernel_size, taps, expected):
+    spec = ConvTranspose2dSpec(n=1, ci=ci, ih=9, iw=9, co=16, kernel_size=kernel_size, stride=2)
+    layout = replace(Layout("co", 16, 1, 9, 16, 9), taps=taps)
+    assert layout.partial_sum(spec, bands(spec)[0]) == expected
+
+
 def test_json_holds_the_whole_layout():
     for layout in (Layout("co", 32, 1, 6, 16, 8, taps="outer"), Layout("ow", 13, 1, 32, 16, 4, 2)):
         assert Layout.from_json(layout.to_json()) == layout
