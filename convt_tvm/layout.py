@@ -119,18 +119,19 @@ class Layout:
         A sum of n products is a sum of partial sums, which leaves less error than n additions in a row do (blocked
         summation; N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., 2002, section 4.2). Partial
         sums of ``sqrt(n)`` products leave the least; as each costs a load, an addition and a store for an accumulator,
-        they are `PARTIAL_ROOTS` times longer. Where only one tap is summed there is one partial sum, as torch has it.
+        they are `PARTIAL_ROOTS` times longer. Where there is one tap there is one partial sum, as in torch, and with
+        ``taps="outer"`` one for each tap.
         """
         columns, channels = max(phase.taps for phase in spec.axes[1].phases), spec.ci // spec.groups
+        if self.taps == "outer":
+            return 1, channels, 1
         # An output of a small image does not meet all taps.
         met_rows, met_columns = min(band.taps, spec.ih), min(columns, spec.iw)
         products = met_rows * met_columns * channels
-        sizes = [size for size in range(1, channels + 1) if channels % size == 0]
-        goal = max(MIN_PARTIAL, PARTIAL_ROOTS * sqrt(products))
-        if self.taps == "outer":
-            return 1, min(sizes, key=lambda size: abs(log(size / goal))), 1
         if products <= MIN_PARTIAL or band.taps * columns == 1:
             return band.taps, channels, columns
+        goal = max(MIN_PARTIAL, PARTIAL_ROOTS * sqrt(products))
+        sizes = [size for size in range(1, channels + 1) if channels % size == 0]
         lengths = {(1, size): size * met_columns for size in sizes}
         lengths |= {(band.taps, size): met_rows * size * met_columns for size in sizes[:-1]}
         rows, size = min(lengths, key=lambda part: abs(log(lengths[part] / goal)))

@@ -51,7 +51,7 @@ def test_chunks_cover_a_band_in_whole_tiles():
     ("ci", "kernel_size", "taps", "expected"),
     [
         (256, 1, "inner", (1, 256, 1)),
-        (256, 1, "outer", (1, 64, 1)),
+        (256, 5, "outer", (1, 256, 1)),
         (3, 5, "inner", (3, 3, 3)),
         (8, 5, "inner", (3, 4, 3)),
         (128, 5, "inner", (1, 32, 3)),
