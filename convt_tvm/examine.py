@@ -34,7 +34,10 @@ from convt_tvm.special import judge_special, special_inputs
 from convt_tvm.target import Target, machine, package_versions
 from convt_tvm.workloads import Workload
 
-__all__ = ["examine", "examine_workload", "first_failure"]
+__all__ = ["ANY_BATCH", "examine", "examine_workload", "first_failure"]
+
+ANY_BATCH = 3
+"""Images that kernels for any batch size are examined with."""
 
 
 def examine(
@@ -48,6 +51,8 @@ def examine(
     runs: int = RUNS,
 ) -> Iterator[Finding]:
     """Findings as they are made; what an implementation raises is its finding.
+
+    Where the spec is for any batch size, our kernels are those for any, and all are examined with `ANY_BATCH` images.
 
     Parameters
     ----------
@@ -65,18 +70,36 @@ def examine(
     SpecError, InputsError
         if no integer inputs are exact, or none tell, for the spec.
     """
+    asked = spec
+    if spec.n is None:
+        spec = spec.with_batch(ANY_BATCH)
+        compared = [each.for_any_batch() if each.is_ours else each for each in compared]
     for stage in stages:
-        if stage == "exactness":
-            yield from _exactness(spec, compared, seed)
-        elif stage == "rounding":
-            for name in distributions:
-                yield from _rounding(spec, compared, seed, name)
-        elif stage == "special":
-            yield from _special(spec, compared, seed)
-        else:
-            for implementation in compared:
-                if implementation.is_ours:
-                    yield from _determinism(spec, implementation, seed, threads, runs)
+        for finding in _examine_stage(spec, compared, stage, distributions, seed=seed, threads=threads, runs=runs):
+            yield replace(finding, spec=asked.name)
+
+
+def _examine_stage(
+    spec: ConvTranspose2dSpec,
+    compared: Sequence[Implementation],
+    stage: Stage,
+    distributions: Sequence[str],
+    *,
+    seed: int,
+    threads: Sequence[int],
+    runs: int,
+) -> Iterator[Finding]:
+    if stage == "exactness":
+        yield from _exactness(spec, compared, seed)
+    elif stage == "rounding":
+        for name in distributions:
+            yield from _rounding(spec, compared, seed, name)
+    elif stage == "special":
+        yield from _special(spec, compared, seed)
+    else:
+        for implementation in compared:
+            if implementation.is_ours:
+                yield from _determinism(spec, implementation, seed, threads, runs)
 
 
 def examine_workload(

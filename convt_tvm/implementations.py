@@ -56,6 +56,10 @@ class Implementation:
             self._kept[spec] = self.prepare(spec)
         return self._kept[spec]
 
+    def for_any_batch(self) -> "Implementation":
+        """The same, for specs of any batch size also where one of a certain size is asked for."""
+        return Implementation(self.name, lambda spec: self.make(replace(spec, n=None)))
+
     def forget(self) -> None:
         """Let go of what `make` kept."""
         self._kept.clear()

@@ -352,3 +352,25 @@ def test_what_repeats_is_said_for_the_manifest(two_threads):
 def test_what_does_not_repeat_is_no_artifact(make, complaint, two_threads):
     with pytest.raises(BuildError, match=complaint):
         confirm_repeats(StandIn(make), make, threads=(1, 2), runs=4)
+
+
+def test_a_spec_for_any_batch_size_has_its_own_kernel_examined():
+    asked = []
+
+    def ours(spec):
+        asked.append(spec.n)
+        return right_for_any
+
+    def right_for_any(input, weight, bias):
+        return right(SPEC)(input, weight, bias)
+
+    def one_image(spec):
+        """Wrong from the second image on, as a kernel would be that takes the batch size for granted."""
+        return lambda input, *others: right(SPEC)(input[:1].expand_as(input), *others)
+
+    anyone = replace(SPEC, n=None)
+    found = list(examine(anyone, [Implementation("ours", ours), Implementation("torch", right)], runs=2))
+    assert {finding.status for finding in found} == {"pass"}
+    assert {finding.spec for finding in found} == {anyone.name}
+    assert set(asked) == {None}
+    assert first_failure(list(examine(anyone, [Implementation("ours", one_image)], runs=2))).stage == "exactness"
