@@ -1,7 +1,7 @@
-"""What differs between processors and GPUs on the way from a spec and a layout to a library."""
+"""What differs between kinds of layouts, and of targets, on the way from a spec to a library."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,21 +11,26 @@ from tvm.s_tir import Schedule
 
 from convt_tvm.compute import declare_pack, declare_phases
 from convt_tvm.compute_cuda import declare_thread_pack, declare_thread_phases
+from convt_tvm.compute_tensor import declare_tensor_pack, declare_tensor_phases
 from convt_tvm.cuda_device_code import device_compiler
 from convt_tvm.cuda_toolkit import Resources
+from convt_tvm.layout import Layout
 from convt_tvm.lower import lower_kernel, lower_pack
 from convt_tvm.lower_cuda import lower_thread_kernel, lower_thread_pack
+from convt_tvm.lower_tensor import lower_tensor_kernel, lower_tensor_pack
 from convt_tvm.schedule import share_pack
 from convt_tvm.schedule_cuda import bind_pack
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
+from convt_tvm.tensor_layout import TensorLayout
+from convt_tvm.thread_layout import ThreadLayout
 
-__all__ = ["Backend", "get_backend"]
+__all__ = ["Backend", "code_generator", "get_backend"]
 
 
 @dataclass(frozen=True)
 class Backend:
-    """How kernels of one kind of target are declared, their packing scheduled, and both lowered and compiled.
+    """How kernels of one kind of layout are declared, their packing scheduled, and both lowered.
 
     Attributes
     ----------
@@ -35,10 +40,6 @@ class Backend:
         Schedules a packing in place.
     lower_kernel, lower_pack
         A scheduled function to a module with ``convt`` or ``pack``.
-    code_generator
-        Makes a context in which TVM compiles for a target, or its emulator; it gives what machine code takes of a GPU.
-    config
-        TVM's pass configuration.
     """
 
     declare_phases: Callable[[ConvTranspose2dSpec, Any, Target], tirx.PrimFunc]
@@ -46,38 +47,46 @@ class Backend:
     schedule_pack: Callable[[Schedule], None]
     lower_kernel: Callable[[tirx.PrimFunc], tvm.IRModule]
     lower_pack: Callable[[tirx.PrimFunc], tvm.IRModule]
-    code_generator: Callable[[Target, bool], AbstractContextManager[list[Resources]]]
-    config: dict[str, Any]
 
 
-@contextmanager
-def _llvm(target: Target, emulated: bool) -> Iterator[list[Resources]]:
-    yield []
-
-
-_BACKENDS = {
-    "llvm": Backend(
+_BACKENDS: dict[type[Layout], Backend] = {
+    Layout: Backend(
         declare_phases,
         declare_pack,
         share_pack,
         lower_kernel,
         lower_pack,
-        _llvm,
-        # StorageRewrite would drop what `lower` says of buffers on the stack; there is no storage to share.
-        {"tirx.disable_storage_rewrite": True},
     ),
-    "cuda": Backend(
+    ThreadLayout: Backend(
         declare_thread_phases,
         declare_thread_pack,
         bind_pack,
         lower_thread_kernel,
         lower_thread_pack,
-        device_compiler,
-        {},
+    ),
+    TensorLayout: Backend(
+        declare_tensor_phases,
+        declare_tensor_pack,
+        bind_pack,
+        lower_tensor_kernel,
+        lower_tensor_pack,
     ),
 }
 
 
-def get_backend(target: Target) -> Backend:
-    """What compiles for the kind of `target`."""
-    return _BACKENDS[target.kind]
+def get_backend(layout: Layout) -> Backend:
+    """What declares and lowers for layouts of that type."""
+    return _BACKENDS[type(layout)]
+
+
+@contextmanager
+def code_generator(target: Target, emulated: bool) -> Iterator[list[Resources]]:
+    """A context in which TVM compiles for `target`, or its emulator; it gives what machine code takes of a GPU."""
+    # On processors StorageRewrite would drop what `lower` says of buffers on the stack; on GPUs it would lay sums over
+    # stages in shared memory and then not know their type. There is nothing else for it to share.
+    with tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):
+        if target.kind == "cuda":
+            with device_compiler(target, emulated) as resources:
+                yield resources
+        else:
+            yield []

@@ -162,7 +162,7 @@ def _describe_worst(wrong: torch.Tensor, distance: torch.Tensor, output: torch.T
     )
 
 
-def compare(spec: ConvTranspose2dSpec, *operators: Operator, seed: int = 0) -> Comparison:
+def compare(spec: ConvTranspose2dSpec, *operators: Operator, seed: int = 0, operand_unit: float = 0.0) -> Comparison:
     """How operators' answers compare with the float64 reference, in two stages; the worst of them counts.
 
     First on integers, where nothing rounds and every bit has to agree: this finds wrong indices, which a tolerance
@@ -177,6 +177,8 @@ def compare(spec: ConvTranspose2dSpec, *operators: Operator, seed: int = 0) -> C
         Each is called once in each stage, with contiguous torch tensors on the CPU.
     seed
         Of the inputs; a seed always gives the same ones.
+    operand_unit
+        As for `convt_tvm.reference.expect`.
 
     Raises
     ------
@@ -199,7 +201,7 @@ def compare(spec: ConvTranspose2dSpec, *operators: Operator, seed: int = 0) -> C
     is_exact = not problems
 
     inputs = normal_inputs(spec, seed)
-    exact, bound = reference(spec, *inputs), error_bound(spec, *inputs)
+    exact, bound = reference(spec, *inputs), error_bound(spec, *inputs, operand_unit=operand_unit)
     max_error = error_over_bound = 0.0
     for operator in operators:
         output = operator(*inputs)

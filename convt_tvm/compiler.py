@@ -16,7 +16,7 @@ from tvm.support import cc
 from tvm_ffi import structural_hash
 
 from convt_tvm.artifact import KERNEL_FILE, Manifest, publish, source_fingerprint
-from convt_tvm.backends import get_backend
+from convt_tvm.backends import code_generator, get_backend
 from convt_tvm.database import find_result
 from convt_tvm.entry import guard_arguments
 from convt_tvm.errors import BuildError
@@ -159,7 +159,7 @@ def build_artifact(
             layout=choice.layout.to_json(),
             trace=lowered.trace,
             packed_shape=choice.layout.packed_shape(spec),
-            packed_dtype=spec.accumulator_dtype,
+            packed_dtype=choice.layout.packed_dtype(spec),
             versions=package_versions(),
             fingerprint=source_fingerprint(),
             tuning={"code": lowered.code, **tuning},
@@ -219,7 +219,7 @@ def lower_choice(spec: ConvTranspose2dSpec, target: Target, choice: Choice) -> L
 
 def schedule_choice(spec: ConvTranspose2dSpec, target: Target, choice: Choice) -> Schedule:
     """The phase form declared in the layout of `choice` and scheduled; TVM's own errors pass through."""
-    sch = Schedule(get_backend(target).declare_phases(spec, choice.layout, target))
+    sch = Schedule(get_backend(choice.layout).declare_phases(spec, choice.layout, target))
     choice.space.space(sch)
     return sch
 
@@ -234,7 +234,7 @@ def trace_text(spec: ConvTranspose2dSpec, target: Target, candidate: Candidate) 
 
 def lower_schedule(sch: Schedule, spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> Lowered:
     """A scheduled phase form and the packing of its layout, lowered; TVM's own errors pass through."""
-    backend = get_backend(target)
+    backend = get_backend(layout)
     pack = Schedule(backend.declare_pack(spec, layout, target))
     backend.schedule_pack(pack)
     kernel = backend.lower_kernel(sch.mod["main"])
@@ -270,10 +270,9 @@ def compile_module(
     """
     if cc.get_cc() is None:
         raise BuildError("linking needs a C++ compiler; install g++ or clang, for example `apt-get install g++`.")
-    backend, tvm_target = get_backend(target), target.to_tvm()
-    with backend.code_generator(target, emulated) as resources, tvm_target:
-        with tvm.transform.PassContext(config=backend.config):
-            tvm.compile(module, target=tvm_target).export_library(str(library))
+    tvm_target = target.to_tvm()
+    with code_generator(target, emulated) as resources, tvm_target:
+        tvm.compile(module, target=tvm_target).export_library(str(library))
         return [found.to_json() for found in resources]
 
 

@@ -21,12 +21,12 @@ from typing import Any
 from tvm import ir, te, tirx
 
 from convt_tvm.compute import lookup
-from convt_tvm.layout import Band, Window, bands, column_starts, reaches
+from convt_tvm.layout import Band, Layout, Window, bands, column_starts, reaches
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
 from convt_tvm.thread_layout import ThreadLayout, row_starts
 
-__all__ = ["declare_thread_pack", "declare_thread_phases", "thread_layout_of"]
+__all__ = ["cuda_function", "declare_thread_pack", "declare_thread_phases", "progression", "thread_layout_of"]
 
 Expr = Any
 
@@ -44,11 +44,11 @@ def declare_thread_phases(spec: ConvTranspose2dSpec, layout: ThreadLayout, targe
     for band in bands(spec):
         acc = _accumulate(spec, layout, band, data, packed) if reaches(spec, band) else None
         outputs.append(_finish(spec, layout, band, acc, bias))
-    return _function([data, packed, *([bias] if spec.bias else []), *outputs], spec, layout, target)
+    return cuda_function([data, packed, *([bias] if spec.bias else []), *outputs], spec, layout, target)
 
 
-def _function(arguments: list[Any], spec: ConvTranspose2dSpec, layout: ThreadLayout, target: Target) -> tirx.PrimFunc:
-    """A PrimFunc of TE tensors.
+def cuda_function(arguments: list[Any], spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> tirx.PrimFunc:
+    """A PrimFunc of TE tensors, as all declarations for GPUs make theirs.
 
     TE declares parameters as aligned to 64 bytes. Global memory is accessed one element at a time, which needs no such
     thing; but copies in shared memory have the alignment of their source, and with it nvcc reads them as vectors.
@@ -76,7 +76,7 @@ def _axes(spec: ConvTranspose2dSpec, layout: ThreadLayout, band: Band) -> tuple[
     )
 
 
-def _progression(values: Sequence[int], index: Expr) -> Expr:
+def progression(values: Sequence[int], index: Expr) -> Expr:
     """``values[index]``, by arithmetic where that will do: the region of a part of them is then found exactly."""
     steps = {after - before for before, after in pairwise(values)}
     return values[0] + index * steps.pop() if len(steps) == 1 else lookup(values, index)
@@ -121,7 +121,7 @@ def _accumulate(spec: ConvTranspose2dSpec, layout: ThreadLayout, band: Band, dat
         row = qh + lookup(row_base, ph) - th * step_h
         column = qw + lookup(column_base, pw) - tw * step_w
         value = window[n, g * in_channels + ic, row, column]
-        weight = packed[g * blocks + b, _progression(row_start, ph) + th, _progression(column_start, pw) + tw, ic, ob]
+        weight = packed[g * blocks + b, progression(row_start, ph) + th, progression(column_start, pw) + tw, ic, ob]
         product = value * weight
         if min(column_taps) != max(column_taps):
             product = tirx.if_then_else(tw < lookup(column_taps, pw), product, zero)
@@ -161,7 +161,7 @@ def declare_thread_pack(spec: ConvTranspose2dSpec, layout: ThreadLayout, target:
         return value if inside else tirx.if_then_else(channel < channels, value, zero)
 
     shape = (spec.groups, blocks, *spec.kernel_size, in_channels, layout.co_block)
-    return _function([weight, te.compute(shape, order, name="ordered")], spec, layout, target)
+    return cuda_function([weight, te.compute(shape, order, name="ordered")], spec, layout, target)
 
 
 def thread_layout_of(function: ir.BaseFunc) -> ThreadLayout:

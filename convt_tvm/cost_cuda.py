@@ -24,7 +24,7 @@ from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.target import Target
 from convt_tvm.thread_layout import ThreadLayout, row_starts
 
-__all__ = ["grid_cycles", "shared_bytes", "thread_layouts"]
+__all__ = ["grid_cycles", "powers", "shared_bytes", "thread_layouts"]
 
 WARP = 32
 MAX_SUMS = 64
@@ -200,7 +200,7 @@ def grid_cycles(spec: ConvTranspose2dSpec, layout: ThreadLayout, target: Target)
     return sum(_band_cycles(spec, layout, shape, limits) for shape in _shapes(spec))
 
 
-def _powers(extent: int, limit: int) -> Sequence[int]:
+def powers(extent: int, limit: int) -> Sequence[int]:
     """Powers of two up to `limit`, as far as the one that covers `extent`."""
     return [1 << shift for shift in range(limit.bit_length()) if shift == 0 or 1 << (shift - 1) < extent]
 
@@ -216,11 +216,11 @@ def thread_layouts(spec: ConvTranspose2dSpec, *, staged: bool) -> Iterator[Threa
     """Layouts whose threads, sums and shared memory are within an architecture's limits."""
     channels = spec.co // spec.groups
     height, width = (max(phase.count for phase in axis.phases) for axis in spec.axes)
-    for channel_tile, column_tile in product(_powers(channels, MAX_TILE), _powers(width, MAX_TILE)):
+    for channel_tile, column_tile in product(powers(channels, MAX_TILE), powers(width, MAX_TILE)):
         threads = product(
-            _powers(-(-channels // channel_tile), MAX_THREADS),
-            _powers(height, MAX_ROWS),
-            _powers(-(-width // column_tile), WARP),
+            powers(-(-channels // channel_tile), MAX_THREADS),
+            powers(height, MAX_ROWS),
+            powers(-(-width // column_tile), WARP),
         )
         for phases in _phase_blocks(spec, channel_tile * column_tile):
             for channel_threads, rows, column_threads in threads:

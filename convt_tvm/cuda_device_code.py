@@ -12,6 +12,7 @@ from convt_tvm.cuda_toolkit import Resources, compile_fatbin
 from convt_tvm.emulator import compile_emulated, load_stand_ins, shows_gpu
 from convt_tvm.errors import BuildError
 from convt_tvm.target import Target
+from convt_tvm.tensor_intrinsics import name_tf32
 
 __all__ = ["device_compiler"]
 
@@ -52,7 +53,8 @@ def device_compiler(target: Target, emulated: bool) -> Iterator[list[Resources]]
     _require_device_modules()
     resources: list[Resources] = []
 
-    def compile_code(code: str) -> bytearray:
+    def compile_code(generated: str) -> bytearray:
+        code = name_tf32(generated)
         if emulated or shows_gpu():
             return bytearray(compile_emulated(code))
         content, found = compile_fatbin(code, target.gpu_archs)

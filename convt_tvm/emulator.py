@@ -5,11 +5,13 @@ code and CUDA runtime, under which lie stand-ins for NVIDIA's driver and runtime
 what is emulated and which mistakes show. It is exact and slow: some 10 million multiply-adds a second.
 """
 
+import atexit
 import ctypes
 import re
 import shutil
 import struct
 import subprocess
+import tempfile
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,23 +24,25 @@ __all__ = ["compile_emulated", "compile_stand_in", "load_stand_ins", "set_descen
 _SOURCES = Path(__file__).parent / "emulated"
 _TRAPS = ("-fsanitize=bounds", "-fsanitize-undefined-trap-on-error")
 """An index outside of an array of known size, on the stack or in shared memory, ends the launch."""
+_DEVICE_OPTIONS = ("-O1", "-fno-strict-aliasing", *_TRAPS)
 _KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\)\s*)?(\w+)\(([^)]*)\)\s*\{')
 _MAGIC = b"convt-tvm emulated kernel\0"
 
 
-def _compile(source: Path, library: Path, *options: str) -> None:
+def _compile(source: Path, library: Path, *options: str | Path) -> None:
     compiler = shutil.which("g++")
     if compiler is None:
         raise BuildError("the CUDA stand-ins need g++; install it, for example `apt-get install g++`.")
-    command = [compiler, "-w", "-std=c++17", "-shared", "-fPIC", f"-I{find_toolkit().include}", f"-I{_SOURCES}"]
-    done = subprocess.run([*command, *options, source, "-o", library], capture_output=True, text=True, check=False)
+    command: list[str | Path] = [compiler, "-w", "-std=c++17", "-fPIC", *options]
+    command += [f"-I{_SOURCES}", f"-I{find_toolkit().include}", source, "-o", library]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BuildError(f"g++ cannot compile {source.name}: {done.stderr.strip()[:1000]}")
 
 
 def compile_stand_in(source: str, library: Path, *options: str) -> None:
     """Compile a file of ``emulated/`` as a library; raises BuildError."""
-    _compile(_SOURCES / source, library, *options)
+    _compile(_SOURCES / source, library, "-shared", *options)
 
 
 @cache
@@ -57,7 +61,7 @@ def load_stand_ins() -> ctypes.CDLL:
             ("runtime.cpp", "libcudart.so.13", f"-Wl,--version-script={_SOURCES / 'runtime.map'}"),
         ):
             library = Path(directory, name)
-            compile_stand_in(source, library, "-O1", f"-Wl,-soname,{name}", *options)
+            compile_stand_in(source, library, "-O2", f"-Wl,-soname,{name}", *options)
             opened.append(ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL))
     return opened[0]
 
@@ -76,6 +80,15 @@ def shows_gpu() -> bool:
     return bool(_shown)
 
 
+@cache
+def _device_header() -> str:
+    """A directory, kept as long as this process, with ``device.h`` compiled: it takes longer than most kernels."""
+    directory = tempfile.mkdtemp(prefix="convt-tvm-emulator-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    _compile(_SOURCES / "device.h", Path(directory, "device.h.gch"), *_DEVICE_OPTIONS, "-x", "c++-header")
+    return directory
+
+
 def set_descending(descending: bool) -> None:
     """Run the threads of a block in descending order, or in ascending one as at first."""
     load_stand_ins().emu_set_descending(int(descending))
@@ -92,7 +105,7 @@ def compile_emulated(code: str) -> bytes:
     with TemporaryDirectory(prefix="convt-tvm-emulated-") as directory:
         source, library = Path(directory, "kernel.cpp"), Path(directory, "kernel.so")
         source.write_text(_translate(code), encoding="utf-8")
-        _compile(source, library, "-O1", "-fno-strict-aliasing", *_TRAPS)
+        _compile(source, library, "-shared", *_DEVICE_OPTIONS, "-I", _device_header())
         content = library.read_bytes()
     return _MAGIC + struct.pack("<Q", len(content)) + content
 
@@ -103,6 +116,7 @@ def _translate(code: str) -> str:
     code = re.sub(r"#if !defined\(__CUDA_ARCH__\).*?#endif // __CUDA_ARCH__ >= 530", "", code, flags=re.DOTALL)
     shared = r"__shared__\s+alignas\((\d+)\)\s+([\w ]+?)\s+(\w+)\[(\d+)\];"
     code = re.sub(shared, r"alignas(\1) static \2 \3[\4]; emu_poison(\3, sizeof(\3));", code)
+    code = re.sub(r"\*\((\w+)\*\)\((\w+) \+ ", r"*emu_vector<\1>(\2, ", code.replace("#include <mma.h>", ""))
     if re.search(r"\basm\b|__asm__|extern __shared__", code):
         raise BuildError("the emulator knows neither inline assembly nor shared memory sized at the launch.")
     entries = []

@@ -34,12 +34,16 @@ class Limits:
         Streaming multiprocessors.
     lanes
         float32 multiply-adds that one of them does in a cycle.
+    tensor_lanes
+        Multiply-adds of 16-bit values that its tensor cores do in a cycle, by the instructions of sm_80; tf32 has half
+        of it. (sm_90 and sm_100 have faster instructions, which wmma does not use.)
     threads, blocks, registers, shared_bytes
         What it holds at a time.
     """
 
     processors: int
     lanes: int
+    tensor_lanes: int
     threads: int
     blocks: int
     shared_bytes: int
@@ -48,14 +52,14 @@ class Limits:
 
 _KIB = 1 << 10
 ARCHITECTURES: dict[str, Limits] = {
-    "sm_75": Limits(processors=72, lanes=64, threads=1024, blocks=16, shared_bytes=64 * _KIB),
-    "sm_80": Limits(processors=108, lanes=64, threads=2048, blocks=32, shared_bytes=164 * _KIB),
-    "sm_86": Limits(processors=84, lanes=128, threads=1536, blocks=16, shared_bytes=100 * _KIB),
-    "sm_87": Limits(processors=16, lanes=128, threads=1536, blocks=16, shared_bytes=164 * _KIB),
-    "sm_89": Limits(processors=142, lanes=128, threads=1536, blocks=24, shared_bytes=100 * _KIB),
-    "sm_90": Limits(processors=132, lanes=128, threads=2048, blocks=32, shared_bytes=228 * _KIB),
-    "sm_100": Limits(processors=148, lanes=128, threads=2048, blocks=32, shared_bytes=228 * _KIB),
-    "sm_120": Limits(processors=170, lanes=128, threads=1536, blocks=24, shared_bytes=100 * _KIB),
+    "sm_75": Limits(processors=72, lanes=64, tensor_lanes=512, threads=1024, blocks=16, shared_bytes=64 * _KIB),
+    "sm_80": Limits(processors=108, lanes=64, tensor_lanes=1024, threads=2048, blocks=32, shared_bytes=164 * _KIB),
+    "sm_86": Limits(processors=84, lanes=128, tensor_lanes=512, threads=1536, blocks=16, shared_bytes=100 * _KIB),
+    "sm_87": Limits(processors=16, lanes=128, tensor_lanes=1024, threads=1536, blocks=16, shared_bytes=164 * _KIB),
+    "sm_89": Limits(processors=142, lanes=128, tensor_lanes=512, threads=1536, blocks=24, shared_bytes=100 * _KIB),
+    "sm_90": Limits(processors=132, lanes=128, tensor_lanes=1024, threads=2048, blocks=32, shared_bytes=228 * _KIB),
+    "sm_100": Limits(processors=148, lanes=128, tensor_lanes=1024, threads=2048, blocks=32, shared_bytes=228 * _KIB),
+    "sm_120": Limits(processors=170, lanes=128, tensor_lanes=512, threads=1536, blocks=24, shared_bytes=100 * _KIB),
 }
 """By compute capability, ascending: the CUDA C++ Programming Guide's tables of compute capabilities."""
 

@@ -172,6 +172,10 @@ class Layout:
         """Shape of the packed weight: ``(groups * blocks, kh, kw, ci/groups, co_block)``."""
         return spec.groups * self.blocks(spec), *spec.kernel_size, spec.ci // spec.groups, self.co_block
 
+    def packed_dtype(self, spec: ConvTranspose2dSpec) -> str:
+        """The dtype of the packed weight: the accumulators', so that a kernel converts none."""
+        return spec.accumulator_dtype
+
 
 @dataclass(frozen=True, slots=True)
 class Band:

@@ -38,6 +38,7 @@ def flatten_blocks(function: tirx.PrimFunc) -> tirx.PrimFunc:
         s_tir.transform.PlanAndUpdateBufferAllocationLocation(),
         s_tir.transform.ConvertBlocksToOpaque(),
         s_tir.transform.CompactBufferAllocation(),
+        s_tir.transform.LowerMatchBuffer(),
         tirx.transform.StmtSimplify(),
         s_tir.transform.UnifyThreadBinding(),
         s_tir.transform.LowerOpaqueBlock(),

@@ -12,11 +12,12 @@ from tvm import tirx
 
 from convt_tvm.compute import lookup, spec_of
 from convt_tvm.compute_cuda import thread_layout_of
-from convt_tvm.layout import Band, bands, kernel_columns
+from convt_tvm.layout import Band, Layout, bands, kernel_columns
 from convt_tvm.lower import flatten_blocks
+from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.thread_layout import kernel_rows
 
-__all__ = ["lower_thread_kernel", "lower_thread_pack"]
+__all__ = ["Store", "assemble", "lower_thread_kernel", "lower_thread_pack", "store_packed"]
 
 Store = Callable[[Any], Any]
 """Makes the statement that replaces a store."""
@@ -42,7 +43,7 @@ def _replace_stores(node: Any, stores: Mapping[str, Store]) -> Any:
             return node
 
 
-def _assemble(function: tirx.PrimFunc, name: str, output: Any, stores: Mapping[str, Store]) -> tvm.IRModule:
+def assemble(function: tirx.PrimFunc, name: str, output: Any, stores: Mapping[str, Store]) -> tvm.IRModule:
     """A module with `function` as `name`, its outputs joined in `output` by `stores`."""
     function = flatten_blocks(function)
     inputs = [buffer for buffer in function.params if str(buffer.name) not in stores]
@@ -72,13 +73,17 @@ def lower_thread_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
 
         return store
 
-    return _assemble(function, "convt", output, {f"band{band.index}": store_band(band) for band in bands(spec)})
+    return assemble(function, "convt", output, {f"band{band.index}": store_band(band) for band in bands(spec)})
 
 
 def lower_thread_pack(function: tirx.PrimFunc) -> tvm.IRModule:
     """The scheduled packing `function` as ``pack(weight, packed)``."""
-    spec, layout = spec_of(function), thread_layout_of(function)
-    packed = tirx.decl_buffer(layout.packed_shape(spec), spec.accumulator_dtype, name="packed")
+    return store_packed(function, spec_of(function), thread_layout_of(function))
+
+
+def store_packed(function: tirx.PrimFunc, spec: ConvTranspose2dSpec, layout: Layout) -> tvm.IRModule:
+    """A scheduled packing as ``pack(weight, packed)``: kernel rows and columns in the order of their phases."""
+    packed = tirx.decl_buffer(layout.packed_shape(spec), layout.packed_dtype(spec), name="packed")
     rows, columns, blocks = kernel_rows(spec), kernel_columns(spec), layout.blocks(spec)
 
     def store(node: Any) -> Any:
@@ -86,4 +91,4 @@ def lower_thread_pack(function: tirx.PrimFunc) -> tvm.IRModule:
         place = [g * blocks + b, lookup(rows, y), lookup(columns, x), ic, ob]
         return tirx.BufferStore(packed, node.value, place)
 
-    return _assemble(function, "pack", packed, {"ordered": store})
+    return assemble(function, "pack", packed, {"ordered": store})

@@ -15,6 +15,7 @@ from convt_tvm.errors import SpecError
 from convt_tvm.spec import ConvTranspose2dSpec
 
 __all__ = [
+    "TF32_UNIT",
     "Expected",
     "Inputs",
     "error_bound",
@@ -28,6 +29,9 @@ __all__ = [
 
 Inputs: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """Input, weight and bias (None where the spec has none)."""
+
+TF32_UNIT = 2.0**-11
+"""By how much of its value a float32 changes when it is rounded to tf32, at most."""
 
 _LARGEST_INTEGER = 8
 _SPARSEST = 1 / 4096
@@ -178,7 +182,14 @@ def integer_reference(
     return _gather(spec, input.long(), weight.long(), None if bias is None else bias.long(), spec.groups)
 
 
-def expect(spec: ConvTranspose2dSpec, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Expected:
+def expect(
+    spec: ConvTranspose2dSpec,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    operand_unit: float = 0.0,
+) -> Expected:
     r"""The float64 reference and how far from it each output of a correct kernel may be.
 
     For a sum of ``k`` products (the bias counts as one more) evaluated in any order, with or without fused
@@ -193,6 +204,8 @@ def expect(spec: ConvTranspose2dSpec, input: torch.Tensor, weight: torch.Tensor,
       would do but is not a float64);
     - where the output dtype is narrower than the accumulator, one rounding: ``u_out`` times the largest magnitude the
       accumulator may have, plus half of the smallest subnormal of the output dtype;
+    - where inputs and weights are rounded to a narrower type before they are multiplied, by ``operand_unit`` of their
+      value at most (`TF32_UNIT` for tf32), that share of either;
     - the oracle's own ``gamma_k`` with ``u = 2**-53``.
 
     ``k`` is each output's own count, smaller at the borders. Where no tap reaches an output it is exactly the bias
@@ -208,7 +221,9 @@ def expect(spec: ConvTranspose2dSpec, input: torch.Tensor, weight: torch.Tensor,
     def gamma(unit: float) -> torch.Tensor:
         return terms * unit / (1 - terms * unit)
 
-    bound = gamma(accumulator.eps / 2) * magnitude + products * (accumulator.smallest_normal * accumulator.eps)
+    rounded = (1 + operand_unit) ** 2
+    bound = (gamma(accumulator.eps / 2) * rounded + (rounded - 1)) * magnitude
+    bound = bound + products * (accumulator.smallest_normal * accumulator.eps)
     if spec.dtype != spec.accumulator_dtype:
         rounding = (output.eps / 2) * (exact.abs() + bound) + output.smallest_normal * output.eps / 2
         bound = bound + torch.where(products > 0, rounding, 0.0)
@@ -217,7 +232,12 @@ def expect(spec: ConvTranspose2dSpec, input: torch.Tensor, weight: torch.Tensor,
 
 
 def error_bound(
-    spec: ConvTranspose2dSpec, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    spec: ConvTranspose2dSpec,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    operand_unit: float = 0.0,
 ) -> torch.Tensor:
     """How far each output of a correct kernel may be from `reference`: the bound of `expect` alone."""
-    return expect(spec, input, weight, bias).bound
+    return expect(spec, input, weight, bias, operand_unit=operand_unit).bound

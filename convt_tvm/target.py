@@ -79,11 +79,14 @@ LEVELS: dict[str, tuple[str, ...]] = {
 }
 """The micro-architecture levels of the x86-64 psABI, by the features that generated code uses."""
 
+TF32 = "tf32"
+"""The feature of a target for GPUs that lets float32 be multiplied as tf32."""
+
 _CPUINFO = Path("/proc/cpuinfo")
 _PACKAGES = ("apache-tvm", "apache-tvm-ffi", "torch", "numpy")
 _FORMS = (
-    "write llvm, llvm:x86-64-v2, llvm:x86-64-v3, llvm:x86-64-v4, llvm:ARCH+FEATURE+FEATURE, cuda, cuda:sm_90 or "
-    "cuda:sm_80+sm_90"
+    "write llvm, llvm:x86-64-v2, llvm:x86-64-v3, llvm:x86-64-v4, llvm:ARCH+FEATURE+FEATURE, cuda, cuda:sm_90, "
+    "cuda:sm_80+sm_90 or cuda:sm_90+tf32"
 )
 
 
@@ -166,7 +169,9 @@ class Target:
     features
         LLVM feature names. Stored sorted, with everything they imply: ``avx2`` brings ``avx`` and ``sse4.2``. A machine
         runs the code if `host_features` there contains all of them. For ``cuda`` further architectures that there is
-        code for, ascending; a kernel holds machine code for each, and PTX of the last for newer GPUs.
+        code for, ascending; a kernel holds machine code for each, and PTX of the last for newer GPUs. Last may come
+        ``tf32``: float32 may be multiplied as tf32, what ``torch.backends.cudnn.allow_tf32`` says of cuDNN. Without it
+        float32 is IEEE's.
 
     Raises
     ------
@@ -190,16 +195,16 @@ class Target:
     def __post_init__(self) -> None:
         """Validate, and close the features under implication."""
         if self.kind == "cuda":
-            archs = {self.arch, *self.features}
+            archs = {self.arch, *self.features} - {TF32}
             unknown = sorted(archs - ARCHITECTURES.keys())
             if unknown:
                 raise TargetError(
                     f"{', '.join(map(repr, unknown))} is not a known CUDA architecture; use any of "
-                    f"{', '.join(ARCHITECTURES)}."
+                    f"{', '.join(ARCHITECTURES)}, and {TF32} to let float32 be multiplied as tf32."
                 )
             first, *others = (arch for arch in ARCHITECTURES if arch in archs)
             object.__setattr__(self, "arch", first)
-            object.__setattr__(self, "features", tuple(others))
+            object.__setattr__(self, "features", (*others, TF32) if TF32 in self.features else tuple(others))
             return
         if self.kind != "llvm":
             raise TargetError(f"target kind {self.kind!r} is not supported; {_FORMS}.")
@@ -214,7 +219,8 @@ class Target:
         ``llvm`` is this machine with all its features. ``llvm:x86-64-v2``, ``-v3`` and ``-v4`` are the psABI's levels
         (`LEVELS`). ``llvm:x86_64+avx2+fma`` names every feature, as `name` does; ``llvm:x86_64`` alone is the baseline.
         ``cuda:sm_80+sm_90`` names GPU architectures; ``cuda`` is those of this machine's GPUs, or, where it has none,
-        `convt_tvm.gpu.DEFAULT_ARCHITECTURES`. A target is returned as it is.
+        `convt_tvm.gpu.DEFAULT_ARCHITECTURES`. ``cuda:sm_90+tf32`` and ``cuda:tf32`` allow tf32 besides. A target is
+        returned as it is.
 
         Raises
         ------
@@ -227,8 +233,9 @@ class Target:
         if kind not in ("llvm", "cuda") or (colon and not rest):
             raise TargetError(f"target {text!r} is not understood; {_FORMS}.")
         if kind == "cuda":
-            first, *others = rest.split("+") if colon else _visible_architectures()
-            return cls(kind, first, tuple(others))
+            named = rest.split("+") if colon else []
+            archs = [name for name in named if name != TF32] or _visible_architectures()
+            return cls(kind, archs[0], (*archs[1:], *([TF32] if TF32 in named else [])))
         if not colon:
             return cls(kind, host_architecture(), tuple(host_features()))
         if rest in LEVELS:
@@ -267,7 +274,12 @@ class Target:
     @property
     def gpu_archs(self) -> tuple[str, ...]:
         """Every GPU architecture that there is code for, ascending; empty unless the kind is ``cuda``."""
-        return (self.arch, *self.features) if self.kind == "cuda" else ()
+        return tuple(name for name in (self.arch, *self.features) if name in ARCHITECTURES)
+
+    @property
+    def allows_tf32(self) -> bool:
+        """Whether float32 may be multiplied as tf32, with 10 bits behind the point, on GPUs: not unless asked for."""
+        return TF32 in self.features
 
     @property
     def vector_bytes(self) -> int:

@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-import torch
+from emulated_kernels import cheapest, is_exact, needs_toolkit, plant
 
 from convt_tvm import emulator
 from convt_tvm.artifact import read_manifest
@@ -16,33 +16,16 @@ from convt_tvm.cuda_toolkit import find_toolkit
 from convt_tvm.emulate import EmulatedKernel, check_emulated
 from convt_tvm.errors import BuildError, IncompatibleMachineError
 from convt_tvm.gpu import find_driver
-from convt_tvm.reference import integer_inputs, reference
-from convt_tvm.space import choices, default_choice
+from convt_tvm.space import default_choice
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
 from convt_tvm.thread_layout import ThreadLayout
 from convt_tvm.workloads import Workload, resolve
 
-try:
-    find_toolkit()
-    MISSING = ""
-except BuildError as error:
-    MISSING = str(error)
-
-needs_toolkit = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 no_gpu_here = pytest.mark.skipif(find_driver() is not None, reason="this machine has NVIDIA's driver")
 TARGET = Target.parse("cuda:sm_80+sm_90")
 FATBIN_MAGIC = (0xBA55ED50).to_bytes(4, "little")
 SPEC = ConvTranspose2dSpec(n=2, ci=8, ih=5, iw=7, co=6, kernel_size=3, stride=2, padding=1, output_padding=1)
-
-
-def cheapest(spec, name):
-    return next(choice for choice in choices(spec, TARGET) if choice.space.name == name)
-
-
-def run(kernel, spec=SPEC):
-    inputs = integer_inputs(spec, seed=0)
-    return torch.equal(kernel(*inputs).double(), reference(spec, *inputs))
 
 
 @needs_toolkit
@@ -85,7 +68,7 @@ def test_nvcc_names_what_it_refuses():
 @pytest.mark.parametrize("name", ["cuda_shared", "cuda_direct"])
 @pytest.mark.parametrize("descending", [False, True])
 def test_emulated_kernels_are_exact(name, descending):
-    kernel = EmulatedKernel(SPEC, TARGET, cheapest(SPEC, name), descending=descending)
+    kernel = EmulatedKernel(SPEC, TARGET, cheapest(SPEC, TARGET, name), descending=descending)
     assert kernel.choice.space.name == name
     assert compare(SPEC, kernel).reason == ""
 
@@ -110,7 +93,7 @@ def test_emulated_kernels_keep_sums_in_the_accumulators_type(dtype):
 )
 def test_emulated_defaults_are_exact_for_odd_specs(changes):
     spec = replace(SPEC, **changes)
-    assert run(EmulatedKernel(spec, TARGET), spec)
+    assert is_exact(EmulatedKernel(spec, TARGET))
 
 
 def command(*arguments):
@@ -152,59 +135,47 @@ LAYOUT = ThreadLayout("ow", 4, 2, 8, 1, 2, 2, channel_threads=4, column_threads=
 
 
 def staged(layout=LAYOUT):
-    return replace(cheapest(SPEC, "cuda_shared"), layout=layout)
-
-
-def plant(monkeypatch, before, after):
-    """Change the C++ of every emulated kernel."""
-    honest = emulator._translate
-
-    def translate(code):
-        head, device, body = honest(code).partition('extern "C" __global__ void __launch_bounds__')
-        assert before in body
-        return head + device + body.replace(before, after)
-
-    monkeypatch.setattr(emulator, "_translate", translate)
+    return replace(cheapest(SPEC, TARGET, "cuda_shared"), layout=layout)
 
 
 @needs_toolkit
 def test_the_honest_kernel_of_the_planted_faults_is_exact():
-    assert run(EmulatedKernel(SPEC, TARGET, staged()))
+    assert is_exact(EmulatedKernel(SPEC, TARGET, staged()))
 
 
 @needs_toolkit
 @pytest.mark.parametrize("descending", [False, True])
 def test_a_missing_barrier_is_caught(monkeypatch, descending):
     plant(monkeypatch, "__syncthreads();", ";")
-    assert not run(EmulatedKernel(SPEC, TARGET, staged(), descending=descending))
+    assert not is_exact(EmulatedKernel(SPEC, TARGET, staged(), descending=descending))
 
 
 @needs_toolkit
 def test_a_barrier_that_some_threads_skip_is_caught(monkeypatch):
     plant(monkeypatch, "__syncthreads();", "if (threadIdx.x) __syncthreads();")
     with pytest.raises(RuntimeError, match="barrier that not all threads of a block reach"):
-        run(EmulatedKernel(SPEC, TARGET, staged()))
+        is_exact(EmulatedKernel(SPEC, TARGET, staged()))
 
 
 @needs_toolkit
 def test_an_index_beyond_shared_memory_is_caught(monkeypatch):
     plant(monkeypatch, "window0_shared_ptr[(", "window0_shared_ptr[1000 + (")
     with pytest.raises(RuntimeError, match="access outside of its memory"):
-        run(EmulatedKernel(SPEC, TARGET, staged()))
+        is_exact(EmulatedKernel(SPEC, TARGET, staged()))
 
 
 @needs_toolkit
 def test_a_write_beyond_the_output_is_caught(monkeypatch):
     plant(monkeypatch, "output_ptr[(", f"output_ptr[{2 * 6 * 10 * 14 - 8} + (")
     with pytest.raises(RuntimeError, match="access outside of its memory"):
-        run(EmulatedKernel(SPEC, TARGET, staged()))
+        is_exact(EmulatedKernel(SPEC, TARGET, staged()))
 
 
 @needs_toolkit
 def test_a_tap_read_one_column_too_far_is_caught(monkeypatch):
     plant(monkeypatch, "acc0_local_ptr[0] + (window0_shared_ptr[(", "acc0_local_ptr[0] + (window0_shared_ptr[1 + (")
     try:
-        exact = run(EmulatedKernel(SPEC, TARGET, staged()))
+        exact = is_exact(EmulatedKernel(SPEC, TARGET, staged()))
     except RuntimeError:
         exact = False
     assert not exact

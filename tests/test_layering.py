@@ -30,24 +30,31 @@ MAY_IMPORT = {
     "compute": "spec target layout",
     "thread_layout": "spec layout",
     "compute_cuda": "spec target layout compute thread_layout",
+    "tensor_layout": "phases spec layout",
+    "tensor_intrinsics": "tensor_layout",
+    "compute_tensor": "spec target compute compute_cuda thread_layout tensor_layout tensor_intrinsics",
     "cost": "spec target layout",
     "shuffle": "",
     "cost_cuda": "gpu spec target layout thread_layout",
+    "cost_tensor": "gpu spec target tensor_layout cost_cuda",
     "schedule": "spec layout compute",
     "schedule_cuda": "thread_layout",
-    "schedules": "spec target layout compute compute_cuda cost cost_cuda schedule schedule_cuda",
+    "schedule_tensor": "spec compute tensor_layout tensor_intrinsics compute_tensor",
+    "schedules": "spec target layout tensor_layout compute compute_cuda compute_tensor cost cost_cuda cost_tensor "
+    "schedule schedule_cuda schedule_tensor",
     "records": "errors",
     "store": "errors records",
     "database": "errors spec target threads records store",
     "space": "errors spec target layout schedules records",
     "lower": "spec layout compute shuffle",
-    "lower_cuda": "layout compute compute_cuda thread_layout lower",
+    "lower_cuda": "spec layout compute compute_cuda thread_layout lower",
+    "lower_tensor": "compute compute_tensor tensor_layout lower_cuda",
     "cuda_toolkit": "errors",
     "emulator": "errors cuda_toolkit",
     "emulated_torch": "errors gpu emulator",
-    "cuda_device_code": "errors target cuda_toolkit emulator",
-    "backends": "spec target compute compute_cuda schedule schedule_cuda lower lower_cuda cuda_toolkit "
-    "cuda_device_code",
+    "cuda_device_code": "errors target tensor_intrinsics cuda_toolkit emulator",
+    "backends": "spec target layout thread_layout tensor_layout compute compute_cuda compute_tensor schedule "
+    "schedule_cuda lower lower_cuda lower_tensor cuda_toolkit cuda_device_code",
     "entry": "",
     "compiler": "errors spec target layout artifact runtime records database space entry backends",
     "cache": "errors spec target artifact runtime database compiler",
@@ -58,7 +65,7 @@ MAY_IMPORT = {
     "reference": "errors spec",
     "measure": "",
     "check": "errors spec workloads target runtime compiler reference measure",
-    "emulate": "errors spec workloads target space emulator compiler check",
+    "emulate": "errors spec workloads target space emulator compiler reference check",
     "rows": "errors",
     "fuzz": "errors spec",
     "distributions": "errors spec reference",
@@ -110,7 +117,8 @@ MAY_IMPORT = {
 
 # These import tvm when they are imported; the others may do so inside a function only.
 COMPILING = {
-    *("compute", "compute_cuda", "shuffle", "schedule", "schedule_cuda", "schedules", "space", "lower", "lower_cuda"),
+    *("compute", "compute_cuda", "compute_tensor", "tensor_intrinsics", "shuffle", "space"),
+    *("schedule", "schedule_cuda", "schedule_tensor", "schedules", "lower", "lower_cuda", "lower_tensor"),
     *("cuda_device_code", "entry", "backends", "compiler", "emulate", "metaschedule", "generic"),
 }
 

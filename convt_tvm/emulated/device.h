@@ -34,3 +34,14 @@ void emu_poison(void* memory, size_t size);
 
 template <class T> static inline T emu_ldg(const T* address) { return *address; }
 #define __ldg(address) emu_ldg(address)
+
+#include "wmma.h"
+
+// A vector's access to an array: aligned, and inside of it as far as its size is known.
+template <class Vector, class Array> static inline Vector* emu_vector(Array& array, ptrdiff_t index) {
+  Vector* address = (Vector*)(&array[0] + index);
+  emu_require((uintptr_t)address % sizeof(Vector) == 0);
+  if (std::is_array<Array>::value)
+    emu_require(index >= 0 && (char*)(address + 1) <= (char*)&array[0] + sizeof(array));
+  return address;
+}

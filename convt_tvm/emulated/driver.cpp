@@ -3,9 +3,10 @@
 // A module is a shared object that the emulator compiled; anything else, such as a real fatbin, cannot be loaded. A launch
 // runs the blocks one after the other and the threads of a block as fibres, each up to its next barrier, in ascending or
 // descending order. So threads are as far apart as barriers let them be, and what a missing barrier allows does happen.
+// Lanes of a warp meet only where they multiply matrices.
 // Shared memory is filled with NaN at the start of each block. An access outside of allocated memory (every allocation
 // ends at a page that cannot be touched) or outside of an array of known size (compiled with -fsanitize=bounds) ends the
-// launch with an error, and so does a barrier that some threads of a block never reach.
+// launch with an error, and so does a barrier, or a product of matrices, that some threads never reach.
 #include <csetjmp>
 #include <csignal>
 #include <cstdio>
@@ -14,6 +15,7 @@
 #include <cuda.h>
 #include <dlfcn.h>
 #include <string>
+#include <utility>
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <unistd.h>
@@ -22,26 +24,46 @@
 struct emu_dim3 { unsigned x, y, z; };
 typedef void (*Kernel)(void**);
 
-enum State { RUNNING, AT_BARRIER, DONE };
+enum State { RUNNING, AT_BARRIER, AT_PRODUCT, DONE };
 struct Fibre {
-  ucontext_t context;
   State state;
+  bool started;
   emu_dim3 index;
   void* stack;
+  ucontext_t beginning;
+  jmp_buf place;
+};
+struct Warp {
+  unsigned arrived;
+  float memory[1024];  // a fragment each of A, B, C and D, row by row
 };
 
 static const size_t STACK_BYTES = 256 << 10;
-static const unsigned MAX_THREADS = 1024;
-static ucontext_t scheduler;
+static const unsigned MAX_THREADS = 1024, LANES = 32;
+static jmp_buf scheduler;
 static std::vector<Fibre> fibres;
-static unsigned current;
+static Warp warps[MAX_THREADS / LANES];
+static unsigned current, block_threads;
 static Kernel kernel;
 static void** arguments;
 static bool descending;
-static std::vector<void*> poisoned;
+static std::vector<std::pair<char*, size_t>> shared;
 static sigjmp_buf trap;
 static CUstream last_stream;
 static unsigned launches;
+
+// Without the system calls of swapcontext, which would take most of the time.
+static void resume(Fibre& fibre) {
+  if (_setjmp(scheduler)) return;
+  if (fibre.started) _longjmp(fibre.place, 1);
+  fibre.started = true;
+  setcontext(&fibre.beginning);
+}
+
+static void wait_as(State state) {
+  fibres[current].state = state;
+  if (!_setjmp(fibres[current].place)) _longjmp(scheduler, 1);
+}
 
 extern "C" {
 emu_dim3 emu_thread, emu_block, emu_block_size, emu_grid_size;
@@ -50,55 +72,91 @@ void emu_set_descending(int value) { descending = value; }
 unsigned emu_launches() { return launches; }
 CUstream emu_last_stream() { return last_stream; }
 
-void emu_syncthreads() {
-  fibres[current].state = AT_BARRIER;
-  swapcontext(&fibres[current].context, &scheduler);
-}
+void emu_syncthreads() { wait_as(AT_BARRIER); }
 
 void emu_poison(void* memory, size_t size) {
-  for (void* done : poisoned)
-    if (done == memory) return;
-  poisoned.push_back(memory);
+  for (const auto& array : shared)
+    if (array.first == memory) return;
+  shared.emplace_back((char*)memory, size);
   memset(memory, 0xff, size);
 }
+
+void emu_require(bool condition) {
+  if (!condition) siglongjmp(trap, 1);
 }
 
-static void enter() {
-  kernel(arguments);
-  fibres[current].state = DONE;
-  swapcontext(&fibres[current].context, &scheduler);
+void emu_require_shared(const void* memory, size_t size) {
+  for (const auto& array : shared)
+    if ((char*)memory >= array.first && (char*)memory + size <= array.first + array.second) return;
+  emu_require(false);
 }
 
-static CUresult run_block(unsigned threads) {
-  poisoned.clear();
-  for (unsigned i = 0; i < threads; i++) {
+unsigned emu_lane() { return current % LANES; }
+
+float* emu_warp_memory() { return warps[current / LANES].memory; }
+
+// D = A B + C of what all lanes have put into their warp's memory; each returns when all have.
+void emu_warp_product(unsigned depth) {
+  Warp& warp = warps[current / LANES];
+  if (++warp.arrived < LANES) return wait_as(AT_PRODUCT);
+  warp.arrived = 0;
+  const float *a = warp.memory, *b = a + 256, *c = a + 512;
+  float* d = warp.memory + 768;
+  memcpy(d, c, 256 * sizeof(float));
+  for (unsigned i = 0; i < 16; i++)
+    for (unsigned k = 0; k < depth; k++)
+      for (unsigned j = 0; j < 16; j++) d[i * 16 + j] += a[i * depth + k] * b[k * 16 + j];
+  const unsigned first = current / LANES * LANES;
+  for (unsigned i = first; i < first + LANES && i < block_threads; i++)
+    if (fibres[i].state == AT_PRODUCT) fibres[i].state = RUNNING;
+}
+}
+
+static void run_fibre() {
+  for (;;) {
+    kernel(arguments);
+    wait_as(DONE);
+  }
+}
+
+static CUresult run_block() {
+  shared.clear();
+  for (unsigned i = 0; i < block_threads; i++) fibres[i].state = RUNNING;
+  for (;;) {
+    unsigned found[DONE + 1] = {};
+    for (unsigned i = 0; i < block_threads; i++) {
+      current = descending ? block_threads - 1 - i : i;
+      emu_thread = fibres[current].index;
+      if (fibres[current].state == RUNNING) resume(fibres[current]);
+    }
+    for (unsigned i = 0; i < block_threads; i++) found[fibres[i].state]++;
+    if (found[DONE] == block_threads) return CUDA_SUCCESS;
+    if (found[RUNNING]) continue;
+    if (found[AT_PRODUCT]) return CUDA_ERROR_ASSERT;
+    if (found[DONE]) return CUDA_ERROR_LAUNCH_FAILED;
+    for (unsigned i = 0; i < block_threads; i++) fibres[i].state = RUNNING;
+  }
+}
+
+// Puts the threads of a block at the beginning of a kernel, wherever an earlier launch has left them.
+static void prepare() {
+  for (unsigned i = 0; i < block_threads; i++) {
     Fibre& fibre = fibres[i];
-    getcontext(&fibre.context);
-    fibre.context.uc_stack.ss_sp = fibre.stack;
-    fibre.context.uc_stack.ss_size = STACK_BYTES;
-    fibre.context.uc_link = nullptr;
-    makecontext(&fibre.context, enter, 0);
+    getcontext(&fibre.beginning);
+    fibre.beginning.uc_stack.ss_sp = fibre.stack;
+    fibre.beginning.uc_stack.ss_size = STACK_BYTES;
+    fibre.beginning.uc_link = nullptr;
+    makecontext(&fibre.beginning, run_fibre, 0);
     fibre.index = {i % emu_block_size.x, i / emu_block_size.x % emu_block_size.y,
                    i / (emu_block_size.x * emu_block_size.y)};
-    fibre.state = RUNNING;
+    fibre.started = false;
   }
-  for (;;) {
-    unsigned waiting = 0;
-    for (unsigned i = 0; i < threads; i++) {
-      current = descending ? threads - 1 - i : i;
-      emu_thread = fibres[current].index;
-      if (fibres[current].state == RUNNING) swapcontext(&scheduler, &fibres[current].context);
-      waiting += fibres[current].state == AT_BARRIER;
-    }
-    if (waiting == 0) return CUDA_SUCCESS;
-    if (waiting < threads) return CUDA_ERROR_LAUNCH_FAILED;
-    for (unsigned i = 0; i < threads; i++) fibres[i].state = RUNNING;
-  }
+  for (Warp& warp : warps) warp.arrived = 0;
 }
 
 static void on_trap(int) { siglongjmp(trap, 1); }
 
-static CUresult run_grid(unsigned threads) {
+static CUresult run_grid() {
   struct sigaction caught = {}, segv, ill, bus;
   caught.sa_handler = on_trap;
   caught.sa_flags = SA_NODEFER;
@@ -109,11 +167,12 @@ static CUresult run_grid(unsigned threads) {
   if (sigsetjmp(trap, 1)) {
     result = CUDA_ERROR_ILLEGAL_ADDRESS;
   } else {
+    prepare();
     for (unsigned z = 0; z < emu_grid_size.z && result == CUDA_SUCCESS; z++)
       for (unsigned y = 0; y < emu_grid_size.y && result == CUDA_SUCCESS; y++)
         for (unsigned x = 0; x < emu_grid_size.x && result == CUDA_SUCCESS; x++) {
           emu_block = {x, y, z};
-          result = run_block(threads);
+          result = run_block();
         }
   }
   sigaction(SIGSEGV, &segv, nullptr);
@@ -135,9 +194,10 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, voi
   emu_grid_size = {config->gridDimX, config->gridDimY, config->gridDimZ};
   while (fibres.size() < threads) {
     void* stack = mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    fibres.push_back({{}, DONE, {}, stack});
+    fibres.push_back({DONE, false, {}, stack});
   }
-  return run_grid(threads);
+  block_threads = threads;
+  return run_grid();
 }
 
 CUresult cuModuleLoadData(CUmodule* module, const void* image) {
@@ -168,8 +228,9 @@ CUresult cuFuncSetAttribute(CUfunction, CUfunction_attribute, int) { return CUDA
 
 CUresult cuGetErrorName(CUresult error, const char** name) {
   switch (error) {
-    case CUDA_ERROR_ILLEGAL_ADDRESS: *name = "emulated kernel: access outside of its memory"; break;
+    case CUDA_ERROR_ILLEGAL_ADDRESS: *name = "emulated kernel: access outside of its memory, or at a forbidden address"; break;
     case CUDA_ERROR_LAUNCH_FAILED: *name = "emulated kernel: barrier that not all threads of a block reach"; break;
+    case CUDA_ERROR_ASSERT: *name = "emulated kernel: product of matrices that not all lanes of a warp reach"; break;
     case CUDA_ERROR_INVALID_IMAGE: *name = "device code for a GPU, and this machine has none"; break;
     case CUDA_ERROR_INVALID_VALUE: *name = "emulated kernel: more threads or blocks than a GPU takes"; break;
     default: *name = "stand-in for the CUDA driver"; break;

@@ -1,0 +1,221 @@
+"""Matrix products on tensor cores: where they are chosen, what they take, and whether they are right when emulated."""
+
+import re
+from dataclasses import replace
+from itertools import islice
+from random import Random
+
+import pytest
+from emulated_kernels import cheapest, is_exact, needs_toolkit, plant
+
+from convt_tvm import emulator
+from convt_tvm.artifact import read_manifest
+from convt_tvm.check import compare
+from convt_tvm.compiler import build_artifact
+from convt_tvm.cost_cuda import MAX_REGISTERS, SHARED_BYTES
+from convt_tvm.cost_tensor import fits_tensor_cores, tensor_layouts, tensor_shared_bytes
+from convt_tvm.emulate import EmulatedKernel, check_emulated
+from convt_tvm.fuzz import Domain, fuzzed_specs
+from convt_tvm.reference import TF32_UNIT
+from convt_tvm.space import choices, default_choice
+from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.target import Target
+from convt_tvm.tensor_intrinsics import name_tf32
+from convt_tvm.tensor_layout import patches
+from convt_tvm.workloads import Workload, resolve
+
+TARGET = Target.parse("cuda:sm_90+tf32")
+SPEC = ConvTranspose2dSpec(
+    n=2, ci=20, ih=5, iw=7, co=18, kernel_size=3, stride=2, padding=1, output_padding=1, dtype="float16"
+)
+
+
+def tensor(spec=SPEC):
+    return cheapest(spec, TARGET, "cuda_tensor")
+
+
+@pytest.mark.parametrize(
+    ("target", "dtypes"),
+    [
+        ("cuda:sm_75+sm_90+tf32", ["float16"]),
+        ("cuda:sm_80", ["float16", "bfloat16"]),
+        ("cuda:sm_80+tf32", ["float32", "float16", "bfloat16"]),
+    ],
+)
+def test_tensor_cores_take_what_every_architecture_and_the_target_allow(target, dtypes):
+    every = ["float32", "float64", "float16", "bfloat16"]
+    assert [dtype for dtype in every if fits_tensor_cores(replace(SPEC, dtype=dtype), Target.parse(target))] == dtypes
+
+
+def test_few_channels_are_left_to_other_schedules():
+    for changes in ({"ci": 15}, {"co": 15}, {"ci": 40, "co": 20, "groups": 2}):
+        found = choices(replace(SPEC, **changes), TARGET)
+        assert found
+        assert "cuda_tensor" not in {choice.space.name for choice in found}
+
+
+def test_wide_layers_run_on_tensor_cores_by_default_and_float32_only_where_tf32_is_allowed():
+    spec = resolve(["unet/up1"])[0].spec
+    for target, dtype, name in (
+        ("cuda:sm_90", "float16", "cuda_tensor"),
+        ("cuda:sm_90", "float32", "cuda_shared"),
+        ("cuda:sm_90+tf32", "float32", "cuda_tensor"),
+    ):
+        assert default_choice(replace(spec, dtype=dtype), Target.parse(target)).space.name == name
+
+
+def test_patches_hold_every_output_once():
+    for _, spec in fuzzed_specs(1, range(50)):
+        found = [
+            (row * spec.stride[0] + a.residue, column * spec.stride[1] + b.residue)
+            for patch in patches(spec)
+            for a in patch.band.phases
+            for b in patch.columns
+            for row in range(a.count)
+            for column in range(b.count)
+        ]
+        assert len(found) == len(set(found)) == spec.oh * spec.ow
+        for patch in patches(spec):
+            assert {(a.taps, b.taps) for a in patch.band.phases for b in patch.columns} == {
+                (patch.band.taps, patch.column_taps)
+            }
+
+
+def test_layouts_stay_within_the_limits_of_a_launch():
+    for workload in resolve(["dcgan/1", "dcgan/4", "fcn8s/up8", "hifigan/up1"]):
+        for spec in (workload.spec, replace(workload.spec, dtype="float16")):
+            found = list(tensor_layouts(spec))
+            assert found
+            for layout in found:
+                assert layout.warps <= 8
+                assert layout.co_block == 16 * layout.channel_tiles * layout.channel_warps
+                assert layout.positions == 16 * layout.position_tiles * layout.position_warps
+                assert tensor_shared_bytes(spec, layout) <= SHARED_BYTES
+
+
+@needs_toolkit
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_an_artifact_for_tensor_cores_spills_nothing_and_says_what_it_takes(dtype, tmp_path):
+    spec = replace(SPEC, dtype=dtype)
+    manifest = build_artifact(spec, TARGET, tmp_path / "kernel", choice=tensor(spec))
+    assert read_manifest(tmp_path / "kernel") == manifest
+    assert manifest.schedule == "cuda_tensor"
+    assert manifest.packed_dtype == dtype
+    assert manifest.target.allows_tf32
+    assert {found["function"] for found in manifest.resources} == {
+        "pack_kernel", "convt_kernel", "convt_kernel_1", "convt_kernel_2", "convt_kernel_3"
+    }  # fmt: skip
+    for found in manifest.resources:
+        assert 0 < found["registers"] <= MAX_REGISTERS
+        assert found["shared_bytes"] <= tensor_shared_bytes(spec, tensor(spec).layout)
+        assert found["spill_bytes"] == found["stack_bytes"] == 0
+
+
+@needs_toolkit
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dtype": "bfloat16", "bias": False},
+        {"groups": 2, "ci": 64, "co": 48, "stride": 1, "output_padding": 0, "dilation": 2},
+        {"dtype": "bfloat16", "stride": (3, 1), "kernel_size": (2, 5), "dilation": (2, 3), "output_padding": (1, 0)},
+        {"kernel_size": 1, "stride": 3, "padding": 0, "output_padding": 2},
+        {"kernel_size": 4, "ih": 1, "iw": 1, "stride": 1, "padding": 0, "output_padding": 0},
+    ],
+)
+def test_emulated_products_are_exact(changes):
+    spec = replace(SPEC, **changes)
+    kernel = EmulatedKernel(spec, TARGET, tensor(spec))
+    assert compare(spec, kernel).reason == ""
+    kernel.descending = True
+    assert is_exact(kernel)
+
+
+@needs_toolkit
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_emulated_products_of_drawn_specs_and_layouts_are_exact(number):
+    domain = Domain(n=2, groups=2, ci=40, ih=6, iw=20, co=40)
+    dtypes = ["float16", "bfloat16", "float32"]
+    drawn = (spec for _, spec in fuzzed_specs(5, range(1000), dtypes=dtypes, domain=domain))
+    fitting = (found for spec in drawn if (found := tensor_choices(spec)))
+    chosen = Random(number).choice(next(islice(fitting, number, None)))
+    assert is_exact(EmulatedKernel(*chosen))
+
+
+def tensor_choices(spec):
+    return [(spec, TARGET, choice) for choice in choices(spec, TARGET) if choice.space.name == "cuda_tensor"]
+
+
+@needs_toolkit
+def test_tf32_is_exact_on_integers_and_within_the_bound_of_its_own_rounding(monkeypatch):
+    spec = replace(SPEC, dtype="float32")
+    monkeypatch.setattr("convt_tvm.emulate.default_choice", lambda spec, target: tensor(spec))
+    row = check_emulated(Workload(name=spec.name, source="", spec=spec), TARGET)
+    assert (row.verdict, row.exact, row.schedule) == ("good", True, "cuda_tensor")
+    assert 0 < row.error_over_bound <= 1
+    kernel = EmulatedKernel(spec, TARGET)
+    assert "beyond the error bound of float32" in compare(spec, kernel).reason
+    assert compare(spec, kernel, operand_unit=TF32_UNIT / 4).reason
+
+
+def test_only_fragments_of_eight_deep_products_are_named_tf32():
+    fragment = "nvcuda::wmma::fragment<nvcuda::wmma::matrix_a, 16, 16, {}, nv_bfloat16, nvcuda::wmma::col_major>"
+    assert "precision::tf32" in name_tf32(fragment.format(8))
+    assert name_tf32(fragment.format(16)) == fragment.format(16)
+
+
+@needs_toolkit
+@pytest.mark.parametrize("descending", [False, True])
+def test_a_missing_barrier_is_caught(monkeypatch, descending):
+    plant(monkeypatch, "__syncthreads();", ";")
+    spec = replace(SPEC, co=64)
+    layout = next(layout for layout in tensor_layouts(spec) if layout.warps == 4)
+    kernel = EmulatedKernel(spec, TARGET, replace(tensor(spec), layout=layout), descending=descending)
+    assert not is_exact(kernel)
+
+
+@needs_toolkit
+@pytest.mark.parametrize("matrix", ["a", "b"])
+def test_a_wrong_fragment_layout_is_caught(monkeypatch, matrix):
+    before = f"matrix_{matrix}, 16, 16, 16, half, nvcuda::wmma::col_major"
+    plant(monkeypatch, before, before.replace("col", "row"))
+    assert not is_exact(EmulatedKernel(SPEC, TARGET, tensor()))
+
+
+@needs_toolkit
+@pytest.mark.parametrize(
+    ("array", "elements"),
+    [("taps0_shared_ptr", 16), ("gather0_local_shared_ptr", 16), ("acc0_wmma_accumulator_shared_ptr", 1)],
+)
+def test_a_wrong_shared_extent_is_caught(monkeypatch, array, elements):
+    honest = emulator._translate
+
+    def translate(code):
+        shorter = lambda found: f"{found[1]}[{int(found[2]) - elements}];"  # noqa: E731
+        changed, count = re.subn(rf"(static \w+ {array})\[(\d+)\];", shorter, honest(code))
+        assert count == 1
+        return changed
+
+    monkeypatch.setattr(emulator, "_translate", translate)
+    with pytest.raises(RuntimeError, match="access outside of its memory"):
+        is_exact(EmulatedKernel(SPEC, TARGET, tensor()))
+
+
+@needs_toolkit
+def test_a_fragment_read_one_row_too_far_is_caught(monkeypatch):
+    plant(monkeypatch, "(&(taps0_shared_ptr[0]))", "(&(taps0_shared_ptr[48]))")
+    assert not is_exact(EmulatedKernel(SPEC, TARGET, tensor()))
+
+
+@needs_toolkit
+def test_a_fragment_at_an_address_that_wmma_forbids_is_caught(monkeypatch):
+    plant(monkeypatch, "(&(gather0_local_shared_ptr[0]))", "(&(gather0_local_shared_ptr[8]))")
+    with pytest.raises(RuntimeError, match="access outside of its memory, or at a forbidden address"):
+        is_exact(EmulatedKernel(SPEC, TARGET, tensor()))
+
+
+@needs_toolkit
+def test_a_product_that_some_lanes_skip_is_caught(monkeypatch):
+    plant(monkeypatch, "nvcuda::wmma::mma_sync(acc0", "if (threadIdx.x) nvcuda::wmma::mma_sync(acc0")
+    with pytest.raises(RuntimeError, match="product of matrices that not all lanes of a warp reach"):
+        is_exact(EmulatedKernel(SPEC, TARGET, tensor()))
