@@ -33,7 +33,12 @@ _WORKLOADS = typer.Argument(
 Workloads: TypeAlias = Annotated[list[str], _WORKLOADS]
 OptionalWorkloads: TypeAlias = Annotated[list[str] | None, _WORKLOADS]
 TargetName: TypeAlias = Annotated[
-    str, typer.Option("--target", metavar="TARGET", help="llvm is this machine; llvm:x86-64-v2, -v3, -v4; cuda:sm_90.")
+    str,
+    typer.Option(
+        "--target",
+        metavar="TARGET",
+        help="llvm is this machine; llvm:x86-64-v2, -v3, -v4; cuda:sm_90, with +tf32 to allow it.",
+    ),
 ]
 Threads: TypeAlias = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="For kernels and peers alike; by default torch's number.")

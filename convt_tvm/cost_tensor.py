@@ -35,7 +35,8 @@ __all__ = ["fits_tensor_cores", "tensor_cycles", "tensor_layouts", "tensor_share
 MAX_WARPS = 8
 MAX_TILES = 8
 """Fragments of sums that a warp keeps: 8 registers each."""
-STAGE_CHANNELS = (16, 32, 64)
+STAGE_BYTES = (32, 64, 128)
+"""Input channels of a stage, in their own dtype."""
 MAX_COLUMNS = 64
 GATHERED_INSTRUCTIONS = 2.5
 """For an input value copied to shared memory: its load, and a share of coordinates, bounds and a vector's store."""
@@ -140,7 +141,7 @@ def tensor_layouts(spec: ConvTranspose2dSpec) -> Iterator[TensorLayout]:
             rows = positions // columns
             if rows >= 2 * height and (columns < widths[-1] or positions > FRAGMENT):
                 continue
-            for ci_block in STAGE_CHANNELS:
+            for ci_block in (size // DTYPE_BYTES[spec.dtype] for size in STAGE_BYTES):
                 layout = TensorLayout(
                     lanes="ow",
                     co_block=co_block,

@@ -26,7 +26,13 @@ ONE_ROW = ConvTranspose2dSpec(n=2, ci=64, ih=7, iw=64, co=5, kernel_size=2, stri
 
 
 def test_spaces_are_the_files_of_schedules():
-    assert [space.name for space in spaces()] == ["cuda_direct", "cuda_shared", "llvm_channels", "llvm_columns"]
+    assert [space.name for space in spaces()] == [
+        "cuda_direct",
+        "cuda_shared",
+        "cuda_tensor",
+        "llvm_channels",
+        "llvm_columns",
+    ]
     assert all(space.name.startswith(f"{space.target_kind}_") for space in spaces())
 
 

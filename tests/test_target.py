@@ -248,3 +248,16 @@ def test_llvm_uses_the_vectors_and_fused_multiply_adds_named_and_warns_of_nothin
     assert re.search(r"vfmadd\w+ps .*%zmm", v4)
     if "avx512f" in host_features():
         assert re.search(r"vfmadd\w+ps .*%zmm", host)
+
+
+def test_tf32_is_a_feature_of_targets_for_gpus_and_no_architecture():
+    target = Target.parse("cuda:tf32+sm_90+sm_80")
+    assert (target.name, target.gpu_archs, target.allows_tf32) == ("cuda:sm_80+sm_90+tf32", ("sm_80", "sm_90"), True)
+    assert Target.from_json(target.to_json()) == target
+    assert Target.parse("cuda:tf32").gpu_archs == Target.parse("cuda").gpu_archs
+    assert not Target.parse("cuda:sm_90").allows_tf32
+    assert target.key != Target.parse("cuda:sm_80+sm_90").key
+    with pytest.raises(TargetError, match=r"'tf16' is not a known CUDA architecture; .* tf32 to let float32 be"):
+        Target.parse("cuda:sm_90+tf16")
+    with pytest.raises(TargetError, match=r"'tf32' is not a known feature of x86_64"):
+        Target.parse("llvm:x86_64+tf32")
