@@ -5,6 +5,7 @@ one attempt: the candidate is tried again on the next server, and counts as cras
 in a process of its own, ``python -m convt_tvm.remote``, which is killed where a connection hangs.
 """
 
+import itertools
 import math
 import tempfile
 from collections.abc import Sequence
@@ -117,6 +118,8 @@ class RemoteRunner:
         self._worker.kill()
 
 
+_numbers = itertools.count()
+"""Of the files sent: one that a server has loaded must not be overwritten, or its code would change under it."""
 _sessions: list[Any] = []
 """The client's session, if it has one: a server gives its next client nothing before the last one is gone."""
 
@@ -142,9 +145,9 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
         )
 
     timed = []
-    for number, directory in enumerate(job["directories"]):
+    for directory in job["directories"]:
         manifest = read_manifest(Path(directory))
-        name = f"kernel{number}.so"
+        name = f"kernel{next(_numbers)}.so"
         remote.upload(str(Path(directory) / KERNEL_FILE), name)
         module = remote.load_module(name)
         arguments: dict[str, list[Any]] = {}
