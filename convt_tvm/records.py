@@ -13,7 +13,20 @@ from typing import Any, Literal, Self, TypeAlias
 
 from convt_tvm.errors import TuningLogError
 
-__all__ = ["GENERIC", "OWN", "Candidate", "Context", "Record", "Result", "SessionInfo", "Status", "Trial", "mad"]
+__all__ = [
+    "EARLY",
+    "GENERIC",
+    "OWN",
+    "Candidate",
+    "Context",
+    "Record",
+    "Result",
+    "SessionInfo",
+    "Status",
+    "Trial",
+    "failures_text",
+    "mad",
+]
 
 Status: TypeAlias = Literal["ok", "wrong", "build_failed", "run_failed", "crashed", "timed_out"]
 """``wrong``: an answer differed from the exact one. ``crashed`` and ``timed_out``: the process that built or ran it."""
@@ -21,6 +34,14 @@ Status: TypeAlias = Literal["ok", "wrong", "build_failed", "run_failed", "crashe
 
 OWN, GENERIC = "own", "generic"
 """What a session searches: the files of ``schedules/``, or, as a baseline, TVM's own post-order-apply."""
+
+EARLY = 64
+"""Trials that should find at least 95 % of what any number finds."""
+
+
+def failures_text(failures: Mapping[str, int]) -> str:
+    """How many trials failed for each cause, in words."""
+    return ", ".join(f"{count} {status.replace('_', ' ')}" for status, count in sorted(failures.items()))
 
 
 def mad(samples: "tuple[float, ...] | list[float]") -> float:

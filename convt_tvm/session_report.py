@@ -15,11 +15,11 @@ from typing import Any
 
 from convt_tvm.errors import TuningLogError
 from convt_tvm.pictures import COLOURS, new_figure, tidy
-from convt_tvm.records import OWN, Candidate, Context, Result, SessionInfo, Trial
+from convt_tvm.records import EARLY, OWN, Candidate, Context, Result, SessionInfo, Trial, failures_text
 from convt_tvm.search import rank_correlation
 from convt_tvm.store import R, Read, read_records
 
-__all__ = ["SearchLog", "draw", "read_searches", "readable_trace", "to_html"]
+__all__ = ["SearchLog", "draw", "plain_trace", "read_searches", "readable_trace", "to_html"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +96,34 @@ class SearchLog:
         goal = best.best_us / share
         return next(count for count, us in enumerate(self.curve, 1) if us is not None and us <= goal)
 
+    @property
+    def early_share(self) -> tuple[float, bool] | None:
+        """What share of the speed of the fastest of all the first `EARLY` trials reached, and whether in one race.
+
+        By the medians of the finalists if one of the first trials is among them, else by the fastest samples. None if
+        there were no more trials, or nothing was timed.
+        """
+        first = self.trials[:EARLY]
+        early_us = min((trial.best_us for trial in first if trial.best_us is not None), default=None)
+        if len(self.trials) <= EARLY or early_us is None or self.best is None or self.best.best_us is None:
+            return None
+        known = {trial.candidate.key for trial in self.trials}
+        finalists = [each for each in self.result.finalists if each.candidate.key in known] if self.result else []
+        keys = {trial.candidate.key for trial in first}
+        raced = [finalist.median_us for finalist in finalists if finalist.candidate.key in keys]
+        if raced:
+            return min(finalist.median_us for finalist in finalists) / min(raced), True
+        return self.best.best_us / early_us, False
+
+    @property
+    def early_text(self) -> str:
+        """The same in words; empty where there is nothing to say."""
+        if self.early_share is None:
+            return ""
+        share, raced = self.early_share
+        how = "measured again by turns" if raced else "by their fastest samples"
+        return f"best of the first {EARLY} trials: {share:.1%} of the best of all {len(self.trials)}, {how}"
+
     def to_json(self) -> dict[str, Any]:
         """What the report says, as JSON values."""
         best = self.best
@@ -112,6 +140,8 @@ class SearchLog:
             "best_us": None if best is None else best.best_us,
             "best": None if best is None else best.candidate.to_json(),
             "trials_to_95_percent": self.trials_to(0.95),
+            "early_share": None if self.early_share is None else self.early_share[0],
+            "early_share_is_raced": None if self.early_share is None else self.early_share[1],
             "model_rank_correlation": self.model_correlation,
             "rule_rank_correlation": self.rule_correlation,
             "curve_us": list(self.curve),
@@ -172,6 +202,18 @@ def readable_trace(search: SearchLog, candidate: Candidate) -> str:
         return f"{candidate}; which workload it is for went with the log's sessions."
     spec = ConvTranspose2dSpec.from_name(search.infos[-1].spec)
     return trace_text(spec, Target.parse(search.context.target), candidate)
+
+
+def plain_trace(trace: Sequence[Any]) -> str:
+    """The instructions of a stored trace, each a line with its decision; imports nothing, and shows what was run."""
+    instructions, decisions = trace
+    decided = dict(decisions)
+    lines = []
+    for place, (kind, inputs, attributes, outputs) in enumerate(instructions):
+        results = f"{', '.join(outputs)} = " if outputs else ""
+        decision = f"  # {decided[place]}" if place in decided else ""
+        lines.append(f"{results}{kind}({', '.join(str(each) for each in (*inputs, *attributes))}){decision}")
+    return "\n".join(lines)
 
 
 def draw(searches: Sequence[SearchLog], path: Path | io.BytesIO) -> None:
@@ -330,15 +372,22 @@ def _details(search: SearchLog, trace: str) -> str:
                 [[str(each.candidate), f"{each.median_us:.4g}"] for each in search.result.finalists],
             )
         )
+    if search.early_text:
+        parts.append(f"<p>{html.escape(search.early_text)}.</p>")
     failed = [trial for trial in search.trials if trial.status != "ok"]
     if failed:
-        parts.append("<h3 class='bad'>Failed</h3>")
+        parts.append(f"<h3 class='bad'>Failed: {html.escape(failures_text(search.failures))}</h3>")
         parts.append(
             _rows(
                 ["cause", "candidate", "what happened"],
                 [[trial.status.replace("_", " "), str(trial.candidate), trial.error] for trial in failed],
             )
         )
+    for trial in failed:
+        if trial.wrong_trace is not None:
+            steps = html.escape(plain_trace(trial.wrong_trace))
+            parts.append(f"<details><summary>Steps of the wrong {html.escape(str(trial.candidate))}</summary>")
+            parts.append(f"<pre>{steps}</pre></details>")
     parts.append(f"<h3>Best schedule</h3><pre>{html.escape(trace)}</pre>")
     for problem in search.problems:
         parts.append(f"<p class='bad'>{html.escape(problem)}</p>")

@@ -1,14 +1,15 @@
 """How tuning sessions look in a terminal: a line that is redrawn while they run, and a table at the end."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from textwrap import indent
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from convt_tvm.records import OWN
+from convt_tvm.records import OWN, failures_text
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.terminal import Column, milliseconds, print_table, stderr_is_terminal, stdout_console
 
@@ -32,15 +33,11 @@ def describe_progress(progress: "SessionProgress") -> str:
         if info.torch_us is not None:
             parts.append(f"{info.torch_us / progress.best_us:.2f}x torch")
     if progress.failures:
-        parts.append(_failures(progress.failures))
+        parts.append(failures_text(progress.failures))
     if progress.secs_left is not None:
         minutes, secs = divmod(round(progress.secs_left), 60)
         parts.append(f"{minutes}:{secs:02d} left")
     return ", ".join([*parts, progress.step])
-
-
-def _failures(failures: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {status.replace('_', ' ')}" for status, count in sorted(failures.items()))
 
 
 @contextmanager
@@ -121,13 +118,15 @@ def print_outcomes(outcomes: "Sequence[Outcome]") -> None:
     print_table(columns, outcomes, console)
     for outcome in outcomes:
         if outcome.failures:
-            console.print(f"{escape(outcome.info.workload)}: {_failures(outcome.failures)}", soft_wrap=True)
+            console.print(f"{escape(outcome.info.workload)}: {failures_text(outcome.failures)}", soft_wrap=True)
         for note in outcome.notes:
             console.print(f"[yellow]note[/]  {escape(outcome.info.workload)}: {escape(note)}", soft_wrap=True)
 
 
 def print_searches(searches: "Sequence[SearchLog]", traces: Sequence[str]) -> None:
     """Print stored searches side by side, their failures, and the best schedule of each."""
+    from convt_tvm.session_report import plain_trace
+
     console = stdout_console()
 
     def correlation(value: float | None) -> str:
@@ -151,6 +150,8 @@ def print_searches(searches: "Sequence[SearchLog]", traces: Sequence[str]) -> No
     ]
     print_table(columns, searches, console)
     for search, trace in zip(searches, traces, strict=True):
+        for text in filter(None, (search.early_text, failures_text(search.failures))):
+            console.print(f"{escape(search.name)}: {text}", soft_wrap=True)
         for trial in search.trials:
             if trial.status != "ok":
                 console.print(
@@ -158,6 +159,8 @@ def print_searches(searches: "Sequence[SearchLog]", traces: Sequence[str]) -> No
                     f"{escape(str(trial.candidate))}: {escape(trial.error)}",
                     soft_wrap=True,
                 )
+            if trial.wrong_trace is not None:
+                console.print(escape(indent(plain_trace(trial.wrong_trace), "    ")), soft_wrap=True)
         for problem in search.problems:
             console.print(f"[yellow]note[/]  {escape(search.name)}: {escape(problem)}", soft_wrap=True)
         console.print(f"\n{escape(search.name)}\n{escape(trace)}", soft_wrap=True)

@@ -13,6 +13,7 @@ from convt_tvm.store import Store
 from convt_tvm.trials import Built, Measured
 
 SPEC = ConvTranspose2dSpec(n=1, ci=8, ih=8, iw=8, co=8, kernel_size=4, stride=2, padding=1)
+TRACE = ([["GetSBlock", [], ["acc0"], ["b0"]], ["SampleCategorical", [], [[0, 16]], ["v1"]]], [[1, 1]])
 CONTEXT = Context("llvm:x86_64", "aaaaaaaa", 1)
 
 
@@ -44,7 +45,7 @@ class StubBuilder:
             self.built.append(candidate)
             directory = self.directory / f"build{len(self.built)}"
             directory.mkdir(parents=True, exist_ok=True)
-            yield Built(candidate, "ok", directory=directory, digest="d" * 16, trace=("Split",))
+            yield Built(candidate, "ok", directory=directory, digest="d" * 16, trace=TRACE)
 
     def close(self):
         pass

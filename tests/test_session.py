@@ -6,12 +6,13 @@ import time
 
 import pytest
 import stub_session
-from stub_session import StubBuilder, StubRunner, make_choices, make_info, run_stub, true_us
+from stub_session import TRACE, StubBuilder, StubRunner, make_choices, make_info, run_stub, true_us
 
+from convt_tvm import session
 from convt_tvm.errors import TuningError
 from convt_tvm.records import Result, SessionInfo, Trial
 from convt_tvm.store import TRIALS, read_records
-from convt_tvm.trials import raced
+from convt_tvm.trials import Measured, raced
 from convt_tvm.workers import Answer
 
 BEST = min((candidate for candidate, _ in make_choices()), key=true_us)
@@ -70,7 +71,7 @@ def test_a_wrong_candidate_never_wins_and_is_recorded_with_its_trace(tmp_path):
     assert outcome.result.candidate != BEST
     assert outcome.failures == {"wrong": 1}
     (wrong,) = [trial for trial in read_records(tmp_path / "log", Trial).records if trial.status == "wrong"]
-    assert wrong.candidate == BEST and wrong.wrong_trace == ("Split",) and wrong.samples_us == ()
+    assert wrong.candidate == BEST and wrong.wrong_trace == TRACE and wrong.samples_us == ()
     assert wrong.error == "3 of 8 outputs are wrong on integers"
 
 
@@ -84,6 +85,19 @@ def test_a_wrong_candidate_never_wins_and_is_recorded_with_its_trace(tmp_path):
 def test_finalists_that_cannot_be_raced_end_the_session(answer, why):
     with pytest.raises(TuningError, match=f"the finalists could not be measured again: {why}; run the session again"):
         raced(answer)
+
+
+def test_the_best_of_the_first_trials_is_raced_too(tmp_path, monkeypatch):
+    class Improving(StubRunner):
+        def run(self, built, best_us):
+            self.ran.append(built.candidate)
+            return Measured("ok", samples_us=(100.0 - len(self.ran),))
+
+    monkeypatch.setattr(session, "EARLY", 10)
+    outcome, runner = run_stub(tmp_path, trials=40, runner=Improving())
+    expected = [runner.ran[place] for place in (0, 9, 36, 37, 38, 39)]
+    finalists = [finalist.candidate.key for finalist in outcome.result.finalists]
+    assert sorted(finalists) == sorted(candidate.key for candidate in expected)
 
 
 def test_within_the_noise_the_default_stays(tmp_path):

@@ -6,12 +6,12 @@ from html.parser import HTMLParser
 
 import pytest
 import stub_session
-from stub_session import SPEC, StubBuilder, make_choices, make_info, run_stub, true_us
+from stub_session import SPEC, TRACE, StubBuilder, make_choices, make_info, run_stub, true_us
 
 from convt_tvm.errors import TuningLogError
 from convt_tvm.records import GENERIC, OWN, Candidate, Result, Trial
 from convt_tvm.search import rank_correlation
-from convt_tvm.session_report import draw, read_searches, readable_trace, to_html
+from convt_tvm.session_report import draw, plain_trace, read_searches, readable_trace, to_html
 from convt_tvm.store import SESSIONS, Store
 from convt_tvm.trials import Built
 
@@ -124,6 +124,33 @@ def test_trials_to_a_share_of_the_best_are_counted(searches):
     assert replace(search, trials=(failed,)).trials_to(0.95) is None
 
 
+def test_steps_are_readable_without_the_compiler():
+    assert plain_trace(TRACE) == "b0 = GetSBlock(acc0)\nv1 = SampleCategorical([0, 16])  # 1"
+    assert plain_trace(([["Reorder", ["l1", "l0"], [], []]], [])) == "Reorder(l1, l0)"
+
+
+def test_what_the_first_64_trials_reached(searches):
+    search, *_ = searches
+    assert (search.early_share, search.early_text) == (None, "")
+    trial, finalist = search.trials[0], search.result.finalists[0]
+    many = tuple(
+        replace(trial, candidate=Candidate("stub", {"rows": number}), samples_us=(100.0 - number,))
+        for number in range(80)
+    )
+    # By samples: 37 of trial 64 against 21 of the last; the finalists are of other trials.
+    made = replace(search, trials=many)
+    assert made.early_share == (21 / 37, False)
+    assert made.early_text == "best of the first 64 trials: 56.8% of the best of all 80, by their fastest samples"
+    raced = tuple(
+        replace(finalist, candidate=trial.candidate, samples_us=(us,))
+        for trial, us in ((many[63], 40.0), (many[79], 38.0))
+    )
+    made = replace(made, result=replace(search.result, finalists=raced))
+    assert made.early_share == (0.95, True) and made.to_json()["early_share"] == 0.95
+    assert made.early_text == "best of the first 64 trials: 95.0% of the best of all 80, measured again by turns"
+    assert replace(made, trials=many[:64]).early_share is None
+
+
 def test_correlations_are_of_what_was_predicted_before_each_trial(searches):
     search, *_ = searches
     guessed = [trial for trial in search.trials if trial.predicted_us and trial.best_us]
@@ -139,7 +166,7 @@ def test_the_values_are_json_and_tell_what_went_wrong(searches):
     assert (values["trials"], values["runs"], values["spec"]) == (48, 1, SPEC.name)
     assert values["failures"] == {"wrong": 1, "build_failed": 1}
     (wrong,) = values["wrong"]
-    assert wrong == {"candidate": BEST.to_json(), "error": "3 of 8 outputs are wrong on integers", "trace": ["Split"]}
+    assert wrong == {"candidate": BEST.to_json(), "error": "3 of 8 outputs are wrong on integers", "trace": list(TRACE)}
     assert values["best_us"] == values["result"]["median_us"] == min(filter(None, values["curve_us"]))
 
 
@@ -160,7 +187,8 @@ def test_the_page_shows_failures_by_cause_and_the_wrong_candidate(searches):
     assert ["build failed", str(UNBUILDABLE), "rows <b> & more"] in page.rows
     first, second = ([row for row in page.rows if row[0] == search.name] for search in searches)
     assert [row[1:3] for row in (*first, *second)] == [["48", "2"], ["20", "0"]]
-    assert page.text.count("Failed") == 1
+    assert page.text.count("Failed") == page.text.count("Failed: 1 build failed, 1 wrong") == 1
+    assert page.text.count(f"Steps of the wrong {BEST}") == page.text.count(plain_trace(TRACE)) == 1
     # The winner is another one, and its steps are there.
     assert f"Result: {searches[0].result.candidate}: beats the default" in page.text
     assert "a < b" in page.text
