@@ -37,10 +37,10 @@ _INTRINSICS = "tvm.s_tir.tensor_intrin"
 
 
 def plain_layout(spec: ConvTranspose2dSpec) -> Layout:
-    """The phase form without tiles: channels innermost where they fill a vector, else columns."""
+    """The phase form without tiles and partial sums: channels innermost where they fill a vector, else columns."""
     channels = spec.co // spec.groups
     lanes: Literal["co", "ow"] = "co" if channels >= VECTOR_CHANNELS else "ow"
-    return Layout(lanes, co_block=channels, row_block=1, column_block=1, vector_lanes=1, row_chunk=1)
+    return Layout(lanes, co_block=channels, row_block=1, column_block=1, vector_lanes=1, row_chunk=1, taps="plain")
 
 
 class GenericSearch:

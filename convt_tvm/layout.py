@@ -71,7 +71,7 @@ class Layout:
         Column phases whose sums are in registers together; divides their number.
     taps
         ``inner``: a tile's sums stay in registers for all taps. ``outer``: for one tap after the other all tiles of a
-        chunk are worked on, with their sums in memory in between.
+        chunk are worked on, with their sums in memory in between. ``plain``: one loop over all, for others to schedule.
     """
 
     lanes: Literal["co", "ow"]
@@ -81,7 +81,7 @@ class Layout:
     vector_lanes: int
     row_chunk: int
     phases: int = 1
-    taps: Literal["inner", "outer"] = "inner"
+    taps: Literal["inner", "outer", "plain"] = "inner"
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""
@@ -92,7 +92,9 @@ class Layout:
         """The layout that `to_json` wrote."""
         numbers = {field.name: int(values[field.name]) for field in fields(cls) if field.name not in ("lanes", "taps")}
         lanes: Literal["co", "ow"] = "co" if values["lanes"] == "co" else "ow"
-        taps: Literal["inner", "outer"] = "outer" if values["taps"] == "outer" else "inner"
+        taps: Literal["inner", "outer", "plain"] = (
+            "outer" if values["taps"] == "outer" else "plain" if values["taps"] == "plain" else "inner"
+        )
         return cls(lanes=lanes, taps=taps, **numbers)
 
     def blocks(self, spec: ConvTranspose2dSpec) -> int:
@@ -120,11 +122,13 @@ class Layout:
         summation; N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., 2002, section 4.2). Partial
         sums of ``sqrt(n)`` products leave the least; as each costs a load, an addition and a store for an accumulator,
         they are `PARTIAL_ROOTS` times longer. Where there is one tap there is one partial sum, as in torch, and with
-        ``taps="outer"`` one for each tap.
+        ``taps="outer"`` one for each tap. With ``taps="plain"`` there is one.
         """
         columns, channels = max(phase.taps for phase in spec.axes[1].phases), spec.ci // spec.groups
         if self.taps == "outer":
             return 1, channels, 1
+        if self.taps == "plain":
+            return band.taps, channels, columns
         # An output of a small image does not meet all taps.
         met_rows, met_columns = min(band.taps, spec.ih), min(columns, spec.iw)
         products = met_rows * met_columns * channels

@@ -10,6 +10,7 @@ from convt_tvm import generic
 from convt_tvm.compiler import best_choice, build_artifact
 from convt_tvm.database import find_result
 from convt_tvm.errors import TuningError
+from convt_tvm.layout import Layout, bands
 from convt_tvm.records import GENERIC, Candidate
 from convt_tvm.reference import integer_inputs, reference
 from convt_tvm.runtime import load
@@ -18,7 +19,7 @@ from convt_tvm.space import default_choice, find_choice
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
 from convt_tvm.tune import Budget, tune
-from convt_tvm.workloads import Workload
+from convt_tvm.workloads import Workload, resolve
 
 HOST = Target.parse("llvm")
 FEW = ConvTranspose2dSpec(n=1, ci=8, ih=6, iw=7, co=3, kernel_size=4, stride=2, padding=1)
@@ -36,6 +37,16 @@ def small_evolution(monkeypatch):
     )
     monkeypatch.setattr(ms.search_strategy, "EvolutionarySearch", small)
     monkeypatch.setattr(generic, "GENERATION", 6)
+
+
+@pytest.mark.parametrize("spec", [FEW, ODD, resolve(["dcgan/2"])[0].spec])
+def test_the_plain_form_has_one_sum_for_each_output(spec):
+    layout = generic.plain_layout(spec)
+    assert layout == Layout.from_json(layout.to_json())
+    columns = max(phase.taps for phase in spec.axes[1].phases)
+    for band in bands(spec):
+        assert layout.partial_sum(spec, band) == (band.taps, spec.ci // spec.groups, columns)
+        assert (layout.rows(band), layout.blocks(spec)) == (band.rows, 1)
 
 
 def search_of(spec, **arguments):
