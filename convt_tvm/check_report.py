@@ -7,7 +7,8 @@ from pathlib import Path
 
 from convt_tvm.check_plots import plot_lengths, plot_overview, plot_phases, plot_ulps
 from convt_tvm.errors import RowsError
-from convt_tvm.findings import STAGES, Examination, Finding, write_examinations
+from convt_tvm.findings import STAGES, Examination, Finding
+from convt_tvm.json_lines import write_lines
 from convt_tvm.rounding import QUANTILES
 
 __all__ = ["plot", "to_html", "to_markdown", "write_report"]
@@ -44,7 +45,7 @@ def write_report(directory: Path, examinations: Sequence[Examination]) -> Path:
     pictures = _pictures(examinations)
     for name, png in pictures.items():
         (directory / f"{name}.png").write_bytes(png)
-    write_examinations(directory / "rows.jsonl", examinations)
+    write_lines(directory / "rows.jsonl", examinations)
     page = directory / "index.html"
     page.write_text(to_html(examinations, pictures), encoding="utf-8")
     return page

@@ -49,7 +49,8 @@ def bench(
     answer that is wrong by float64 is never timed. A second copy of each kernel gives the noise floor. Exits with 1 if
     one of our kernels failed. With --json, one line for each workload and implementation.
     """
-    from convt_tvm.rows import OURS, append_rows, latest_runs, read_rows, regressions
+    from convt_tvm.json_lines import append_lines
+    from convt_tvm.rows import OURS, latest_runs, read_rows, regressions
     from convt_tvm.target import Target
     from convt_tvm.workloads import resolve
 
@@ -76,7 +77,7 @@ def bench(
         found = bench_workload(workload, compiled_for, peers=names, limits=limits, rounds=rounds)
         rows.extend(found)
         if output is not None:
-            append_rows(output, found)
+            append_lines(output, found)
         if as_json:
             for row in found:
                 print_json(row.to_json())

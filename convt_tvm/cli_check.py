@@ -230,7 +230,8 @@ def _conform(
 ) -> None:
     from convt_tvm.bench import current_commit
     from convt_tvm.cases import FAMILIES, FUZZ, missing_families
-    from convt_tvm.conformance import append_tallies, blocks, conform, read_tallies, untried
+    from convt_tvm.conformance import blocks, conform, read_tallies, untried
+    from convt_tvm.json_lines import append_lines
     from convt_tvm.terminal import progress
     from convt_tvm.terminal_numerics import print_conformance
 
@@ -251,7 +252,7 @@ def _conform(
             for found in conform(left, target, peers=peers, jobs=jobs, commit=commit):
                 tallies += found
                 if output is not None:
-                    append_tallies(output, found)
+                    append_lines(output, found)
                 if as_json:
                     for tally in found:
                         print_json(tally.to_json())

@@ -1,11 +1,10 @@
 """Families of cases against implementations: every case goes through exactness and rounding, in blocks, in parallel."""
 
-import json
 import multiprocessing
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,14 +12,14 @@ import torch
 
 from convt_tvm.cases import FAMILIES, FUZZ, sampled_cases
 from convt_tvm.distributions import DISTRIBUTIONS
-from convt_tvm.errors import RowsError
 from convt_tvm.examine import examine
 from convt_tvm.findings import Finding
 from convt_tvm.implementations import Implementation, implementations, our_implementations
+from convt_tvm.json_lines import read_lines, require_fields
 from convt_tvm.replay import Reproducer
 from convt_tvm.target import Target
 
-__all__ = ["Block", "Tally", "append_tallies", "blocks", "conform", "examine_block", "read_tallies", "untried"]
+__all__ = ["Block", "Tally", "blocks", "conform", "examine_block", "read_tallies", "untried"]
 
 BLOCK = 25
 
@@ -70,11 +69,7 @@ class Tally:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """The tally that `to_json` wrote; raises RowsError for missing or unknown fields."""
-        known = {field.name for field in fields(cls)}
-        if not isinstance(values, Mapping) or set(values) != known:
-            raise RowsError(
-                f"a tally has the fields {sorted(known)}; write tallies with `convt-tvm check --conformance`."
-            )
+        require_fields(cls, values, "a tally", "write tallies with `convt-tvm check --conformance`")
         return cls(
             **{
                 **values,
@@ -97,22 +92,7 @@ def blocks(families: Sequence[str], *, seed: int, fuzz: int) -> list[Block]:
 
 def read_tallies(path: Path) -> list[Tally]:
     """The tallies in a file, none if there is no file; raises RowsError naming the line that is none."""
-    if not path.exists():
-        return []
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            found.append(Tally.from_json(json.loads(line)))
-        except (json.JSONDecodeError, RowsError, TypeError, KeyError) as error:
-            raise RowsError(f"{path}, line {number}: {error}") from error
-    return found
-
-
-def append_tallies(path: Path, tallies: Iterable[Tally]) -> None:
-    """Append tallies to a file, a line each, making it if it is not there."""
-    text = "".join(json.dumps(tally.to_json(), allow_nan=False) + "\n" for tally in tallies)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
+    return read_lines(path, Tally.from_json) if path.exists() else []
 
 
 def untried(wanted: Iterable[Block], tallies: Iterable[Tally], commit: str | None) -> list[Block]:

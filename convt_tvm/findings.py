@@ -1,16 +1,14 @@
 """What the numerics lab finds about each stage, data set and implementation, stored as a line of JSON a workload."""
 
-import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias
 
 from convt_tvm.errormap import Tap, Worst
-from convt_tvm.errors import RowsError
+from convt_tvm.json_lines import read_lines, require_fields
 from convt_tvm.rounding import LengthError, Rounding
-from convt_tvm.rows import require_fields
 
 __all__ = [
     "STAGES",
@@ -19,7 +17,6 @@ __all__ = [
     "Stage",
     "Status",
     "read_examinations",
-    "write_examinations",
 ]
 
 _REMEDY = "`convt-tvm check --report` writes them"
@@ -171,18 +168,6 @@ class Examination:
 _GRAVITY: tuple[Status, ...] = ("fail", "limitation", "pass", "rejected", "unavailable")
 
 
-def write_examinations(path: Path, examinations: Iterable[Examination]) -> None:
-    """Write examinations to a file, a line each, in place of what it held."""
-    lines = [json.dumps(each.to_json(), allow_nan=False) + "\n" for each in examinations]
-    path.write_text("".join(lines), encoding="utf-8")
-
-
 def read_examinations(path: Path) -> list[Examination]:
     """The examinations in a file; raises RowsError naming the line that is none, OSError if there is no such file."""
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            found.append(Examination.from_json(json.loads(line)))
-        except (json.JSONDecodeError, RowsError, TypeError) as error:
-            raise RowsError(f"{path}, line {number}: {error}") from error
-    return found
+    return read_lines(path, Examination.from_json)

@@ -1,14 +1,14 @@
 """Benchmark rows: what one implementation did with one workload, stored as a line of JSON."""
 
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any, Literal, Self, TypeAlias
 
 from convt_tvm.errors import RowsError
+from convt_tvm.json_lines import read_lines, require_fields
 
 __all__ = [
     "COPY",
@@ -16,30 +16,14 @@ __all__ = [
     "TORCH",
     "Row",
     "Run",
-    "append_rows",
     "geometric_means",
     "latest_runs",
     "read_rows",
     "regressions",
-    "require_fields",
 ]
 
 OURS, COPY, TORCH = "ours", "ours_again", "torch"
 """The kernel, a second copy of it that gives the noise floor, and the peer that runs are compared by."""
-
-
-def require_fields(record: type[Any], values: object, name: str, remedy: str) -> None:
-    """Raise RowsError unless `values` is a mapping with exactly the fields of the dataclass `record`.
-
-    The message calls it `name`, lists what is missing and what is unknown, and ends in `remedy`.
-    """
-    known = {field.name for field in fields(record)}
-    found = set(values) if isinstance(values, Mapping) else set()
-    if not isinstance(values, Mapping) or found != known:
-        raise RowsError(
-            f"{name} lacks the fields {sorted(known - found)} and has the unknown ones {sorted(found - known)}; "
-            f"{remedy}."
-        )
 
 
 Status: TypeAlias = Literal["ok", "wrong", "rejected", "unavailable", "failed"]
@@ -188,24 +172,9 @@ def geometric_means(runs: Sequence[Run]) -> tuple[float | None, float | None]:
     )
 
 
-def append_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Append rows to a file, a line each, making it if it is not there."""
-    text = "".join(json.dumps(row.to_json(), allow_nan=False) + "\n" for row in rows)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
-
-
 def read_rows(path: Path) -> list[Row]:
     """The rows in a file; raises RowsError naming the line that is none, OSError if there is no such file."""
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(Row.from_json(json.loads(line)))
-        except (json.JSONDecodeError, RowsError, TypeError) as error:
-            raise RowsError(f"{path}, line {number}: {error}") from error
-    return rows
+    return read_lines(path, Row.from_json)
 
 
 def latest_runs(rows: Sequence[Row]) -> list[Run]:

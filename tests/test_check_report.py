@@ -10,8 +10,9 @@ import torch
 from convt_tvm.check_report import to_html, to_markdown, write_report
 from convt_tvm.errors import RowsError
 from convt_tvm.examine import examine_workload
-from convt_tvm.findings import Examination, read_examinations, write_examinations
+from convt_tvm.findings import Examination, read_examinations
 from convt_tvm.implementations import Implementation
+from convt_tvm.json_lines import write_lines
 from convt_tvm.reference import reference
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
@@ -117,14 +118,14 @@ def test_markdown_has_a_line_a_workload_and_marks_losses(good, bad):
 def test_infinities_and_nan_survive_being_stored(good, tmp_path):
     first, *others = (finding for finding in good.findings if finding.worst)
     odd = replace(first, worst=replace(first.worst, value=float("inf"), ratio=float("-inf")))
-    write_examinations(tmp_path / "rows.jsonl", [replace(good, findings=(odd, *others))])
+    write_lines(tmp_path / "rows.jsonl", [replace(good, findings=(odd, *others))])
     found = read_examinations(tmp_path / "rows.jsonl")[0].findings[0].worst
     assert (found.value, found.ratio) == (float("inf"), float("-inf"))
 
 
 def test_what_is_no_row_is_named_by_its_line(good, tmp_path):
     path = tmp_path / "rows.jsonl"
-    write_examinations(path, [good])
+    write_lines(path, [good])
     path.write_text(path.read_text() + '{"workload": "x"}\n')
     with pytest.raises(RowsError, match=r"rows.jsonl, line 2: an examination lacks the fields \['commit'"):
         read_examinations(path)

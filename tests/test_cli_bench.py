@@ -9,8 +9,9 @@ from test_rows import BASE, run_of
 
 from convt_tvm import bench as bench_module
 from convt_tvm import roofline, terminal
+from convt_tvm.json_lines import append_lines
 from convt_tvm.roofline import Bandwidth, Limits
-from convt_tvm.rows import COPY, OURS, append_rows, read_rows
+from convt_tvm.rows import COPY, OURS, read_rows
 
 TINY = "n1_ci4_ih3_iw3_co2_k3x3_s2x2_p1x1_op1x1_d1x1_g1_bias_float32"
 
@@ -71,7 +72,7 @@ def test_mistakes_exit_with_2(run, arguments, message):
 
 
 def test_a_baseline_needs_torch(run, tmp_path):
-    append_rows(tmp_path / "old.jsonl", run_of({OURS: 10.0, "torch": 40.0}))
+    append_lines(tmp_path / "old.jsonl", run_of({OURS: 10.0, "torch": 40.0}))
     code, _, err = run("bench", "dcgan/2", "--peers", "openvino", "--baseline", tmp_path / "old.jsonl")
     assert code == 2
     assert "--baseline compares ratios to torch" in " ".join(err.split())
@@ -179,7 +180,7 @@ def test_bench_for_real(run):
 
 def test_report_writes_everything_asked_for(run, tmp_path):
     rows, readme = tmp_path / "rows.jsonl", tmp_path / "README.md"
-    append_rows(rows, run_of({OURS: 10.0, "torch": 40.0}))
+    append_lines(rows, run_of({OURS: 10.0, "torch": 40.0}))
     readme.write_text("<!-- results -->\n<!-- /results -->\n")
     code, out, err = run("report", rows)
     assert (code, err) == (0, "")
@@ -192,14 +193,14 @@ def test_report_writes_everything_asked_for(run, tmp_path):
 
 def test_report_plots(run, tmp_path):
     pytest.importorskip("matplotlib")
-    append_rows(tmp_path / "rows.jsonl", run_of({OURS: 10.0, "torch": 40.0}))
+    append_lines(tmp_path / "rows.jsonl", run_of({OURS: 10.0, "torch": 40.0}))
     assert run("report", tmp_path / "rows.jsonl", "--plot", tmp_path / "ratios.svg") == (0, "", "")
     assert "<svg" in (tmp_path / "ratios.svg").read_text()
 
 
 def test_report_prints_the_last_rows_as_json(run, tmp_path):
     newer = replace(BASE, date="2027", median_us=5.0)
-    append_rows(tmp_path / "rows.jsonl", [BASE, newer])
+    append_lines(tmp_path / "rows.jsonl", [BASE, newer])
     code, out, _ = run("report", tmp_path / "rows.jsonl", "--json")
     assert code == 0
     assert [json.loads(line) for line in out.splitlines()] == [newer.to_json()]

@@ -66,12 +66,13 @@ MAY_IMPORT = {
     "measure": "",
     "check": "errors spec workloads target runtime compiler reference measure",
     "emulate": "errors spec workloads target space emulator compiler reference check",
-    "rows": "errors",
+    "json_lines": "errors",
+    "rows": "errors json_lines",
     "fuzz": "errors spec",
     "distributions": "errors spec reference",
     "rounding": "spec reference",
     "errormap": "phases spec",
-    "findings": "errors errormap rounding rows",
+    "findings": "errors errormap rounding json_lines",
     "special": "spec reference check",
     "determinism": "errors spec runtime reference check",
     "peers": "spec reference",
@@ -93,10 +94,10 @@ MAY_IMPORT = {
     "examine": "errors spec reference check distributions errormap findings rounding special determinism "
     "implementations peers target workloads",
     "check_plots": "errors findings rounding pictures",
-    "check_report": "errors findings rounding check_plots",
+    "check_report": "errors findings rounding json_lines check_plots",
     "replay": "errors spec target runtime findings examine implementations",
     "cases": "errors spec fuzz",
-    "conformance": "errors target distributions findings implementations examine replay cases",
+    "conformance": "target distributions findings implementations json_lines examine replay cases",
     "doctor": "errors gpu cuda_toolkit target runtime",
     "__init__": "errors spec target runtime compiler functional nn",
     "terminal": "check doctor rows explain",
@@ -106,10 +107,10 @@ MAY_IMPORT = {
     "cli_options": "target terminal",
     "cli_tune": "errors workloads target threads records database session tune session_report terminal_tune "
     "cli_options",
-    "cli_bench": "workloads target rows peers roofline bench explain report findings check_report terminal cli_options "
-    "cli_tune",
-    "cli_check": "workloads target check emulate bench findings implementations examine check_report replay cases "
-    "conformance terminal terminal_numerics cli_options",
+    "cli_bench": "workloads target json_lines rows peers roofline bench explain report findings check_report terminal "
+    "cli_options cli_tune",
+    "cli_check": "workloads target check emulate bench findings implementations examine json_lines check_report replay "
+    "cases conformance terminal terminal_numerics cli_options",
     "cli": "__init__ errors workloads target artifact runtime compiler cache check determinism doctor terminal "
     "cli_options cli_bench cli_check cli_tune",
     "__main__": "cli",

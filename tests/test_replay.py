@@ -6,11 +6,12 @@ import torch
 
 from convt_tvm import conformance as module
 from convt_tvm.cases import FAMILIES, FUZZ, missing_families, onnx_nodes, sampled_cases, spec_of_onnx
-from convt_tvm.conformance import Block, append_tallies, blocks, examine_block, read_tallies, untried
+from convt_tvm.conformance import Block, blocks, examine_block, read_tallies, untried
 from convt_tvm.distributions import DISTRIBUTIONS, require_telling, telling_integers
 from convt_tvm.errors import InputsError, RowsError, SpecError
 from convt_tvm.fuzz import fuzzed_specs
 from convt_tvm.implementations import Implementation
+from convt_tvm.json_lines import append_lines
 from convt_tvm.reference import expect, reference
 from convt_tvm.replay import read_reproducer, replay, write_reproducer
 from convt_tvm.rounding import measure_rounding, ulp
@@ -48,7 +49,7 @@ def test_a_block_is_tallied_and_its_failures_can_be_replayed(tmp_path, monkeypat
         assert (found.finding.status, found.same_artifact) == (status, None)
         assert found.finding.reason == (stored.reason if status == "fail" else "")
 
-    append_tallies(tmp_path / "rows.jsonl", [ours, torch_])
+    append_lines(tmp_path / "rows.jsonl", [ours, torch_])
     assert read_tallies(tmp_path / "rows.jsonl") == [ours, torch_]
     wanted = [Block(FUZZ, 6, 0, 5), Block(FUZZ, 6, 6, 11)]
     assert untried(wanted, [ours], "c0ffee") == wanted[1:]
@@ -61,7 +62,7 @@ def test_files_that_are_none_are_refused(tmp_path):
     with pytest.raises(RowsError, match="a reproducer has the fields"):
         read_reproducer(tmp_path / "a.json")
     (tmp_path / "b.jsonl").write_text("{}\n")
-    with pytest.raises(RowsError, match="line 1: a tally has the fields"):
+    with pytest.raises(RowsError, match="line 1: a tally lacks the fields"):
         read_tallies(tmp_path / "b.jsonl")
 
 

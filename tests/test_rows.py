@@ -4,7 +4,8 @@ from dataclasses import fields, replace
 import pytest
 
 from convt_tvm.errors import RowsError
-from convt_tvm.rows import COPY, OURS, Row, append_rows, geometric_means, latest_runs, read_rows, regressions
+from convt_tvm.json_lines import append_lines
+from convt_tvm.rows import COPY, OURS, Row, geometric_means, latest_runs, read_rows, regressions
 
 BASE = Row(
     workload="dcgan/2",
@@ -40,8 +41,8 @@ def run_of(times, **changes):
 def test_rows_survive_a_file(tmp_path):
     path = tmp_path / "rows.jsonl"
     first = replace(BASE, samples_us=(1.0, 2.5), median_us=1.75, layout={"lanes": "co"}, bound_by="memory")
-    append_rows(path, [first])
-    append_rows(path, [BASE])
+    append_lines(path, [first])
+    append_lines(path, [BASE])
     assert read_rows(path) == [first, BASE]
 
 
@@ -65,7 +66,7 @@ def test_every_field_is_stored():
 )
 def test_a_line_that_is_no_row_is_named(tmp_path, line, message):
     path = tmp_path / "rows.jsonl"
-    append_rows(path, [BASE])
+    append_lines(path, [BASE])
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(RowsError, match=message):
         read_rows(path)
