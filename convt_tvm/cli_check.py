@@ -58,7 +58,10 @@ def check(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="FILE", help="With --conformance: append tallies; what it has is not tried again."
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="With --conformance: append tallies; what it has of these kernels is not tried again.",
         ),
     ] = None,
     failures: Annotated[
@@ -241,10 +244,12 @@ def _conform(
     for family, reason in missing.items():
         print(f"left out: {family}: {reason}", file=sys.stderr)
     wanted = blocks([*(family for family in FAMILIES if family not in missing), FUZZ], seed=seed, fuzz=fuzz)
-    left = untried(wanted, before, commit)
+    left = untried(wanted, before)
     tallies = [tally for tally in before if tally.block in wanted and tally.block not in left]
     if len(left) < len(wanted):
-        print(f"{len(wanted) - len(left)} of {len(wanted)} blocks were tried at this commit already", file=sys.stderr)
+        print(
+            f"{len(wanted) - len(left)} of {len(wanted)} blocks were tried with these kernels already", file=sys.stderr
+        )
     interrupted = False
     try:
         with progress(len(left), quiet=as_json and sys.stdout.isatty()) as begin:

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import torch
 
+from convt_tvm.artifact import source_fingerprint
 from convt_tvm.cases import FAMILIES, FUZZ, sampled_cases
 from convt_tvm.distributions import DISTRIBUTIONS
 from convt_tvm.examine import examine
@@ -40,8 +41,10 @@ class Tally:
 
     Attributes
     ----------
-    block, implementation, commit
-        What was tried, by what, at which commit of this package; None outside a checkout.
+    block, implementation
+        What was tried, and by what.
+    commit, source
+        At which commit of this package (None outside a checkout), and from which `source_fingerprint` its kernels come.
     passed, failed, rejected
         Cases, by the worst of their findings; those out of scope are in none of them.
     max_ratio
@@ -55,6 +58,7 @@ class Tally:
     block: Block
     implementation: str
     commit: str | None
+    source: str
     passed: int = 0
     failed: int = 0
     rejected: int = 0
@@ -95,10 +99,9 @@ def read_tallies(path: Path) -> list[Tally]:
     return read_lines(path, Tally.from_json) if path.exists() else []
 
 
-def untried(wanted: Iterable[Block], tallies: Iterable[Tally], commit: str | None) -> list[Block]:
-    """The blocks that no tally of this commit is about; all of them if files were changed since it or it is unknown."""
-    settled = commit is not None and not commit.endswith("+")
-    tried = {tally.block for tally in tallies if settled and tally.commit == commit}
+def untried(wanted: Iterable[Block], tallies: Iterable[Tally]) -> list[Block]:
+    """The blocks that no tally of kernels from today's sources is about."""
+    tried = {tally.block for tally in tallies if tally.source == source_fingerprint()}
     return [block for block in wanted if block not in tried]
 
 
@@ -142,6 +145,7 @@ def examine_block(block: Block, target: Target, compared: Sequence[Implementatio
             block=block,
             implementation=name,
             commit=commit,
+            source=source_fingerprint(),
             passed=got.count("passed"),
             failed=got.count("failed"),
             rejected=got.count("rejected"),

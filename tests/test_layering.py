@@ -97,7 +97,7 @@ MAY_IMPORT = {
     "check_report": "errors findings rounding json_lines check_plots",
     "replay": "errors spec target runtime findings examine implementations",
     "cases": "errors spec fuzz",
-    "conformance": "target distributions findings implementations json_lines examine replay cases",
+    "conformance": "artifact target distributions findings implementations json_lines examine replay cases",
     "doctor": "errors gpu cuda_toolkit target runtime",
     "__init__": "errors spec target runtime compiler functional nn",
     "terminal": "check doctor rows explain",
