@@ -1,8 +1,10 @@
 """Our kernels against other implementations: in one process, by turns, with answers checked before any time counts."""
 
+import importlib.util
 import math
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,10 +14,11 @@ from typing import Any
 
 import torch
 
-from convt_tvm import runtime
+from convt_tvm import roofline, roofline_torch, runtime
 from convt_tvm.check import thread_count
 from convt_tvm.measure import interleaved, noise_floor
 from convt_tvm.peers import DISTRIBUTIONS, Contender, Refusal, prepare
+from convt_tvm.place import Place
 from convt_tvm.reference import Inputs, error_bound, normal_inputs, reference
 from convt_tvm.roofline import Limits, bound
 from convt_tvm.rows import COPY, OURS, Row
@@ -24,7 +27,7 @@ from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target, machine, package_versions
 from convt_tvm.workloads import Workload
 
-__all__ = ["Tolerance", "bench", "current_commit"]
+__all__ = ["Tolerance", "bench", "current_commit", "measure_target_limits"]
 
 PEER_SLACK = 4
 """Peers may be this many times farther from float64 than a plain sum can be: their algorithms are not known here."""
@@ -38,13 +41,19 @@ for some 50 ms of CPU time each."""
 class Tolerance:
     """How far answers may be from float64, worked out once for some inputs."""
 
-    def __init__(self, spec: ConvTranspose2dSpec, inputs: Inputs) -> None:
-        """Compute the reference and the bounds."""
+    def __init__(self, spec: ConvTranspose2dSpec, inputs: Inputs, *, tf32: bool = False) -> None:
+        """Compute the reference and the bounds; those of tf32 if float32 may be multiplied so."""
         input, weight, bias = inputs
         self.spec = spec
         self.exact = reference(spec, *inputs)
         self.bound = error_bound(spec, *inputs)
         self.peers = PEER_SLACK * self.bound
+        rounds_factors = tf32 and spec.dtype == "float32"
+        if rounds_factors:
+            magnitude = reference(spec, input.abs(), weight.abs(), None if bias is None else bias.abs())
+            # Two factors of 10 bits each, which some GPUs cut off instead of rounding.
+            self.bound = self.bound + 2 * 2.0**-10 * magnitude
+            self.peers = PEER_SLACK * self.bound
         if spec.dtype != spec.accumulator_dtype:
             # Libraries may add up the taps in the narrow type, torch does for float16.
             magnitude = reference(spec, input.abs(), weight.abs(), None if bias is None else bias.abs())
@@ -85,11 +94,37 @@ def current_commit() -> str | None:
         return None
 
 
+@contextmanager
+def _library_flags(target: Target) -> Iterator[None]:
+    """On a GPU: cuDNN tries its algorithms and takes the fastest, and multiplies float32 as the target does."""
+    if target.kind != "cuda":
+        yield
+        return
+    cudnn: Any = torch.backends.cudnn
+    tf32 = "tf32" in target.features
+    before = torch.backends.cuda.matmul.allow_tf32
+    with cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=tf32):
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        try:
+            yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def measure_target_limits(spec: ConvTranspose2dSpec, target: Target, threads: int | None = None) -> Limits:
+    """What the machine that runs `target` could do at best for such a spec, on so many threads of a processor."""
+    if target.kind == "cuda":
+        return roofline_torch.measure_limits("cuda", spec.dtype, 1, tf32="tf32" in target.features)
+    if importlib.util.find_spec("tvm") is None:
+        return roofline_torch.measure_limits("cpu", spec.accumulator_dtype, threads or torch.get_num_threads())
+    return roofline.measure_limits(spec.accumulator_dtype, threads or torch.get_num_threads())
+
+
 def _contender(kernel: Kernel, inputs: Inputs) -> Contender:
     """The kernel at its fastest: a packed weight, and an output of its own, NaN before."""
     input, weight, bias = inputs
     packed = kernel.pack(weight)
-    out = torch.full(kernel.spec.sized.output_shape, math.nan, dtype=input.dtype)
+    out = torch.full(kernel.spec.sized.output_shape, math.nan, dtype=input.dtype, device=input.device)
 
     def run() -> torch.Tensor:
         kernel(input, packed, bias, out=out)
@@ -98,12 +133,16 @@ def _contender(kernel: Kernel, inputs: Inputs) -> Contender:
     return run
 
 
-def _build_twice(spec: ConvTranspose2dSpec, target: Target, directory: Path) -> tuple[Kernel, Kernel]:
-    """One artifact, loaded from two places: two libraries in memory."""
-    from convt_tvm.compiler import build_artifact
+def _load_twice(
+    spec: ConvTranspose2dSpec, target: Target, artifact: Path | None, directory: Path
+) -> tuple[Kernel, Kernel]:
+    """One artifact, built if there is none, loaded from two places: two libraries in memory."""
+    if artifact is None:
+        from convt_tvm.compiler import build_artifact
 
-    build_artifact(spec, target, directory / "first")
-    first = runtime.load(directory / "first")
+        artifact = directory / "first"
+        build_artifact(spec, target, artifact)
+    first = runtime.load(artifact)
     first.save(directory / "second")
     return first, runtime.load(directory / "second")
 
@@ -114,10 +153,12 @@ def bench(
     *,
     peers: Sequence[str],
     limits: Limits,
+    place: Place | None = None,
     rounds: int = 15,
     seed: int = 0,
     settle_secs: float | None = None,
     min_sample_secs: float = 0.005,
+    artifact: Path | None = None,
 ) -> list[Row]:
     """Time the default kernel of a workload, a second copy of it, and peers; on one image where any batch size goes.
 
@@ -133,12 +174,17 @@ def bench(
         Names of `convt_tvm.peers.PEERS`.
     limits
         Measured just before for the spec's ``accumulator_dtype``; every thread pool gets its number of threads.
+    place
+        Where kernels for `target` run, by default with warm caches. On a GPU all contenders' tensors are there, and
+        its own clock times them.
     rounds
         Samples of each contender.
     seed
         Of the inputs, which are normally distributed.
     settle_secs, min_sample_secs
         As in `convt_tvm.measure.interleaved`.
+    artifact
+        Our kernel, where it was compiled beforehand.
 
     Returns
     -------
@@ -153,8 +199,10 @@ def bench(
         for a peer of another name.
     """
     resolved, spec, threads = Target.parse(target), workload.spec.sized, limits.threads
+    place = place or Place.of(resolved)
     inputs = normal_inputs(spec, seed)
-    tolerance = Tolerance(spec, inputs)
+    tolerance = Tolerance(spec, inputs, tf32="tf32" in resolved.features)
+    inputs = place.put(inputs)
     details: dict[str, dict[str, Any]] = {}
     contenders: dict[str, Contender] = {}
 
@@ -163,7 +211,7 @@ def bench(
             details[name] = {"status": contender.status, "reason": contender.reason}
             return
         try:
-            worst, problem = tolerance.judge(contender(), peer=peer)
+            worst, problem = tolerance.judge(contender().cpu(), peer=peer)
         except Exception as error:  # recorded as this contender's status, so that the others are still timed
             details[name] = {"status": "failed", "reason": f"{type(error).__name__}: {' '.join(str(error).split())}"}
             return
@@ -176,9 +224,10 @@ def bench(
         TemporaryDirectory(prefix="convt-tvm-bench-") as directory,
         thread_count(threads),
         torch.inference_mode(),
+        _library_flags(resolved),
     ):
         try:
-            kernels = _build_twice(workload.spec, resolved, Path(directory))
+            kernels = _load_twice(workload.spec, resolved, artifact, Path(directory))
             of_kernel = {"schedule": kernels[0].manifest.schedule, "layout": dict(kernels[0].manifest.layout)}
             for name, kernel in zip((OURS, COPY), kernels, strict=True):
                 enter(name, _contender(kernel, inputs), peer=False)
@@ -191,21 +240,26 @@ def bench(
             for name in peers:
                 enter(name, prepare(name, spec, inputs, threads), peer=True)
             if settle_secs is None:
-                settle_secs = SETTLE_SECS[threads > 1]
+                settle_secs = place.settle_secs(SETTLE_SECS[threads > 1])
             try:
                 samples = interleaved(
-                    contenders, rounds=rounds, settle_secs=settle_secs, min_sample_secs=min_sample_secs
+                    contenders,
+                    rounds=rounds,
+                    settle_secs=settle_secs,
+                    min_sample_secs=min_sample_secs,
+                    time_calls=place.time_calls(),
                 )
             except Exception as error:  # recorded in every row: an unfinished round compares nothing
                 reason = f"while being timed: {type(error).__name__}: {' '.join(str(error).split())}"
                 details |= {name: details[name] | {"status": "failed", "reason": reason} for name in contenders}
         contenders.clear()
-    return _rows(workload, resolved, limits, rounds, details, samples)
+    return _rows(workload, resolved, place, limits, rounds, details, samples)
 
 
 def _rows(
     workload: Workload,
     target: Target,
+    place: Place,
     limits: Limits,
     rounds: int,
     details: dict[str, dict[str, Any]],
@@ -223,7 +277,8 @@ def _rows(
         rounds=rounds,
         target=target.name,
         date=datetime.now(UTC).isoformat(timespec="milliseconds"),
-        machine=described,
+        machine={**described, **place.describe()},
+        cold=place.cold,
         versions={**here.versions, **package_versions(DISTRIBUTIONS)},
         commit=current_commit(),
         noise_floor=noise_floor(samples[OURS], samples[COPY]) if {OURS, COPY} <= samples.keys() else None,

@@ -14,6 +14,7 @@ import torch
 from convt_tvm import runtime
 from convt_tvm.errors import ConvTError
 from convt_tvm.measure import interleaved, medians
+from convt_tvm.place import Place
 from convt_tvm.reference import error_bound, integer_inputs, normal_inputs, reference
 from convt_tvm.runtime import Kernel
 from convt_tvm.spec import ConvTranspose2dSpec
@@ -27,6 +28,7 @@ __all__ = [
     "bits",
     "check",
     "compare",
+    "compare_kernel",
     "mismatch",
     "thread_count",
     "torch_eager",
@@ -232,34 +234,36 @@ def _packed(kernel: Kernel, spec: ConvTranspose2dSpec) -> Operator:
     """The kernel's other way to be called: a packed weight, and an output that holds NaN before."""
 
     def run(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        out = torch.full(spec.output_shape, math.nan, dtype=input.dtype)
+        out = torch.full(spec.output_shape, math.nan, dtype=input.dtype, device=input.device)
         answer: torch.Tensor = kernel(input, kernel.pack(weight), bias, out=out)
         return answer
 
     return run
 
 
-def _compare_batches(kernel: Kernel, seed: int) -> Comparison:
-    """Compare the kernel; one for any batch size with several, of which the worst counts."""
+def compare_kernel(kernel: Kernel, seed: int = 0) -> Comparison:
+    """Compare a kernel where it runs, called both ways; one for any batch size with several: the worst counts."""
+    there = Place.of(kernel.target).on_cpu_tensors
     spec = kernel.spec
     sizes = [spec] if spec.n is not None else [spec.with_batch(n) for n in _BATCHES]
-    found = [compare(sized, kernel, _packed(kernel, sized), seed=seed) for sized in sizes]
+    found = [compare(sized, there(kernel), there(_packed(kernel, sized)), seed=seed) for sized in sizes]
     return max(found, key=lambda comparison: (bool(comparison.reason), comparison.error_over_bound))
 
 
 def _time(kernel: Kernel, seed: int) -> dict[str, float]:
     """The timing fields of a `CheckRow`."""
-    spec = kernel.spec.sized
-    input, weight, bias = normal_inputs(spec, seed)
+    spec, place = kernel.spec.sized, Place.of(kernel.target)
+    input, weight, bias = place.put(normal_inputs(spec, seed))
     packed = kernel.pack(weight)
-    out = torch.empty(spec.output_shape, dtype=input.dtype)
+    out = torch.empty(spec.output_shape, dtype=input.dtype, device=input.device)
     eager = torch_eager(spec)
     functions = {
         "latency_us": lambda: kernel(input, packed, bias, out=out),
         "torch_latency_us": lambda: eager(input, weight, bias),
     }
     with torch.inference_mode():
-        samples = interleaved(functions, rounds=_ROUNDS)
+        settle_secs = place.settle_secs(0.005)
+        samples = interleaved(functions, rounds=_ROUNDS, settle_secs=settle_secs, time_calls=place.time_calls())
     return {**medians(samples), "spread": max(max(values) / min(values) for values in samples.values())}
 
 
@@ -319,7 +323,7 @@ def check(
             found["schedule"] = built.manifest.schedule
             built.save(Path(directory) / "kernel")
             kernel = runtime.load(Path(directory) / "kernel")
-            comparison = _compare_batches(kernel, seed)
+            comparison = compare_kernel(kernel, seed)
             found |= asdict(comparison)
             if not (quick or comparison.reason):
                 found |= _time(kernel, seed)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from convt_tvm import cli_bench, cli_check, cli_tune
+from convt_tvm import cli_bench, cli_bundle, cli_check, cli_tune
 from convt_tvm.cli_options import (
     FAILED,
     INTERRUPTED,
@@ -25,11 +25,11 @@ from convt_tvm.cli_options import (
     print_json,
     stop_if_interrupted,
 )
-from convt_tvm.errors import ConvTError, SpecError, TargetError, UnknownWorkloadError
+from convt_tvm.errors import BundleError, ConvTError, SpecError, TargetError, UnknownWorkloadError
 
 __all__ = ["app", "main"]
 
-_USAGE_ERRORS = (UnknownWorkloadError, TargetError, SpecError)
+_USAGE_ERRORS = (UnknownWorkloadError, TargetError, SpecError, BundleError)
 
 app = typer.Typer(
     name="convt-tvm",
@@ -178,6 +178,9 @@ app.command(short_help="Search for the fastest schedules.")(cli_tune.tune)
 app.command(short_help="Time kernels against other libraries.")(cli_bench.bench)
 app.command(short_help="Turn stored rows into tables and plots.")(cli_bench.report)
 app.command(short_help="Show phases, limits and the choice of a schedule.")(cli_bench.explain)
+
+
+app.command(short_help="Pack kernels and their measurement for another machine.")(cli_bundle.bundle)
 
 
 @app.command(short_help="Verify an artifact and show its manifest.")

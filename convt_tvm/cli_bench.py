@@ -30,7 +30,7 @@ __all__ = ["bench", "explain", "report"]
 def bench(
     workloads: Workloads,
     peers: Annotated[
-        str, typer.Option("--peers", metavar="NAME,...", help="Of those listed above; all by default.")
+        str, typer.Option("--peers", metavar="NAME,...", help="Of those listed above; all there are by default.")
     ] = "all",
     threads: Threads = None,
     rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Samples of each.")] = 15,
@@ -41,6 +41,9 @@ def bench(
         Path | None, typer.Option(metavar="FILE", help="Exit with 3 where these rows were faster, beside torch.")
     ] = None,
     target: TargetName = "llvm",
+    cold: Annotated[
+        bool, typer.Option("--cold", help="With a cuda target: overwrite the second cache before each call.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Time kernels against torch, torch_channels_last, torch_compile, onnxruntime and openvino.
@@ -48,6 +51,9 @@ def bench(
     All in one process, by turns, in reversed order each round, with constant weights and the same number of threads. An
     answer that is wrong by float64 is never timed. A second copy of each kernel gives the noise floor. Exits with 1 if
     one of our kernels failed. With --json, one line for each workload and implementation.
+
+    On a GPU the peers are torch's: cuDNN with its benchmark mode, NCHW and channels_last, and torch.compile with
+    autotuning; float32 is IEEE's. Calls are captured in CUDA graphs and timed by the GPU.
     """
     from convt_tvm.json_lines import append_lines
     from convt_tvm.rows import OURS, latest_runs, read_rows, regressions
@@ -57,24 +63,26 @@ def bench(
     chosen, compiled_for = resolve(workloads), Target.parse(target)
     require_cores(threads)
     before = None if baseline is None else read_rows(baseline)
-    from convt_tvm.peers import PEERS
+    from convt_tvm.peers import GPU_PEERS, PEERS
+    from convt_tvm.place import Place
 
-    names = list(PEERS) if peers == "all" else list(dict.fromkeys(filter(None, peers.split(","))))
-    if unknown := [name for name in names if name not in PEERS]:
-        raise typer.BadParameter(f"there is no peer {', '.join(unknown)}; there are {', '.join(PEERS)}.")
+    place = Place.of(compiled_for, cold=cold)
+    known = list(GPU_PEERS) if place.device == "cuda" else list(PEERS)
+    names = known if peers == "all" else list(dict.fromkeys(filter(None, peers.split(","))))
+    if unknown := [name for name in names if name not in known]:
+        raise typer.BadParameter(f"there is no peer {', '.join(unknown)}; there are {', '.join(known)}.")
     if before is not None and "torch" not in names:
         raise typer.BadParameter("--baseline compares ratios to torch, which has to be among the peers.")
 
-    import torch
-
     from convt_tvm.bench import bench as bench_workload
-    from convt_tvm.roofline import measure_limits
+    from convt_tvm.bench import measure_target_limits
 
+    compiled_for.require_host()
     rows: list[Row] = []
 
     def work(workload: Any) -> None:
-        limits = measure_limits(workload.spec.accumulator_dtype, threads or torch.get_num_threads())
-        found = bench_workload(workload, compiled_for, peers=names, limits=limits, rounds=rounds)
+        limits = measure_target_limits(workload.spec, compiled_for, threads)
+        found = bench_workload(workload, compiled_for, peers=names, limits=limits, place=place, rounds=rounds)
         rows.extend(found)
         if output is not None:
             append_lines(output, found)

@@ -11,7 +11,7 @@ from convt_tvm.errors import TuningLogError
 from convt_tvm.records import OWN, Context, Result, Trial
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.store import DATABASE_FILES, RESULTS, SESSIONS, TRIALS, Store, read_records
-from convt_tvm.target import Target, machine
+from convt_tvm.target import Target, machine_key
 
 __all__ = ["Found", "Merged", "find_result", "log_directory", "logs_directory", "merge", "relatives"]
 
@@ -62,7 +62,7 @@ def find_result(
     if not (directory / RESULTS).exists():
         return Found(None)
     stored = read_records(directory, Result)
-    here = machine().key
+    here = machine_key(target)
     if threads is None:
         from convt_tvm.threads import get_num_threads
 
@@ -75,7 +75,7 @@ def find_result(
             ignored.append(f"the result of session {result.session} is for the target {context.target}")
         elif result.candidate.space != OWN:
             ignored.append(f"the result of session {result.session} is a baseline, from TVM's own space")
-        elif context.machine != here:
+        elif here is not None and context.machine != here:
             ignored.append(
                 f"the result of session {result.session} is from machine {context.machine}, and this one is {here}"
             )

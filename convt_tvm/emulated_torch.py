@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -63,11 +64,13 @@ class _Stream:
 class _Event:
     """Stands in for torch.cuda.Event: everything is done when it is recorded."""
 
+    replayed_secs = 0.0
+
     def __init__(self, enable_timing: bool = False) -> None:
         self._secs = 0.0
 
     def record(self, stream: Any = None) -> None:
-        self._secs = perf_counter()
+        self._secs = perf_counter() + _Event.replayed_secs
 
     def synchronize(self) -> None:
         pass
@@ -77,10 +80,12 @@ class _Event:
 
 
 class _Graph:
-    """Stands in for torch.cuda.CUDAGraph: what is captured runs then, and a replay does nothing."""
+    """Stands in for torch.cuda.CUDAGraph: what is captured runs then, and a replay passes the time that it took."""
+
+    secs = 0.0
 
     def replay(self) -> None:
-        pass
+        _Event.replayed_secs += self.secs
 
 
 @contextmanager
@@ -124,9 +129,11 @@ def emulated_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
         runtime = ctypes.CDLL("libcudart.so.13")
         with use_stream(stream or _Stream()):
             runtime.cuda_emu_set_capturing(1)
+            start = perf_counter()
             try:
                 yield
             finally:
+                graph.secs = perf_counter() - start
                 runtime.cuda_emu_set_capturing(0)
 
     stand_ins: dict[str, Any] = {
@@ -139,6 +146,7 @@ def emulated_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
         "_maybe_exchange_device": lambda index: 0,
         "get_device_name": lambda device=None: "emulated",
         "get_device_capability": lambda device=None: capability,
+        "get_device_properties": lambda device=None: SimpleNamespace(L2_cache_size=1 << 10),
         "synchronize": lambda device=None: None,
         "current_stream": lambda device=None: current[0] or default,
         "stream": use_stream,

@@ -7,6 +7,7 @@ __all__ = [
     "ArtifactError",
     "ArtifactNotFoundError",
     "BuildError",
+    "BundleError",
     "ConvTError",
     "IncompatibleMachineError",
     "InputsError",
@@ -54,6 +55,10 @@ class TargetError(ConvTError, ValueError):
 
 class BuildError(ConvTError, RuntimeError):
     """Compilation or linking failed."""
+
+
+class BundleError(ConvTError, ValueError):
+    """A bundle that cannot be made, or not be run as asked."""
 
 
 class UnknownWorkloadError(ConvTError, ValueError):

@@ -5,6 +5,8 @@ Neither TVM nor torch is imported; the driver is asked directly, where there is 
 
 import ctypes
 import functools
+import shutil
+import subprocess
 from dataclasses import dataclass
 
 __all__ = [
@@ -15,6 +17,7 @@ __all__ = [
     "Gpu",
     "Limits",
     "capability",
+    "describe_gpu",
     "find_driver",
     "newest_architecture",
 ]
@@ -127,3 +130,31 @@ def find_driver() -> Driver | None:
         library.cuDeviceGetAttribute(ctypes.byref(minor), _CAPABILITY_MINOR, device)
         gpus.append(Gpu(name.value.decode(errors="replace"), (major.value, minor.value)))
     return Driver((version.value // 1000, version.value % 1000 // 10), tuple(gpus))
+
+
+_FACTS = {
+    "driver": "driver_version",
+    "memory": "memory.total",
+    "sm_clock": "clocks.sm",
+    "max_sm_clock": "clocks.max.sm",
+    "memory_clock": "clocks.mem",
+    "power_limit": "power.limit",
+    "temperature": "temperature.gpu",
+}
+
+
+def describe_gpu() -> dict[str, str]:
+    """Name and architecture of the first GPU, and what nvidia-smi says now of its driver and clocks; empty without."""
+    driver = find_driver()
+    if driver is None or not driver.gpus:
+        return {}
+    gpu = driver.gpus[0]
+    found = {"name": gpu.name, "arch": "sm_{}{}".format(*gpu.capability), "cuda": "{}.{}".format(*driver.cuda)}
+    command = shutil.which("nvidia-smi")
+    if command is not None:
+        query = [command, "--id=0", f"--query-gpu={','.join(_FACTS.values())}", "--format=csv,noheader"]
+        done = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60)
+        values = done.stdout.strip().split(", ")
+        if done.returncode == 0 and len(values) == len(_FACTS):
+            found |= dict(zip(_FACTS, values, strict=True))
+    return found

@@ -4,8 +4,12 @@ import gc
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from time import perf_counter
+from typing import TypeAlias
 
-__all__ = ["interleaved", "medians", "noise_floor"]
+__all__ = ["TimeCalls", "interleaved", "medians", "noise_floor"]
+
+TimeCalls: TypeAlias = Callable[[Callable[[], object], int], float]
+"""Calls a function so many times and returns the seconds that all of it took."""
 
 _LONGEST_LOOP = 1_000_000
 
@@ -17,6 +21,7 @@ def interleaved(
     min_sample_secs: float = 0.005,
     settle_secs: float = 0.005,
     clock: Callable[[], float] = perf_counter,
+    time_calls: TimeCalls | None = None,
 ) -> dict[str, list[float]]:
     """Microseconds per call of each function: `rounds` raw samples each, taken by turns.
 
@@ -37,6 +42,8 @@ def interleaved(
         more, have gone to sleep.
     clock
         Seconds, for tests.
+    time_calls
+        Takes the time instead, of what a device still computes when the call has returned.
 
     Raises
     ------
@@ -49,6 +56,8 @@ def interleaved(
         raise ValueError(f"rounds={rounds} must be at least 1.")
 
     def run(function: Callable[[], object], calls: int) -> float:
+        if time_calls is not None:
+            return time_calls(function, calls)
         start = clock()
         for _ in range(calls):
             function()

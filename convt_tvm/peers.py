@@ -19,7 +19,7 @@ import torch
 from convt_tvm.reference import Inputs
 from convt_tvm.spec import ConvTranspose2dSpec
 
-__all__ = ["DISTRIBUTIONS", "PEERS", "Contender", "Refusal", "prepare"]
+__all__ = ["DISTRIBUTIONS", "GPU_PEERS", "PEERS", "Contender", "Refusal", "prepare"]
 
 DISTRIBUTIONS = ("torch", "onnx", "onnxruntime", "openvino")
 """Packages whose versions belong beside the times."""
@@ -111,7 +111,7 @@ def _time_limit(secs: float, what: str) -> Iterator[None]:
 
 
 def _torch_compile(spec: ConvTranspose2dSpec, inputs: Inputs, threads: int) -> Contender:
-    """torch.compile with frozen weights, which lets the inductor pack them at compile time."""
+    """torch.compile with frozen weights, which lets the inductor pack them; on a GPU with its autotuning."""
     config: Any = importlib.import_module("torch._inductor.config")
     input, weight, bias = inputs
     layer = torch.nn.ConvTranspose2d(
@@ -124,6 +124,7 @@ def _torch_compile(spec: ConvTranspose2dSpec, inputs: Inputs, threads: int) -> C
         spec.groups,
         spec.bias,
         spec.dilation,
+        device=weight.device,
         dtype=weight.dtype,
     ).eval()
     with torch.no_grad():
@@ -132,7 +133,9 @@ def _torch_compile(spec: ConvTranspose2dSpec, inputs: Inputs, threads: int) -> C
             layer.bias.copy_(bias)
     # Otherwise the ninth layer is refused: what was compiled before counts against a limit.
     torch.compiler.reset()
-    compiled = torch.compile(layer, fullgraph=True, dynamic=False)
+    # Whoever times on a GPU captures graphs; one graph cannot hold another.
+    mode: dict[str, Any] = {"mode": "max-autotune-no-cudagraphs"} if weight.is_cuda else {}
+    compiled: Any = torch.compile(layer, fullgraph=True, dynamic=False, **mode)
     # One compile thread is this process: a pool of workers would still be busy when times count.
     with (
         torch.inference_mode(),
@@ -262,3 +265,6 @@ PEERS: dict[str, Prepare] = {
     "openvino": _openvino,
 }
 """Every peer by name."""
+
+GPU_PEERS = ("torch", "torch_channels_last", "torch_compile")
+"""Those that compute on a GPU, with cuDNN, where their inputs are there."""

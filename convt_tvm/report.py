@@ -29,17 +29,19 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}"
 
 
-def _threads(count: int) -> str:
-    return f"{count} thread{'' if count == 1 else 's'}"
+def _title(setting: tuple[str, bool, int]) -> str:
+    gpu, cold, threads = setting
+    if gpu:
+        return f"{gpu}, {'cold' if cold else 'warm'} caches"
+    return f"{threads} thread{'' if threads == 1 else 's'}"
 
 
-def _by_threads(rows: Sequence[Row]) -> dict[int, list[Run]]:
+def _by_setting(rows: Sequence[Row]) -> dict[str, list[Run]]:
     runs = latest_runs(rows)
     if not runs:
         raise RowsError("there is no row of our kernels to report on; write some with `convt-tvm bench -o`.")
-    return {
-        count: [run for run in runs if run.ours.threads == count] for count in sorted({r.ours.threads for r in runs})
-    }
+    settings = sorted({run.ours.setting for run in runs})
+    return {_title(each): [run for run in runs if run.ours.setting == each] for each in settings}
 
 
 def _peer_names(runs: Sequence[Run]) -> list[str]:
@@ -103,7 +105,9 @@ def _conditions(runs: Sequence[Run]) -> list[str]:
         ours = run.ours
         machine, versions = ours.machine, ours.versions
         installed = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()) if version)
+        gpu = "".join(f"{name} {value}; " for name, value in machine.get("gpu", {}).items())
         lines.append(
+            f"{gpu}"
             f"{machine.get('cpu')}, {machine.get('cores')} cores, {machine.get('os')}, Python {machine.get('python')}; "
             f"{installed}; commit {ours.commit or 'unknown'}; {ours.date[:10]}."
         )
@@ -119,10 +123,10 @@ def to_markdown(rows: Sequence[Row]) -> str:
         if there are no rows of our kernels.
     """
     parts = []
-    for count, every in _by_threads(rows).items():
+    for title, every in _by_setting(rows).items():
         runs = [run for run in every if not run.is_overhead]
         peaks = [run.ours.peak_gflops for run in runs if run.ours.peak_gflops is not None]
-        parts.append(f"**{_threads(count)}**, milliseconds a call, median of {every[0].ours.rounds} rounds")
+        parts.append(f"**{title}**, milliseconds a call, median of {every[0].ours.rounds} rounds")
         if runs:
             parts.append("\n".join(_table(runs)))
             parts.append(_summary(runs))
@@ -148,17 +152,17 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         if no workload has both our time and a peer's, or matplotlib is missing.
     """
     panels = {
-        count: [run for run in runs if run.over_best is not None and not run.is_overhead]
-        for count, runs in _by_threads(rows).items()
+        title: [run for run in runs if run.over_best is not None and not run.is_overhead]
+        for title, runs in _by_setting(rows).items()
     }
-    panels = {count: runs for count, runs in panels.items() if runs}
+    panels = {title: runs for title, runs in panels.items() if runs}
     if not panels:
         raise RowsError("no workload has both our time and a peer's; run `convt-tvm bench` with peers.")
     tallest = max(len(runs) for runs in panels.values())
     picture = new_figure(1 + 6.5 * len(panels), 1.6 + 0.3 * tallest, RowsError)
     all_axes = picture.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (count, runs) in zip(all_axes, panels.items(), strict=True):
-        _draw(axes, runs, count)
+    for axes, (title, runs) in zip(all_axes, panels.items(), strict=True):
+        _draw(axes, runs, title)
     picture.savefig(path, dpi=144)
 
 
@@ -168,7 +172,7 @@ def _colour(run: Run) -> str:
     return _AHEAD if (run.over_best or 0) > (run.ours.noise_floor or 1) else _EVEN
 
 
-def _draw(axes: Any, runs: Sequence[Run], threads: int) -> None:
+def _draw(axes: Any, runs: Sequence[Run], title: str) -> None:
     ratios = [run.over_best or 0.0 for run in runs]
     places = range(len(runs))
     colours = [_colour(run) for run in runs]
@@ -202,7 +206,7 @@ def _draw(axes: Any, runs: Sequence[Run], threads: int) -> None:
         "best peer's time / ours: blue we are faster, orange slower, gray within the noise floor (black)", fontsize=9
     )
     mean = geometric_mean(ratios)
-    axes.set_title(f"{_threads(threads)}: {mean:.2f} times the best peer, geometric mean", fontsize=10, loc="left")
+    axes.set_title(f"{title}: {mean:.2f} times the best peer, geometric mean", fontsize=10, loc="left")
 
 
 def update_section(path: Path, name: str, markdown: str) -> None:

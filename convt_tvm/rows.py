@@ -67,6 +67,8 @@ class Row:
         Those limits, measured in the same process: multiply-adds as two operations, bytes read or written.
     schedule, layout
         Of our kernel.
+    cold
+        Whether a GPU's second cache was overwritten before each call.
     machine, versions, commit
         Where it ran, and with what; the commit is None outside a checkout and ends in ``+`` where files were changed.
     """
@@ -97,6 +99,13 @@ class Row:
     bandwidth_gbs: float | None = None
     schedule: str | None = None
     layout: Mapping[str, Any] | None = None
+    cold: bool = False
+
+    @property
+    def setting(self) -> tuple[str, bool, int]:
+        """What rows have in common that may stand in one table: kind of machine, caches and threads."""
+        gpu = self.machine.get("gpu")
+        return ("" if gpu is None else f"{gpu.get('name', 'GPU')}, {self.target}", self.cold, self.threads)
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values; infinities and NaN, which JSON lacks, become None."""
@@ -109,6 +118,9 @@ class Row:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """The row that `to_json` wrote; raises RowsError for missing or unknown fields."""
+        # Rows of processors are older than the field.
+        if isinstance(values, Mapping):
+            values = {"cold": False, **values}
         require_fields(cls, values, "a benchmark row", "write rows with `convt-tvm bench -o`")
         return cls(**{**values, "samples_us": tuple(values["samples_us"])})
 
@@ -178,17 +190,17 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def latest_runs(rows: Sequence[Row]) -> list[Run]:
-    """The last run of each workload and thread count, in the order in which those first appear.
+    """The last run of each workload and setting, in the order in which those first appear.
 
     Rows of different runs are never put together: they were not timed against each other.
     """
-    newest: dict[tuple[str, int], str] = {}
+    newest: dict[tuple[Any, ...], str] = {}
     for row in rows:
-        key = row.spec, row.threads
+        key = row.spec, row.setting
         newest[key] = max(newest.get(key, ""), row.date)
-    runs: dict[tuple[str, int], dict[str, Row]] = {key: {} for key in newest}
+    runs: dict[tuple[Any, ...], dict[str, Row]] = {key: {} for key in newest}
     for row in rows:
-        key = row.spec, row.threads
+        key = row.spec, row.setting
         if row.date == newest[key]:
             runs[key][row.implementation] = row
     return [Run(found) for found in runs.values() if OURS in found]
@@ -205,10 +217,10 @@ def regressions(old: Sequence[Row], new: Sequence[Row]) -> list[str]:
     RowsError
         if no workload was timed against torch in both with the same number of threads.
     """
-    before = {(run.ours.spec, run.ours.threads): run for run in latest_runs(old)}
+    before = {(run.ours.spec, run.ours.setting): run for run in latest_runs(old)}
     found, compared = [], 0
     for run in latest_runs(new):
-        earlier = before.get((run.ours.spec, run.ours.threads))
+        earlier = before.get((run.ours.spec, run.ours.setting))
         if earlier is None or earlier.over_torch is None or run.over_torch is None:
             continue
         compared += 1

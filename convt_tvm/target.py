@@ -21,7 +21,16 @@ from convt_tvm.gpu import ARCHITECTURES, DEFAULT_ARCHITECTURES, OLDEST_CUDA_DRIV
 if TYPE_CHECKING:
     import tvm.target
 
-__all__ = ["LEVELS", "Machine", "Target", "host_architecture", "host_features", "machine", "package_versions"]
+__all__ = [
+    "LEVELS",
+    "Machine",
+    "Target",
+    "host_architecture",
+    "host_features",
+    "machine",
+    "machine_key",
+    "package_versions",
+]
 
 # What each LLVM feature implies, so that a target names everything that its code may use.
 _IMPLIES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -454,3 +463,14 @@ def machine(cpuinfo: str | None = None) -> Machine:
         python=python,
         versions=versions,
     )
+
+
+def machine_key(target: Target) -> str | None:
+    """What tuning records name the machine that runs `target` by: `Machine.key`, or the name of its first GPU.
+
+    None for GPUs where there is none: whatever is known of their architecture is worth using there.
+    """
+    if target.kind != "cuda":
+        return machine().key
+    driver = find_driver()
+    return re.sub(r"\W+", "-", driver.gpus[0].name).strip("-") if driver and driver.gpus else None

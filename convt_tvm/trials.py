@@ -11,7 +11,9 @@ Run as ``python -m convt_tvm.trials build|run`` this module is such a process.
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
@@ -86,7 +88,7 @@ class Builders:
     """Local builder processes."""
 
     def __init__(self, spec: ConvTranspose2dSpec, target: Target, directory: Path, processes: int) -> None:
-        self._workers = [Worker("convt_tvm.trials", ["build"]) for _ in range(processes)]
+        self._workers = [Worker("convt_tvm.trials", ["build", *_emulate()]) for _ in range(processes)]
         self._job = {"spec": spec.to_json(), "target": target.to_json()}
         self._directory = directory
         self._count = 0
@@ -120,16 +122,25 @@ class Builders:
             worker.kill()
 
 
-class LocalRunner:
-    """A process on this machine that checks and times, with `threads` threads."""
+def _emulate() -> list[str]:
+    """What tells a process of this module to see the emulated GPU, if this process does."""
+    from convt_tvm.emulator import shows_gpu
 
-    def __init__(self, spec: ConvTranspose2dSpec, directory: Path, threads: int, seed: int = 0) -> None:
+    return ["--emulate"] if shows_gpu() else []
+
+
+class LocalRunner:
+    """A process on this machine that checks and times, with `threads` threads or on its GPU."""
+
+    def __init__(
+        self, spec: ConvTranspose2dSpec, directory: Path, threads: int, seed: int = 0, device: str = "cpu"
+    ) -> None:
         import torch
 
         path = directory / INPUTS_FILE
         torch.save(exact_inputs(spec, seed), path)
-        self._worker = Worker("convt_tvm.trials", ["run"])
-        self._job = {"inputs": str(path), "threads": threads}
+        self._worker = Worker("convt_tvm.trials", ["run", *_emulate()])
+        self._job = {"inputs": str(path), "threads": threads, "device": device}
 
     def run(self, built: Built, best_us: float) -> Measured:
         """Check one candidate and time it, in the process that all of them share while none of them ends it."""
@@ -214,28 +225,36 @@ def _make_run() -> Callable[[dict[str, Any]], dict[str, Any]]:
 
     from convt_tvm import runtime
     from convt_tvm.measure import interleaved
+    from convt_tvm.place import Place
 
     inputs: dict[str, Any] = {}
 
     def run(job: dict[str, Any]) -> dict[str, Any]:
+        place = Place(job["device"])
         if not inputs:
             inputs.update(torch.load(job["inputs"]))
+            inputs.update({kind: place.put(inputs[kind]) for kind in ("integers", "normal")})
             runtime.set_num_threads(job["threads"])
         functions: dict[str, Callable[[], object]] = {}
         for number, directory in enumerate(job["directories"]):
             kernel = runtime.load(Path(directory))
             input, weight, bias = inputs["integers"]
-            out = torch.full(kernel.spec.output_shape, math.nan, dtype=input.dtype)
+            out = torch.full(kernel.spec.output_shape, math.nan, dtype=input.dtype, device=input.device)
             kernel(input, kernel.pack(weight), bias, out=out)
-            if wrong := wrong_answer(out, inputs["exact"]):
+            if wrong := wrong_answer(out.cpu(), inputs["exact"]):
                 return {"wrong": wrong}
             input, weight, bias = inputs["normal"]
             functions[str(number)] = _call(kernel, input, kernel.pack(weight), bias, out)
-        samples = interleaved(functions, rounds=1, min_sample_secs=SAMPLE_SECS, settle_secs=SETTLE_SECS)
+        time = partial(
+            interleaved,
+            functions,
+            min_sample_secs=SAMPLE_SECS,
+            settle_secs=place.settle_secs(SETTLE_SECS),
+            time_calls=place.time_calls(),
+        )
+        samples = time(rounds=1)
         if job["limit_us"] is None or samples["0"][0] <= job["limit_us"]:
-            more = interleaved(
-                functions, rounds=job["rounds"] - 1, min_sample_secs=SAMPLE_SECS, settle_secs=SETTLE_SECS
-            )
+            more = time(rounds=job["rounds"] - 1)
             samples = {name: first + more[name] for name, first in samples.items()}
         return {"wrong": "", "samples_us": [[float(f"{us:.5g}") for us in each] for each in samples.values()]}
 
@@ -248,7 +267,12 @@ def _call(kernel: Any, input: Any, packed: Any, bias: Any, out: Any) -> Callable
 
 def main(arguments: Sequence[str]) -> None:
     """Be a builder or a runner until stdin ends."""
-    serve(_build if arguments == ["build"] else _make_run())
+    with ExitStack() as stack:
+        if "--emulate" in arguments:
+            from convt_tvm.emulated_torch import emulated_gpu
+
+            stack.enter_context(emulated_gpu())
+        serve(_build if arguments[0] == "build" else _make_run())
 
 
 if __name__ == "__main__":

@@ -15,17 +15,17 @@ from pathlib import Path
 from types import MappingProxyType
 
 from convt_tvm.artifact import source_fingerprint
-from convt_tvm.bench import current_commit
+from convt_tvm.bench import current_commit, measure_target_limits
 from convt_tvm.database import log_directory, relatives
 from convt_tvm.errors import BuildError, TuningError
 from convt_tvm.measure import interleaved
+from convt_tvm.place import Place
 from convt_tvm.records import GENERIC, OWN, Context, SessionInfo, Trial
-from convt_tvm.roofline import measure_limits
 from convt_tvm.search import Known, Search
 from convt_tvm.session import Outcome, Progress, Proposer, run_session
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.store import Store
-from convt_tvm.target import Target, machine
+from convt_tvm.target import Target, machine, machine_key
 from convt_tvm.trials import Builders, LocalRunner, Runner
 from convt_tvm.workloads import Workload
 
@@ -112,11 +112,12 @@ def tune(
         stack.callback(builders.close)
         runner: Runner
         peak_gflops = torch_time = None
+        place, there_key = Place.of(resolved), None
         if rpc is None:
-            there = machine()
-            peak_gflops = measure_limits(spec.accumulator_dtype, threads).flops_per_sec / 1e9
-            torch_time = torch_us(spec, threads, seed)
-            runner = LocalRunner(spec, scratch, threads, seed)
+            there, there_key = machine(), machine_key(resolved)
+            peak_gflops = measure_target_limits(spec, resolved, threads).flops_per_sec / 1e9
+            torch_time = torch_us(spec, place, threads, seed)
+            runner = LocalRunner(spec, scratch, threads, seed, place.device)
             stack.callback(runner.close)
         else:
             from convt_tvm.remote import RemoteRunner
@@ -124,7 +125,7 @@ def tune(
             runner = RemoteRunner(spec, scratch, threads, *rpc, seed)
             stack.callback(runner.close)
             there = runner.require(resolved)
-        context = Context(resolved.name, there.key, threads)
+        context = Context(resolved.name, there_key or there.key, threads)
         default = found[0]
         search: Proposer
         if space == OWN:
@@ -151,7 +152,7 @@ def tune(
             seed=seed,
             effort=effort,
             command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            machine_info=there.to_json(),
+            machine_info={**there.to_json(), **place.describe()},
             commit=current_commit(),
             host=socket.gethostname(),
             pid=os.getpid(),
@@ -174,7 +175,7 @@ def tune(
         return outcome
 
 
-def torch_us(spec: ConvTranspose2dSpec, threads: int, seed: int) -> float:
+def torch_us(spec: ConvTranspose2dSpec, place: Place, threads: int, seed: int) -> float:
     """Microseconds that torch eager takes, for the progress display; `bench` compares properly."""
     import torch
 
@@ -182,9 +183,13 @@ def torch_us(spec: ConvTranspose2dSpec, threads: int, seed: int) -> float:
     from convt_tvm.reference import normal_inputs
 
     torch.set_num_threads(threads)
-    inputs, run = normal_inputs(spec, seed), torch_eager(spec)
+    inputs, run = place.put(normal_inputs(spec, seed)), torch_eager(spec)
     with torch.inference_mode():
-        samples = interleaved({"torch": lambda: run(*inputs)}, rounds=3, min_sample_secs=0.01)
+        functions = {"torch": lambda: run(*inputs)}
+        settle_secs = place.settle_secs(0.005)
+        samples = interleaved(
+            functions, rounds=3, min_sample_secs=0.01, settle_secs=settle_secs, time_calls=place.time_calls()
+        )
     return float(f"{min(samples['torch']):.5g}")
 
 

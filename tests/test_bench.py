@@ -116,10 +116,10 @@ def test_refusals_become_rows(monkeypatch):
 
 
 def test_our_own_failure_is_a_row_and_peers_are_left_out(monkeypatch):
-    def build(spec, target, directory):
+    def build(spec, target, artifact, directory):
         raise RuntimeError("no\nlinker")
 
-    monkeypatch.setattr(bench_module, "_build_twice", build)
+    monkeypatch.setattr(bench_module, "_load_twice", build)
     ours, copy = bench(WORKLOAD, peers=["torch"], limits=LIMITS, **FAST)
     assert (ours.status, ours.reason, ours.noise_floor) == ("failed", "RuntimeError: no linker", None)
     assert copy.status == "failed"
@@ -138,8 +138,12 @@ def test_our_own_wrong_answer_is_not_timed(monkeypatch):
 
 
 def test_the_two_copies_are_two_libraries(tmp_path):
-    first, second = bench_module._build_twice(SPEC, Target.parse("llvm"), tmp_path)
+    first, second = bench_module._load_twice(SPEC, Target.parse("llvm"), None, tmp_path)
     assert first.directory != second.directory and first.manifest == second.manifest
+    assert (
+        bench_module._load_twice(SPEC, first.target, first.directory, tmp_path / "again")[0].directory
+        == first.directory
+    )
 
 
 def test_thread_pools_are_equal_and_restored(monkeypatch):
@@ -162,7 +166,7 @@ def test_several_threads_settle_longer(monkeypatch):
     """Spinning workers of the contender before would otherwise take the CPUs of the next."""
     seen = []
 
-    def interleaved(functions, *, rounds, settle_secs, min_sample_secs):
+    def interleaved(functions, *, rounds, settle_secs, min_sample_secs, time_calls):
         seen.append(settle_secs)
         return {name: [1.0] * rounds for name in functions}
 

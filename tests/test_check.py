@@ -11,6 +11,7 @@ from convt_tvm.check import check, compare, torch_eager
 from convt_tvm.errors import BuildError, TargetError
 from convt_tvm.reference import reference
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
+from convt_tvm.target import Target
 from convt_tvm.workloads import Workload
 
 SPEC = ConvTranspose2dSpec(
@@ -219,6 +220,7 @@ class StandIn:
         self.spec = spec
         self.operator = operator
         self.packed_operator = packed_operator or operator
+        self.target = Target.parse("llvm")
         self.manifest = SimpleNamespace(schedule="stand-in")
         self.saved = []
         self.threads = []

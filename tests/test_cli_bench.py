@@ -36,7 +36,7 @@ def benching(monkeypatch, limits):
     def use(times=None):
         calls = []
 
-        def fake(workload, target, *, peers, limits, rounds):
+        def fake(workload, target, *, peers, limits, place, rounds):
             calls.append((workload.name, target.name, tuple(peers), limits.threads, rounds))
             found = (times or {}).get(workload.name, {OURS: 617.0, COPY: 620.0, "torch": 2400.0, "openvino": 806.0})
             if isinstance(found, BaseException):

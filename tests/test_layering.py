@@ -64,7 +64,8 @@ MAY_IMPORT = {
     "nn": "errors plan functional packed",
     "reference": "errors spec",
     "measure": "",
-    "check": "errors spec workloads target runtime compiler reference measure",
+    "place": "errors gpu target reference measure",
+    "check": "errors spec workloads target runtime compiler reference measure place",
     "emulate": "errors spec workloads target space emulator compiler reference check",
     "json_lines": "errors",
     "rows": "errors json_lines",
@@ -77,16 +78,21 @@ MAY_IMPORT = {
     "determinism": "errors spec runtime reference check",
     "peers": "spec reference",
     "roofline": "spec target runtime",
-    "bench": "spec workloads target runtime compiler reference measure check rows peers roofline",
+    "roofline_torch": "measure place roofline",
+    "bench": "spec workloads target runtime compiler reference measure place check rows peers roofline roofline_torch",
     "workers": "",
-    "trials": "errors spec target runtime records space compiler reference measure workers",
+    "trials": "errors spec target runtime records space emulator emulated_torch compiler reference measure place "
+    "workers",
     "remote": "errors spec target artifact trials workers",
     "search": "spec records",
     "session": "errors records store measure trials search",
     "metaschedule": "spec target compute records store space",
     "generic": "spec target layout compute records space compiler search",
     "tune": "errors spec workloads target artifact compute records store database space compiler reference measure "
-    "check roofline bench trials remote search session metaschedule generic",
+    "place check bench trials remote search session metaschedule generic",
+    "bundle": "errors spec workloads target artifact libraries records space emulator compiler bench",
+    "bundle_run": "errors target artifact runtime cuda_toolkit emulated_torch place check bench peers workloads "
+    "records store search session workers trials tune bundle",
     "explain": "spec workloads target records database space roofline",
     "pictures": "errors",
     "report": "errors rows pictures",
@@ -107,12 +113,13 @@ MAY_IMPORT = {
     "cli_options": "target terminal",
     "cli_tune": "errors workloads target threads records database session tune session_report terminal_tune "
     "cli_options",
-    "cli_bench": "workloads target json_lines rows peers roofline bench explain report findings check_report terminal "
-    "cli_options cli_tune",
+    "cli_bench": "workloads target json_lines rows peers roofline place bench explain report findings check_report "
+    "terminal cli_options cli_tune",
+    "cli_bundle": "workloads target emulated_torch terminal bundle cli_options",
     "cli_check": "workloads target check emulate bench findings implementations examine json_lines check_report replay "
     "cases conformance terminal terminal_numerics cli_options",
     "cli": "__init__ errors workloads target artifact runtime compiler cache check determinism doctor terminal "
-    "cli_options cli_bench cli_check cli_tune",
+    "cli_options cli_bench cli_bundle cli_check cli_tune",
     "__main__": "cli",
 }
 
