@@ -68,6 +68,11 @@ def tune(
     chosen, compiled_for = resolve(workloads), Target.parse(target)
     if (rpc is None) != (not key):
         raise typer.BadParameter("--rpc and --key go together: the tracker's address and the key of its servers.")
+    if compiled_for.kind == "cuda":
+        if threads is not None or rpc is not None:
+            raise typer.BadParameter("--threads and --rpc are for processors; a GPU is tuned where it is.")
+        compiled_for.require_host()
+        threads = "1"
     counts = _thread_counts(threads, here=rpc is None)
 
     from convt_tvm.terminal_tune import print_outcomes, session_progress

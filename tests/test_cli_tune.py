@@ -55,6 +55,7 @@ NOTHING_TIMED = Outcome(make_info(), None, 3, 3, "trials", {"crashed": 2, "wrong
         ([SPEC.name, "--trials", "0"], "trials"),
         ([SPEC.name, "--rpc", "host:9190"], "--rpc and --key go together"),
         ([SPEC.name, "--key", "board"], "--rpc and --key go together"),
+        ([SPEC.name, "--target", "cuda:sm_90", "--threads", "2"], "--threads and --rpc are for processors"),
     ],
 )
 def test_mistakes_exit_with_2_before_any_work(run, tuning, tmp_path, arguments, message):
