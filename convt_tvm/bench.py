@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from convt_tvm import roofline, roofline_torch, runtime
-from convt_tvm.check import thread_count
+from convt_tvm.check import operand_unit, thread_count
 from convt_tvm.measure import interleaved, noise_floor
 from convt_tvm.peers import DISTRIBUTIONS, Contender, Refusal, prepare
 from convt_tvm.place import Place
@@ -41,19 +41,13 @@ for some 50 ms of CPU time each."""
 class Tolerance:
     """How far answers may be from float64, worked out once for some inputs."""
 
-    def __init__(self, spec: ConvTranspose2dSpec, inputs: Inputs, *, tf32: bool = False) -> None:
-        """Compute the reference and the bounds; those of tf32 if float32 may be multiplied so."""
+    def __init__(self, spec: ConvTranspose2dSpec, inputs: Inputs, *, unit: float = 0.0) -> None:
+        """Compute the reference and the bounds; factors may be rounded by `unit` of their value."""
         input, weight, bias = inputs
         self.spec = spec
         self.exact = reference(spec, *inputs)
-        self.bound = error_bound(spec, *inputs)
+        self.bound = error_bound(spec, *inputs, operand_unit=unit)
         self.peers = PEER_SLACK * self.bound
-        rounds_factors = tf32 and spec.dtype == "float32"
-        if rounds_factors:
-            magnitude = reference(spec, input.abs(), weight.abs(), None if bias is None else bias.abs())
-            # Two factors of 10 bits each, which some GPUs cut off instead of rounding.
-            self.bound = self.bound + 2 * 2.0**-10 * magnitude
-            self.peers = PEER_SLACK * self.bound
         if spec.dtype != spec.accumulator_dtype:
             # Libraries may add up the taps in the narrow type, torch does for float16.
             magnitude = reference(spec, input.abs(), weight.abs(), None if bias is None else bias.abs())
@@ -101,7 +95,7 @@ def _library_flags(target: Target) -> Iterator[None]:
         yield
         return
     cudnn: Any = torch.backends.cudnn
-    tf32 = "tf32" in target.features
+    tf32 = target.allows_tf32
     before = torch.backends.cuda.matmul.allow_tf32
     with cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=tf32):
         torch.backends.cuda.matmul.allow_tf32 = tf32
@@ -114,7 +108,7 @@ def _library_flags(target: Target) -> Iterator[None]:
 def measure_target_limits(spec: ConvTranspose2dSpec, target: Target, threads: int | None = None) -> Limits:
     """What the machine that runs `target` could do at best for such a spec, on so many threads of a processor."""
     if target.kind == "cuda":
-        return roofline_torch.measure_limits("cuda", spec.dtype, 1, tf32="tf32" in target.features)
+        return roofline_torch.measure_limits("cuda", spec.dtype, 1, tf32=target.allows_tf32)
     if importlib.util.find_spec("tvm") is None:
         return roofline_torch.measure_limits("cpu", spec.accumulator_dtype, threads or torch.get_num_threads())
     return roofline.measure_limits(spec.accumulator_dtype, threads or torch.get_num_threads())
@@ -201,7 +195,7 @@ def bench(
     resolved, spec, threads = Target.parse(target), workload.spec.sized, limits.threads
     place = place or Place.of(resolved)
     inputs = normal_inputs(spec, seed)
-    tolerance = Tolerance(spec, inputs, tf32="tf32" in resolved.features)
+    tolerance = Tolerance(spec, inputs, unit=operand_unit(spec, resolved))
     inputs = place.put(inputs)
     details: dict[str, dict[str, Any]] = {}
     contenders: dict[str, Contender] = {}

@@ -15,7 +15,7 @@ from convt_tvm import runtime
 from convt_tvm.errors import ConvTError
 from convt_tvm.measure import interleaved, medians
 from convt_tvm.place import Place
-from convt_tvm.reference import error_bound, integer_inputs, normal_inputs, reference
+from convt_tvm.reference import TF32_UNIT, error_bound, integer_inputs, normal_inputs, reference
 from convt_tvm.runtime import Kernel
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
@@ -30,6 +30,7 @@ __all__ = [
     "compare",
     "compare_kernel",
     "mismatch",
+    "operand_unit",
     "thread_count",
     "torch_eager",
 ]
@@ -241,12 +242,20 @@ def _packed(kernel: Kernel, spec: ConvTranspose2dSpec) -> Operator:
     return run
 
 
+def operand_unit(spec: ConvTranspose2dSpec, target: Target) -> float:
+    """By how much of its value a kernel for `target` may round a factor before it multiplies: tf32 is allowed to."""
+    return TF32_UNIT if spec.dtype == "float32" and target.allows_tf32 else 0.0
+
+
 def compare_kernel(kernel: Kernel, seed: int = 0) -> Comparison:
     """Compare a kernel where it runs, called both ways; one for any batch size with several: the worst counts."""
     there = Place.of(kernel.target).on_cpu_tensors
     spec = kernel.spec
     sizes = [spec] if spec.n is not None else [spec.with_batch(n) for n in _BATCHES]
-    found = [compare(sized, there(kernel), there(_packed(kernel, sized)), seed=seed) for sized in sizes]
+    unit = operand_unit(spec, kernel.target)
+    found = [
+        compare(sized, there(kernel), there(_packed(kernel, sized)), seed=seed, operand_unit=unit) for sized in sizes
+    ]
     return max(found, key=lambda comparison: (bool(comparison.reason), comparison.error_over_bound))
 
 

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 import tvm
 
-from convt_tvm.check import CheckRow, compare
+from convt_tvm.check import CheckRow, compare, operand_unit
 from convt_tvm.compiler import compile_module, lower_choice
 from convt_tvm.emulator import set_descending
 from convt_tvm.errors import ConvTError, TargetError
-from convt_tvm.reference import TF32_UNIT
 from convt_tvm.space import Choice, default_choice
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
@@ -109,8 +108,7 @@ def check_emulated(workload: Workload, target: Target, *, seed: int = 0) -> Chec
             kernel.descending = False
             return kernel(*tensors)
 
-        rounds = spec.dtype == "float32" and target.allows_tf32
-        unit = TF32_UNIT if rounds else 0.0
+        unit = operand_unit(spec, target)
         found |= asdict(compare(spec, ascending, descending, seed=seed, operand_unit=unit))
         found["verdict"] = "bad" if found["reason"] else "good"
     except (ConvTError, RuntimeError) as error:  # recorded as this row's status

@@ -96,7 +96,7 @@ _PLANS_KEPT = 4096
 def find_plan(input: Tensor, weight: Tensor, bias: Tensor | None, parameters: Parameters) -> Plan:
     """Return the plan for these tensors; validates, and builds the kernel, if they are the first of their kind."""
     key = (
-        input.get_device(),
+        input.get_device() if input.is_cpu else (input.get_device(), torch.backends.cudnn.allow_tf32),
         input.shape,
         input.stride(),
         input.dtype,
@@ -118,7 +118,7 @@ def find_plan(input: Tensor, weight: Tensor, bias: Tensor | None, parameters: Pa
             str(input.dtype),
             parameters,
             channels_last,
-            _gpu_target(input.get_device()) if input.is_cuda else "llvm",
+            _gpu_target(input.get_device(), input.dtype) if input.is_cuda else "llvm",
         )
         _keep_plan(key, plan)
     return plan
@@ -143,8 +143,11 @@ def _keep_plan(key: tuple[object, ...], plan: Plan) -> None:
     _plans[key] = plan
 
 
-def _gpu_target(index: int) -> str:
-    """What to compile for the GPU ``cuda:<index>``; raises IncompatibleMachineError if it is too old."""
+def _gpu_target(index: int, dtype: torch.dtype) -> str:
+    """What to compile for the GPU ``cuda:<index>``; raises IncompatibleMachineError if it is too old.
+
+    float32 may be multiplied as tf32 where torch lets cuDNN do so.
+    """
     gpu = Gpu(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
     arch = newest_architecture(gpu)
     if arch is None:
@@ -152,7 +155,8 @@ def _gpu_target(index: int) -> str:
             f"cuda:{index}, {gpu.name}, has compute capability {gpu.capability[0]}.{gpu.capability[1]}, and kernels "
             f"need {'.'.join(map(str, capability(next(iter(ARCHITECTURES)))))}; compute on the CPU."
         )
-    return f"cuda:{arch}"
+    tf32 = dtype == torch.float32 and torch.backends.cudnn.allow_tf32 and gpu.capability >= (8, 0)
+    return f"cuda:{arch}+tf32" if tf32 else f"cuda:{arch}"
 
 
 def _make_plan(

@@ -259,11 +259,17 @@ def test_the_device_of_the_tensors_is_current_while_the_kernel_is_called(gpu, sa
 @needs_emulator
 def test_the_function_computes_where_the_tensors_are(gpu, monkeypatch, tmp_path):
     monkeypatch.setenv("CONVT_TVM_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("convt_tvm.plan._plans", plans := {})
     tensors, exact = on_gpu(SPEC)
     before = launches()
     answer = ct.functional.conv_transpose2d(*tensors, stride=2)
     assert (answer.device.type, torch.equal(answer.cpu().double(), exact)) == ("cuda", True)
     assert launches() > before
+    (known,) = (plan.kernel.target.name for plan in plans.values())
+    assert known == "cuda:sm_90+tf32"
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        assert torch.equal(ct.functional.conv_transpose2d(*tensors, stride=2).cpu().double(), exact)
+    assert [plan.kernel.target.name for plan in plans.values()] == [known, "cuda:sm_90"]
     with pytest.raises(ArgumentError, match=r"weight must be float32 .* on cuda; found .* on cpu"):
         ct.functional.conv_transpose2d(tensors[0], tensors[1].cpu(), tensors[2], stride=2)
     with torch.autocast("cuda", dtype=torch.float16):

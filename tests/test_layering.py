@@ -66,7 +66,7 @@ MAY_IMPORT = {
     "measure": "",
     "place": "errors gpu target reference measure",
     "check": "errors spec workloads target runtime compiler reference measure place",
-    "emulate": "errors spec workloads target space emulator compiler reference check",
+    "emulate": "errors spec workloads target space emulator compiler check",
     "json_lines": "errors",
     "rows": "errors json_lines",
     "fuzz": "errors spec",

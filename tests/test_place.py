@@ -10,7 +10,7 @@ from test_gpu_kernel import needs_emulator
 from convt_tvm import bench as bench_module
 from convt_tvm import gpu, roofline_torch
 from convt_tvm.bench import Tolerance, bench, measure_target_limits
-from convt_tvm.check import check
+from convt_tvm.check import check, operand_unit
 from convt_tvm.compiler import build_artifact
 from convt_tvm.database import find_result
 from convt_tvm.emulated_torch import emulated_gpu, launches
@@ -125,11 +125,10 @@ def test_peers_on_a_gpu_are_torchs():
 
 def test_tf32_widens_the_bound_and_nothing_else_does():
     inputs = normal_inputs(SPEC, 0)
-    ieee, tf32 = Tolerance(SPEC, inputs), Tolerance(SPEC, inputs, tf32=True)
-    assert bool((tf32.bound > 100 * ieee.bound).all()) and bool((tf32.peers > tf32.bound).all())
-    half = replace(SPEC, dtype="float16")
-    inputs = normal_inputs(half, 0)
-    assert torch.equal(Tolerance(half, inputs).bound, Tolerance(half, inputs, tf32=True).bound)
+    target = Target.parse("cuda:sm_90+tf32")
+    ieee, tf32 = Tolerance(SPEC, inputs), Tolerance(SPEC, inputs, unit=operand_unit(SPEC, target))
+    assert bool((tf32.bound > 10 * ieee.bound).all()) and bool((tf32.peers > tf32.bound).all())
+    assert operand_unit(replace(SPEC, dtype="float16"), target) == operand_unit(SPEC, Target.parse("cuda:sm_90")) == 0
 
 
 def test_the_driver_tells_name_and_clocks(monkeypatch, tmp_path):
