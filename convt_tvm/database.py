@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from convt_tvm.errors import TuningLogError
+from convt_tvm.gpu import EMULATED
 from convt_tvm.records import OWN, Context, Result, Trial
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.store import DATABASE_FILES, RESULTS, SESSIONS, TRIALS, Store, read_records
@@ -75,6 +76,8 @@ def find_result(
             ignored.append(f"the result of session {result.session} is for the target {context.target}")
         elif result.candidate.space != OWN:
             ignored.append(f"the result of session {result.session} is a baseline, from TVM's own space")
+        elif context.machine == EMULATED:
+            ignored.append(f"the result of session {result.session} is a rehearsal's, on an emulated GPU")
         elif here is not None and context.machine != here:
             ignored.append(
                 f"the result of session {result.session} is from machine {context.machine}, and this one is {here}"

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 
 from convt_tvm.emulator import compile_stand_in, load_stand_ins, show_gpu
 from convt_tvm.errors import IncompatibleMachineError
-from convt_tvm.gpu import find_driver
+from convt_tvm.gpu import EMULATED, find_driver
 
 __all__ = ["emulated_gpu", "last_stream", "launches"]
 
@@ -144,7 +144,7 @@ def emulated_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
         "current_device": lambda: 0,
         "_exchange_device": lambda index: 0,
         "_maybe_exchange_device": lambda index: 0,
-        "get_device_name": lambda device=None: "emulated",
+        "get_device_name": lambda device=None: EMULATED,
         "get_device_capability": lambda device=None: capability,
         "get_device_properties": lambda device=None: SimpleNamespace(L2_cache_size=1 << 10),
         "synchronize": lambda device=None: None,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 __all__ = [
     "ARCHITECTURES",
     "DEFAULT_ARCHITECTURES",
+    "EMULATED",
     "OLDEST_CUDA_DRIVER",
     "Driver",
     "Gpu",
@@ -24,6 +25,8 @@ __all__ = [
 
 OLDEST_CUDA_DRIVER = (13, 0)
 """The CUDA version that the driver has to support: libcudart.so.13, which TVM's CUDA runtime library needs."""
+EMULATED = "emulated"
+"""What the GPU of `convt_tvm.emulator` is called; its times say nothing."""
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
 
 

@@ -205,6 +205,8 @@ def test_strides_alignment_and_overlap_cost_a_copy_and_no_bits(gpu, saved):
         memory = torch.empty(tensor.numel() + 1, device="cuda")
         return memory[1:].view(tensor.shape).copy_(tensor)
 
+    seen, call = [], kernel._convt
+    kernel._convt = lambda *tensors: (seen.extend(tensor.data_ptr() % 16 for tensor in tensors), call(*tensors))
     last = input.to(memory_format=torch.channels_last)
     assert last.stride() != input.stride() and shifted(packed).data_ptr() % 16
     for arguments in ((last, packed, bias), (shifted(input), packed, bias), (input, shifted(packed), shifted(bias))):
@@ -215,6 +217,7 @@ def test_strides_alignment_and_overlap_cost_a_copy_and_no_bits(gpu, saved):
     inside = memory[: input.numel()].view(input.shape).copy_(input)
     over = memory[: exact.numel()].view(exact.shape)
     assert torch.equal(kernel(inside, packed, bias, out=over).cpu().double(), exact)
+    assert set(seen) == {0}
 
 
 @needs_emulator

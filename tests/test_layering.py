@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "schedule schedule_cuda schedule_tensor",
     "records": "errors",
     "store": "errors records",
-    "database": "errors spec target threads records store",
+    "database": "errors gpu spec target threads records store",
     "space": "errors spec target layout schedules records",
     "lower": "spec layout compute shuffle",
     "lower_cuda": "spec layout compute compute_cuda thread_layout lower",
