@@ -18,6 +18,7 @@ from convt_tvm.cli_options import (
     FAILED,
     INTERRUPTED,
     USAGE,
+    Dtype,
     Json,
     TargetName,
     Workloads,
@@ -93,6 +94,7 @@ def build(
     workloads: Workloads,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where the artifact directories go.")],
     target: TargetName = "llvm",
+    dtype: Dtype = None,
     with_runtime: Annotated[
         bool, typer.Option("--with-runtime", help="Add TVM's runtime library, for machines without apache-tvm.")
     ] = False,
@@ -110,9 +112,9 @@ def build(
     step. Exits with 1 if one could not be built; the others are. With --json, one line a workload.
     """
     from convt_tvm.target import Target
-    from convt_tvm.workloads import resolve
+    from convt_tvm.workloads import resolve, with_dtype
 
-    chosen, compiled_for = resolve(workloads), Target.parse(target)
+    chosen, compiled_for = with_dtype(resolve(workloads), dtype), Target.parse(target)
     output.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
 

@@ -9,6 +9,7 @@ import typer
 
 from convt_tvm.cli_options import (
     FAILED,
+    Dtype,
     Json,
     OptionalWorkloads,
     TargetName,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from convt_tvm.findings import Examination
     from convt_tvm.replay import Reproducer
     from convt_tvm.target import Target
+    from convt_tvm.workloads import Workload
 
 __all__ = ["check"]
 
@@ -34,6 +36,7 @@ _FAILURES = Path("convt-tvm-failures")
 def check(
     workloads: OptionalWorkloads = None,
     target: TargetName = "llvm",
+    dtype: Dtype = None,
     threads: Threads = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, metavar="N", help="Of the inputs.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Skip the timing.")] = False,
@@ -81,13 +84,15 @@ def check(
     special values and determinism, of our kernel, of torch and of other libraries; DIR gets a page, index.html, its
     plots and rows.jsonl. Exits with 1 if one of our kernels fails.
 
-    With --emulate the kernels of a cuda target run on an emulator: exact and slow, without times.
+    With --emulate the kernels of a cuda target run on an emulator: exact and slow, without times. With --report as
+    well, integers alone and a single image of each batch; with --conformance, the kernels that would run.
 
     With --conformance no workload is named: cases of torch's own tests, of ONNX's, and fuzzed ones are tried with every
     schedule space and every other implementation there is. Exits with 1 if one of ours fails. With --json, one line for
     each block of cases and implementation.
     """
     from convt_tvm.target import Target
+    from convt_tvm.workloads import resolve, with_dtype
 
     chosen_modes = [bool(workloads), conformance, replay is not None]
     if sum(chosen_modes) != 1:
@@ -103,25 +108,27 @@ def check(
             fuzz=fuzz,
             jobs=jobs,
             peers=peers,
+            emulate=emulate,
             output=output,
             failures=failures,
             as_json=as_json,
         )
     elif report is not None:
         _report(
-            workloads or [],
+            with_dtype(resolve(workloads or []), dtype),
             compiled_for,
             report,
             seed=seed,
             threads=threads,
             runs=runs,
             peers=peers,
+            emulate=emulate,
             failures=failures,
             as_json=as_json,
         )
     else:
         _check(
-            workloads or [],
+            with_dtype(resolve(workloads or []), dtype),
             compiled_for,
             threads=threads,
             seed=seed,
@@ -132,7 +139,7 @@ def check(
 
 
 def _check(
-    workloads: Sequence[str],
+    chosen: "Sequence[Workload]",
     target: "Target",
     *,
     threads: int | None,
@@ -141,9 +148,6 @@ def _check(
     emulate: bool,
     as_json: bool,
 ) -> None:
-    from convt_tvm.workloads import resolve
-
-    chosen = resolve(workloads)
     from convt_tvm.check import check as check_workload
 
     rows: list[CheckRow] = []
@@ -170,7 +174,7 @@ def _check(
 
 
 def _report(
-    workloads: Sequence[str],
+    chosen: "Sequence[Workload]",
     target: "Target",
     directory: Path,
     *,
@@ -178,28 +182,30 @@ def _report(
     threads: int | None,
     runs: int,
     peers: bool,
+    emulate: bool,
     failures: Path,
     as_json: bool,
 ) -> None:
-    from convt_tvm.workloads import resolve
-
-    chosen = resolve(workloads)
     import torch
 
     from convt_tvm.bench import current_commit
     from convt_tvm.check_report import write_report
-    from convt_tvm.examine import examine_workload
-    from convt_tvm.implementations import implementations
+    from convt_tvm.examine import examine_emulated, examine_workload
+    from convt_tvm.implementations import emulated_implementation, implementations
     from convt_tvm.replay import Reproducer, write_reproducer
     from convt_tvm.target import machine
     from convt_tvm.terminal_numerics import print_examinations
 
-    commit, compared = current_commit(), implementations(target, peers=peers)
+    commit = current_commit()
+    compared = [emulated_implementation(target)] if emulate else implementations(target, peers=peers)
     sizes = sorted({1, threads or torch.get_num_threads(), machine().cores})
     done: list[Examination] = []
 
     def work(workload: Any) -> None:
-        one = examine_workload(workload, target, compared, seed=seed, threads=sizes, runs=runs, commit=commit)
+        if emulate:
+            one = examine_emulated(workload, target, compared[0], seed=seed, commit=commit)
+        else:
+            one = examine_workload(workload, target, compared, seed=seed, threads=sizes, runs=runs, commit=commit)
         done.append(one)
         for finding in one.failures:
             reproducer = Reproducer.of(finding, compared[0], target, commit)
@@ -227,6 +233,7 @@ def _conform(
     fuzz: int,
     jobs: int | None,
     peers: bool,
+    emulate: bool,
     output: Path | None,
     failures: Path,
     as_json: bool,
@@ -254,7 +261,7 @@ def _conform(
     try:
         with progress(len(left), quiet=as_json and sys.stdout.isatty()) as begin:
             begin("blocks of 25 cases")
-            for found in conform(left, target, peers=peers, jobs=jobs, commit=commit):
+            for found in conform(left, target, peers=peers, emulate=emulate, jobs=jobs, commit=commit):
                 tallies += found
                 if output is not None:
                     append_lines(output, found)

@@ -12,6 +12,7 @@ __all__ = [
     "INTERRUPTED",
     "REGRESSED",
     "USAGE",
+    "Dtype",
     "Json",
     "OptionalWorkloads",
     "TargetName",
@@ -39,6 +40,10 @@ TargetName: TypeAlias = Annotated[
         metavar="TARGET",
         help="llvm is this machine; llvm:x86-64-v2, -v3, -v4; cuda:sm_90, with +tf32 to allow it.",
     ),
+]
+Dtype: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--dtype", metavar="DTYPE", help="In place of the workloads' own: float16, bfloat16, float64."),
 ]
 Threads: TypeAlias = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="For kernels and peers alike; by default torch's number.")

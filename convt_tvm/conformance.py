@@ -15,7 +15,7 @@ from convt_tvm.cases import FAMILIES, FUZZ, sampled_cases
 from convt_tvm.distributions import DISTRIBUTIONS
 from convt_tvm.examine import examine
 from convt_tvm.findings import Finding
-from convt_tvm.implementations import Implementation, implementations, our_implementations
+from convt_tvm.implementations import Implementation, emulated_implementation, implementations, our_implementations
 from convt_tvm.json_lines import read_lines, require_fields
 from convt_tvm.replay import Reproducer
 from convt_tvm.target import Target
@@ -160,13 +160,15 @@ def examine_block(block: Block, target: Target, compared: Sequence[Implementatio
 _compared: list[Implementation] = []
 
 
-def _begin(target: Target, peers: bool) -> None:
+def _begin(target: Target, peers: bool, emulate: bool) -> None:
     """Prepare a worker process: one thread, and the implementations it compares."""
     torch.set_num_threads(1)
-    _compared[:] = _implementations(target, peers)
+    _compared[:] = _implementations(target, peers, emulate)
 
 
-def _implementations(target: Target, peers: bool) -> list[Implementation]:
+def _implementations(target: Target, peers: bool, emulate: bool) -> list[Implementation]:
+    if emulate:
+        return [emulated_implementation(target)]
     return implementations(target, spaces=True) if peers else our_implementations(target)[1:]
 
 
@@ -175,7 +177,7 @@ def _work(block: Block, target: Target, commit: str | None) -> list[Tally]:
 
 
 def conform(
-    wanted: Sequence[Block], target: Target, *, peers: bool, jobs: int | None, commit: str | None
+    wanted: Sequence[Block], target: Target, *, peers: bool, emulate: bool = False, jobs: int | None, commit: str | None
 ) -> Iterator[list[Tally]]:
     """Tallies of the blocks, as these are finished, in whatever order.
 
@@ -183,6 +185,8 @@ def conform(
     ----------
     peers
         Whether to compare torch and other libraries besides our schedule spaces.
+    emulate
+        Try our kernels for GPUs on the emulator, and nothing else.
     jobs
         Processes; as many as there are processors for this one if None, and none besides this one if 1.
 
@@ -193,12 +197,12 @@ def conform(
     """
     jobs = jobs or len(os.sched_getaffinity(0))
     if jobs == 1:
-        compared = _implementations(target, peers)
+        compared = _implementations(target, peers, emulate)
         for block in wanted:
             yield examine_block(block, target, compared, commit)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, _begin, (target, peers)) as pool:
+    with ProcessPoolExecutor(jobs, context, _begin, (target, peers, emulate)) as pool:
         futures = [pool.submit(_work, block, target, commit) for block in wanted]
         try:
             for future in as_completed(futures):

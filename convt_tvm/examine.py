@@ -12,7 +12,7 @@ determinism
     The same bits on every run, for any number of threads, anywhere in a batch, loaded and freshly built.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -34,7 +34,7 @@ from convt_tvm.special import judge_special, special_inputs
 from convt_tvm.target import Target, machine, package_versions
 from convt_tvm.workloads import Workload
 
-__all__ = ["ANY_BATCH", "examine", "examine_workload", "first_failure"]
+__all__ = ["ANY_BATCH", "examine", "examine_emulated", "examine_workload", "first_failure"]
 
 ANY_BATCH = 3
 """Images that kernels for any batch size are examined with."""
@@ -113,7 +113,35 @@ def examine_workload(
     commit: str | None,
 ) -> Examination:
     """Every stage for one workload, with what a reader needs to repeat it."""
-    findings = tuple(examine(workload.spec, compared, seed=seed, threads=threads, runs=runs))
+    found = examine(workload.spec, compared, seed=seed, threads=threads, runs=runs)
+    return _examination(workload, target, found, seed=seed, threads=threads, runs=runs, commit=commit)
+
+
+def examine_emulated(
+    workload: Workload, target: Target, emulated: Implementation, *, seed: int, commit: str | None
+) -> Examination:
+    """Exactness of a GPU's kernel on the emulator, for a single image of a batch, which is what its time allows."""
+    batch = workload.spec.n
+    if batch is not None and batch > 1:
+        workload = replace(workload, spec=workload.spec.with_batch(1))
+    reason = "" if workload.spec.n == batch else f"batch of 1 in place of {batch}"
+    found = [
+        replace(finding, reason=finding.reason or reason)
+        for finding in examine(workload.spec, [emulated], seed=seed, stages=("exactness",))
+    ]
+    return _examination(workload, target, found, seed=seed, threads=(1,), runs=1, commit=commit)
+
+
+def _examination(
+    workload: Workload,
+    target: Target,
+    findings: Iterable[Finding],
+    *,
+    seed: int,
+    threads: Sequence[int],
+    runs: int,
+    commit: str | None,
+) -> Examination:
     here = machine()
     return Examination(
         workload=workload.name,
@@ -126,7 +154,7 @@ def examine_workload(
         commit=commit,
         machine={name: value for name, value in here.to_json().items() if name != "versions"},
         versions={**here.versions, **package_versions(PACKAGES)},
-        findings=findings,
+        findings=tuple(findings),
     )
 
 

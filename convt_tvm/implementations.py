@@ -7,15 +7,25 @@ from functools import partial
 import torch
 
 from convt_tvm.check import Operator, torch_eager
-from convt_tvm.errors import RowsError
+from convt_tvm.errors import RowsError, TargetError
 from convt_tvm.peers import PEERS, Refusal, prepare
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
 
-__all__ = ["OURS", "Implementation", "RefusedError", "find_implementation", "implementations", "our_implementations"]
+__all__ = [
+    "OURS",
+    "Implementation",
+    "RefusedError",
+    "emulated_implementation",
+    "find_implementation",
+    "implementations",
+    "our_implementations",
+]
 
 OURS = "ours"
 """The kernel that would run; ``ours/SCHEDULE`` is the best layout of one schedule space."""
+EMULATED = f"{OURS}/emulated"
+"""The kernel that would run on a GPU, run by the emulator."""
 
 _SLOW = ("torch_compile",)
 """Peers that take seconds to prepare for each data set, and compute with the kernels of others that are compared."""
@@ -36,7 +46,8 @@ class Implementation:
     Attributes
     ----------
     name
-        ``ours``, ``ours/SCHEDULE``, ``torch``, ``torch_native`` (without oneDNN), or a name of `convt_tvm.peers.PEERS`.
+        ``ours``, ``ours/SCHEDULE``, ``ours/emulated``, ``torch``, ``torch_native`` (without oneDNN), or a name of
+        `convt_tvm.peers.PEERS`.
     prepare
         Gives an operator for a spec; raises RefusedError for a spec that is not taken.
     """
@@ -74,6 +85,19 @@ def our_implementations(target: Target) -> list[Implementation]:
         Implementation(OURS, partial(_build, target, None)),
         *(Implementation(f"{OURS}/{name}", partial(_build, target, name)) for name in names),
     ]
+
+
+def emulated_implementation(target: Target) -> Implementation:
+    """Our kernel for GPUs as it would run, on the emulator; raises TargetError for another target."""
+    if target.kind != "cuda":
+        raise TargetError(f"the emulator runs code for GPUs, not for {target.name}; write --target cuda or cuda:sm_90.")
+
+    def prepare(spec: ConvTranspose2dSpec) -> Operator:
+        from convt_tvm.emulate import EmulatedKernel
+
+        return EmulatedKernel(spec, target)
+
+    return Implementation(EMULATED, prepare)
 
 
 def _build(target: Target, schedule: str | None, spec: ConvTranspose2dSpec) -> Operator:
@@ -137,7 +161,8 @@ def implementations(target: Target, *, spaces: bool = False, peers: bool = True)
 
 def find_implementation(name: str, target: Target) -> Implementation:
     """The implementation of that name; raises RowsError, listing those there are, for another."""
-    known = {each.name: each for each in implementations(target, spaces=True)}
+    emulated = [emulated_implementation(target)] if target.kind == "cuda" else []
+    known = {each.name: each for each in (*implementations(target, spaces=True), *emulated)}
     if name not in known:
         raise RowsError(f"there is no implementation {name!r}; there are {', '.join(known)}.")
     return known[name]

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
@@ -11,7 +11,7 @@ from typing import Any
 from convt_tvm.errors import SpecError, UnknownWorkloadError
 from convt_tvm.spec import ConvTranspose2dSpec
 
-__all__ = ["Workload", "resolve", "suites"]
+__all__ = ["Workload", "resolve", "suites", "with_dtype"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +90,13 @@ def resolve(arguments: Sequence[str]) -> list[Workload]:
             hint = f"did you mean {' or '.join(near)}?" if near else f"the suites are {', '.join(suites())}."
             raise UnknownWorkloadError(f"{argument!r} is no suite, no workload and no canonical spec name; {hint}")
     return list(found.values())
+
+
+def with_dtype(workloads: Sequence[Workload], dtype: str | None) -> list[Workload]:
+    """The same workloads in another dtype, or as they are for None; raises UnsupportedDtypeError."""
+    if dtype is None:
+        return list(workloads)
+    return [replace(workload, spec=replace(workload.spec, dtype=dtype)) for workload in workloads]
 
 
 def _parse_spec_name(argument: str) -> ConvTranspose2dSpec:

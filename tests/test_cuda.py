@@ -8,14 +8,18 @@ from emulated_kernels import cheapest, is_exact, needs_toolkit, plant
 
 from convt_tvm import emulator
 from convt_tvm.artifact import read_manifest
+from convt_tvm.cases import FUZZ
 from convt_tvm.check import compare
 from convt_tvm.cli import main
 from convt_tvm.compiler import build, build_artifact
+from convt_tvm.conformance import blocks, conform
 from convt_tvm.cost_cuda import MAX_REGISTERS, SHARED_BYTES, shared_bytes, thread_layouts
 from convt_tvm.cuda_toolkit import find_toolkit
 from convt_tvm.emulate import EmulatedKernel, check_emulated
 from convt_tvm.errors import BuildError, IncompatibleMachineError
+from convt_tvm.findings import read_examinations
 from convt_tvm.gpu import find_driver
+from convt_tvm.replay import read_reproducer, replay
 from convt_tvm.space import default_choice
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
@@ -185,3 +189,37 @@ def test_a_tap_read_one_column_too_far_is_caught(monkeypatch):
 def test_inline_assembly_is_refused():
     with pytest.raises(BuildError, match="neither inline assembly nor shared memory sized at the launch"):
         emulator.compile_emulated('extern "C" __global__ void f() { asm volatile("exit;"); }')
+
+
+@needs_toolkit
+def test_the_lab_examines_one_image_of_a_batch_on_the_emulator(capsys, tmp_path):
+    arguments = ("--target", "cuda:sm_90", "--dtype", "float16", "--report", str(tmp_path), "--json")
+    assert command(*arguments) == 0
+    row = json.loads(capsys.readouterr().out)
+    (finding,) = row["findings"]
+    assert (finding["implementation"], finding["stage"], finding["status"]) == ("ours/emulated", "exactness", "pass")
+    assert finding["reason"] == f"batch of 1 in place of {SPEC.n}"
+    assert row["spec"] == finding["spec"] == replace(SPEC, n=1, dtype="float16").name
+    assert [found.to_json() for found in read_examinations(tmp_path / "rows.jsonl")] == [row]
+
+
+@needs_toolkit
+def test_a_failure_on_the_emulator_can_be_replayed(monkeypatch, tmp_path):
+    plant(monkeypatch, "__syncthreads();", ";")
+    assert command("--target", "cuda:sm_90", "--report", str(tmp_path / "r"), "--failures", str(tmp_path / "f")) == 1
+    monkeypatch.undo()
+    (path,) = (tmp_path / "f").iterdir()
+    assert replay(read_reproducer(path)).finding.status == "pass"
+
+
+@needs_toolkit
+def test_drawn_specs_are_tried_on_the_emulator(monkeypatch):
+    monkeypatch.setattr("convt_tvm.conformance.BLOCK", 2)
+    wanted = blocks([FUZZ], seed=0, fuzz=2)
+    ((tally,),) = conform(wanted, Target.parse("cuda:sm_90"), peers=False, emulate=True, jobs=1, commit=None)
+    assert (tally.implementation, tally.passed, tally.failed) == ("ours/emulated", 2, 0)
+
+
+def test_the_emulator_examines_only_what_is_for_gpus(capsys):
+    assert command("--target", "llvm", "--report", "nowhere") == 2
+    assert "the emulator runs code for GPUs, not for llvm:" in capsys.readouterr().err

@@ -1,11 +1,12 @@
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
-from convt_tvm.errors import SpecError, UnknownWorkloadError
+from convt_tvm.errors import SpecError, UnknownWorkloadError, UnsupportedDtypeError
 from convt_tvm.spec import ConvTranspose2dSpec
-from convt_tvm.workloads import Workload, resolve, suites
+from convt_tvm.workloads import Workload, resolve, suites, with_dtype
 
 EVERY = [workload for suite in suites().values() for workload in suite]
 
@@ -113,3 +114,12 @@ def test_wrong_spec_names_say_what_is_wrong(replaced, by, fact):
 def test_rows_are_json_that_rebuilds_the_spec():
     for workload in EVERY:
         assert ConvTranspose2dSpec.from_json(json.loads(json.dumps(workload.spec.to_json()))) == workload.spec
+
+
+def test_workloads_come_in_another_dtype_under_the_same_name():
+    (own,) = resolve(["dcgan/2"])
+    (other,) = with_dtype([own], "bfloat16")
+    assert (other.name, other.spec) == (own.name, replace(own.spec, dtype="bfloat16"))
+    assert with_dtype([own], None) == [own]
+    with pytest.raises(UnsupportedDtypeError, match="dtype='int8' is not supported"):
+        with_dtype([own], "int8")
