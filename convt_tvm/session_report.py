@@ -193,7 +193,9 @@ def _by_date(read: Read[R]) -> list[R]:
 
 
 def readable_trace(search: SearchLog, candidate: Candidate) -> str:
-    """The steps of a schedule as Python, or why they cannot be shown; imports the compiler."""
+    """The steps of a schedule, or why they cannot be shown; imports the compiler for schedules of ours."""
+    if candidate.trace is not None:
+        return f"# {candidate}\n{plain_trace(candidate.trace)}"
     from convt_tvm.compiler import trace_text
     from convt_tvm.spec import ConvTranspose2dSpec
     from convt_tvm.target import Target

@@ -211,5 +211,8 @@ def is_same_code(spec: ConvTranspose2dSpec, target: Target, trial: Trial) -> boo
     from convt_tvm.compiler import lower_choice
     from convt_tvm.space import find_choice
 
+    # A trace need not apply to a declaration that has changed; and two lowerings of one hash to different digests.
+    if trial.candidate.space != OWN:
+        return False
     choice = find_choice(spec, target, trial.candidate) if trial.digest else None
     return choice is not None and lower_choice(spec, target, choice).code == trial.digest

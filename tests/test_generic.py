@@ -11,14 +11,14 @@ from convt_tvm.compiler import best_choice, build_artifact
 from convt_tvm.database import find_result
 from convt_tvm.errors import TuningError
 from convt_tvm.layout import Layout, bands
-from convt_tvm.records import GENERIC, Candidate
+from convt_tvm.records import GENERIC, Candidate, Context, Trial
 from convt_tvm.reference import integer_inputs, reference
 from convt_tvm.runtime import load
 from convt_tvm.session_report import read_searches, readable_trace
 from convt_tvm.space import default_choice, find_choice
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
-from convt_tvm.tune import Budget, tune
+from convt_tvm.tune import Budget, is_same_code, tune
 from convt_tvm.workloads import Workload, resolve
 
 HOST = Target.parse("llvm")
@@ -105,7 +105,22 @@ def test_a_session_races_ours_and_build_ignores_it(tmp_path):
     (directory,) = tmp_path.glob("*/*/")
     (search,) = read_searches(directory)
     assert (search.space, len(search.trials), search.result) == (GENERIC, 5, result)
-    assert "sample_perfect_tile" in readable_trace(search, result.candidate)
+    assert "= SamplePerfectTile(" in readable_trace(search, result.candidate)
+
+
+def test_trials_of_other_sources_do_not_count():
+    (proposal,) = search_of(FEW).propose({}, 1)
+    trial = Trial(
+        Context(HOST.name, "aaaaaaaa", 1),
+        "0" * 12,
+        "5e551011",
+        "2026-01-01T00:00:00+00:00",
+        proposal.candidate,
+        "d",
+        "ok",
+    )
+    # Its trace does not apply to another declaration, and nobody tries.
+    assert not is_same_code(ODD, HOST, trial)
 
 
 def test_gpus_are_refused(tmp_path):
