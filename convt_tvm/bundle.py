@@ -24,7 +24,7 @@ from typing import Any, Self
 from convt_tvm.artifact import RUNTIME_FILE, source_fingerprint
 from convt_tvm.bench import current_commit
 from convt_tvm.emulator import shows_gpu
-from convt_tvm.errors import BundleError
+from convt_tvm.errors import BuildError, BundleError
 from convt_tvm.libraries import CUDA_RUNTIME_FILE, find_runtime
 from convt_tvm.records import Candidate
 from convt_tvm.spec import ConvTranspose2dSpec
@@ -113,22 +113,24 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """What a bundle holds, and the sources that it was made by."""
+    """What a bundle holds, the sources that it was made by, and a line on each kernel that could not be compiled."""
 
     entries: tuple[Entry, ...]
     source: str
     commit: str | None
     emulated: bool
+    failed: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""
         values = asdict(self)
-        return values | {"entries": [entry.to_json() for entry in self.entries]}
+        return values | {"entries": [entry.to_json() for entry in self.entries], "failed": list(self.failed)}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
         """What `to_json` wrote."""
-        return cls(**{**values, "entries": tuple(Entry.from_json(each) for each in values["entries"])})
+        entries = tuple(Entry.from_json(each) for each in values["entries"])
+        return cls(**{**values, "entries": entries, "failed": tuple(values["failed"])})
 
 
 def variants(workload: Workload, target: Target, precisions: Sequence[str]) -> list[tuple[Workload, Target]]:
@@ -162,7 +164,7 @@ def make_bundle(
     limit_bytes: int | None = None,
     begin: Callable[[str], None] = lambda name: None,
 ) -> Bundle:
-    """Compile kernels and write the bundle `path`, complete or not at all.
+    """Compile kernels and write the bundle `path`, complete or not at all; without those that cannot be compiled.
 
     Parameters
     ----------
@@ -179,28 +181,35 @@ def make_bundle(
 
     Raises
     ------
-    BuildError, TargetError
-        If a kernel cannot be compiled.
+    BuildError
+        If no kernel at all can be compiled.
     BundleError
         If the bundle is larger than its limit; or if a wheel is none.
     """
     from convt_tvm.compiler import build_artifact
     from convt_tvm.space import choices
 
-    entries = []
+    entries, failed = [], list[str]()
     with TemporaryDirectory(prefix="convt-tvm-bundle-") as scratch:
         root = Path(scratch)
         for number, (workload, target) in enumerate(wanted):
             begin(f"{workload.name} {target.name}")
             spec, home = workload.spec.sized, f"kernels/{number}"
-            build_artifact(spec, target, root / home / "kernel")
             carried = []
-            for place, choice in enumerate(choices(spec, target)[:candidates]):
-                directory = f"{home}/candidate{place}"
-                manifest = build_artifact(spec, target, root / directory, choice=choice)
-                carried.append(Carried(choice.candidate, choice.cycles, manifest.tuning["code"], directory))
+            try:
+                build_artifact(spec, target, root / home / "kernel")
+                for place, choice in enumerate(choices(spec, target)[:candidates]):
+                    directory = f"{home}/candidate{place}"
+                    manifest = build_artifact(spec, target, root / directory, choice=choice)
+                    carried.append(Carried(choice.candidate, choice.cycles, manifest.tuning["code"], directory))
+            except BuildError as error:
+                failed.append(f"{workload.name}: {error}")
+                if not (root / home / "kernel").exists():
+                    continue
             entries.append(Entry(workload.name, spec, target, f"{home}/kernel", tuple(carried)))
-        bundle = Bundle(tuple(entries), source_fingerprint(), current_commit(), shows_gpu())
+        if not entries:
+            raise BuildError(f"no kernel could be compiled; {failed[0] if failed else 'none was named'}")
+        bundle = Bundle(tuple(entries), source_fingerprint(), current_commit(), shows_gpu(), tuple(failed))
         _carry_packages(root / "site", cuda=any(target.kind == "cuda" for _, target in wanted))
         for wheel in wheels:
             _unpack_wheel(wheel, root / "site")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from convt_tvm.cli_options import Json, TargetName, Workloads, print_json
+from convt_tvm.cli_options import FAILED, Json, TargetName, Workloads, print_json
 
 __all__ = ["bundle"]
 
@@ -36,7 +36,8 @@ def bundle(
     """Compile kernels and put them into one file that checks, times and tunes them on another machine.
 
     There, `python3 FILE` needs torch, numpy and apache-tvm-ffi, neither network nor compiler, and leaves its results in
-    one file too; `python3 FILE --help` says more. Rows go to `report`, logs to `tune --merge`.
+    one file too; `python3 FILE --help` says more. Rows go to `report`, logs to `tune --merge`. Exits with 1 if a kernel
+    could not be compiled; the bundle has the others.
     """
     from convt_tvm.target import Target
     from convt_tvm.workloads import resolve
@@ -65,10 +66,14 @@ def bundle(
         )
     carried = sum(len(entry.candidates) for entry in made.entries)
     size = output.stat().st_size
+    for line in made.failed:
+        print("error:", " ".join(line.split()), file=sys.stderr)
     if as_json:
         entries = [
             {"workload": each.workload, "spec": each.spec.name, "target": each.target.name} for each in made.entries
         ]
         print_json({"path": str(output), "size_bytes": size, "candidates": carried, "entries": entries})
-        return
-    print(f"{output}  ({len(made.entries)} kernels, {carried} candidates, {size / 2**20:.1f} MiB)")
+    else:
+        print(f"{output}  ({len(made.entries)} kernels, {carried} candidates, {size / 2**20:.1f} MiB)")
+    if made.failed:
+        raise typer.Exit(FAILED)

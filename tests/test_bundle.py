@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from test_gpu_kernel import needs_emulator
 
-from convt_tvm import bundle_run
+from convt_tvm import bundle_run, compiler
 from convt_tvm.bundle import Bundle, _unpack_wheel, make_bundle, variants
 from convt_tvm.database import find_result, merge
 from convt_tvm.emulated_torch import emulated_gpu
-from convt_tvm.errors import BundleError, IncompatibleMachineError, TargetError
+from convt_tvm.errors import BuildError, BundleError, IncompatibleMachineError, TargetError
 from convt_tvm.rows import OURS, latest_runs, read_rows
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
@@ -176,6 +176,23 @@ def test_what_is_no_wheel_is_named(tmp_path):
     (tmp_path / "a.whl").write_text("no wheel")
     with pytest.raises(BundleError, match=r"a\.whl is no wheel that can be carried"):
         _unpack_wheel(tmp_path / "a.whl", tmp_path)
+
+
+def test_a_kernel_that_cannot_be_compiled_is_told_and_left_out(run, monkeypatch, tmp_path):
+    honest = compiler.build_artifact
+
+    def build(spec, target, directory, **options):
+        if spec.dtype == "float16":
+            raise BuildError("ptxas says no")
+        return honest(spec, target, directory, **options)
+
+    monkeypatch.setattr(compiler, "build_artifact", build)
+    arguments = ["bundle", SPEC.name, "-o", tmp_path / "kit.pyz", "--json", "--precisions"]
+    code, out, err = run(*arguments, "float16,float32")
+    assert (code, err) == (1, f"error: {SPEC.name} float16: ptxas says no\n")
+    assert [entry["workload"] for entry in json.loads(out)["entries"]] == [SPEC.name]
+    code, out, err = run(*arguments, "float16")
+    assert (code, out) == (1, "") and "no kernel could be compiled;" in err
 
 
 @pytest.mark.parametrize(
