@@ -39,11 +39,17 @@ _PACKAGES = ("filelock",)
 """What the machine may lack, pure Python all of it. torch, numpy and apache-tvm-ffi it has, or wheels bring them."""
 _LEFT_OUT = ("__pycache__", ".lock", "bench", "numerics")
 _MAIN = '''"""Unpacks this bundle and runs it: see `python3 BUNDLE --help`."""
-import sys, tempfile, zipfile
+import importlib.util, sys, tempfile, zipfile
+if sys.version_info < (3, 11):
+    sys.exit("error: this is Python %d.%d, and the bundle needs 3.11 or newer." % sys.version_info[:2])
 with tempfile.TemporaryDirectory(prefix="convt-tvm-bundle-") as directory:
     with zipfile.ZipFile(sys.argv[0]) as archive:
         archive.extractall(directory)
     sys.path.insert(0, directory + "/site")
+    lacking = [name for name in ("numpy", "torch", "tvm_ffi") if importlib.util.find_spec(name) is None]
+    if lacking:
+        sys.exit("error: this Python has no " + ", ".join(lacking) + "; install what is missing, or carry wheels of it "
+                 "with `convt-tvm bundle --wheel FILE` (tvm_ffi is apache-tvm-ffi).")
     from convt_tvm.bundle_run import main
     code = main(directory, sys.argv[1:])
 sys.exit(code)
