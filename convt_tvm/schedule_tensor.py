@@ -38,9 +38,11 @@ def bind_patch(sch: Schedule, patch: SBlockRV) -> tuple[LoopRV, LoopRV]:
     sch.reorder(n, g, ph, pw, rb, cb, b, ot, pt, wo, wp, oi, pi)
     block = sch.fuse(n, g, ph, pw, rb, cb, b)
     sch.bind(block, "blockIdx.x")
-    # Fragments are registers, which have numbers but no index.
+    # Fragments are registers, which have numbers but no index. It is nvcc that unrolls: TVM would give each copy of the
+    # body an array of its own in shared memory.
     sch.unroll(ot)
     sch.unroll(pt)
+    sch.annotate(ot, "pragma_unroll_explicit", 0)
     sch.bind(sch.fuse(wo, wp), "threadIdx.y")
     _, lane = sch.split(sch.fuse(oi, pi), [None, WARP])
     sch.bind(lane, "threadIdx.x")
