@@ -1,8 +1,9 @@
 """Checking and timing on other machines, over TVM's RPC tracker and servers.
 
 The tracker hands out whichever server with the key is free. A server that dies, or takes a candidate with it, costs
-one attempt: the candidate is tried again on the next server, and counts as crashed if that fails too. The client runs
-in a process of its own, ``python -m convt_tvm.remote``, which is killed where a connection hangs.
+one attempt: the candidate is tried again on the next server, and counts as crashed if that fails too. Where no server
+is left after that, the session ends, and the next one goes on. The client runs in a process of its own, ``python -m
+convt_tvm.remote``, which is killed where a connection hangs.
 """
 
 import itertools
@@ -63,6 +64,7 @@ class RemoteRunner:
             raise TuningError(f"the tracker's address {address!r} is no HOST:PORT such as 127.0.0.1:9190.")
         torch.save(exact_inputs(spec, seed), directory / INPUTS_FILE)
         self._worker = Worker("convt_tvm.remote")
+        self._lost = False
         self._job = {
             "inputs": str(directory / INPUTS_FILE),
             "threads": threads,
@@ -102,11 +104,15 @@ class RemoteRunner:
         return there
 
     def run(self, built: Built, best_us: float) -> Measured:
-        """Check and time one candidate."""
+        """Check and time one candidate; raises TuningError if the one before it left no server."""
+        if self._lost:
+            self.machine()
         start = perf_counter()
         limit = HOPELESS * best_us if math.isfinite(best_us) else None
         job = {"directories": [str(built.directory)], "rounds": SAMPLES, "limit_us": limit}
-        return measured(self._ask(job, CONNECT_SECS + RUN_TIMEOUT_SECS), perf_counter() - start)
+        answer = self._ask(job, CONNECT_SECS + RUN_TIMEOUT_SECS)
+        self._lost = answer.status != "ok"
+        return measured(answer, perf_counter() - start)
 
     def race(self, built: Sequence[Built], rounds: int) -> list[tuple[float, ...]]:
         """Time candidates by turns on one server."""

@@ -13,12 +13,14 @@ import psutil
 import pytest
 
 from convt_tvm.errors import TuningError
-from convt_tvm.records import Result, SessionInfo, Trial
+from convt_tvm.records import Candidate, Result, SessionInfo, Trial
 from convt_tvm.remote import RemoteRunner
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.store import RESULTS, SESSIONS, TRIALS, read_records
 from convt_tvm.target import machine
+from convt_tvm.trials import Built
 from convt_tvm.tune import Budget, tune
+from convt_tvm.workers import Answer
 from convt_tvm.workloads import Workload
 
 LOCAL_LOGS = Path(__file__).parents[1] / "tuning_logs"
@@ -122,6 +124,18 @@ def test_a_session_outlives_a_server_that_is_killed(tracker, tmp_path):
         # Committed by a session that timed on the machine it ran on.
         assert lines(log / name)[0].keys() == lines(local / name)[0].keys()
     assert all(len(trial.samples_us) in (1, 5) and trial.run_secs for trial in read_records(log, Trial).records)
+
+
+def test_a_session_ends_where_no_server_is_left(tmp_path, monkeypatch):
+    runner = RemoteRunner(SPEC, tmp_path, 1, "127.0.0.1:1", KEY)
+    answers = [Answer("ok", {"wrong": "", "samples_us": [[1.0]]}), *2 * [Answer("crashed", error="gone")]]
+    monkeypatch.setattr(runner, "_ask", lambda job, timeout_secs: answers.pop(0))
+    built = Built(Candidate("stub", {}), "ok", directory=tmp_path)
+    assert runner.run(built, 1.0).status == "ok"
+    # This one may be to blame, and is written down; the next is not.
+    assert runner.run(built, 1.0).status == "crashed"
+    with pytest.raises(TuningError, match=r"no server with the key 'loopback' answered at 127\.0\.0\.1:1: gone; look"):
+        runner.run(built, 1.0)
 
 
 def test_an_address_without_a_port_is_refused(tmp_path):
