@@ -192,7 +192,8 @@ def bench(
     KeyError
         for a peer of another name.
     """
-    resolved, spec, threads = Target.parse(target), workload.spec.sized, limits.threads
+    spec, threads = workload.spec.sized, limits.threads
+    resolved = Target.parse(target).for_dtype(spec.dtype)
     place = place or Place.of(resolved)
     inputs = normal_inputs(spec, seed)
     tolerance = Tolerance(spec, inputs, unit=operand_unit(spec, resolved))

@@ -64,7 +64,7 @@ def cached_kernel(spec: ConvTranspose2dSpec, target: str | Target | None = None)
     IncompatibleMachineError
         if the target is another architecture or has CPU features that this machine lacks; nothing is built then.
     """
-    target = Target.parse("llvm" if target is None else target)
+    target = Target.parse("llvm" if target is None else target).for_dtype(spec.dtype)
     key = (spec, target)
     found = _kernels.get(key)
     if found is not None:

@@ -317,9 +317,9 @@ def check(
     TargetError
         if the target is a string that names none.
     """
-    target = Target.parse(target)
     threads = torch.get_num_threads() if threads is None else threads
     spec = workload.spec
+    target = Target.parse(target).for_dtype(spec.dtype)
     found: dict[str, Any] = {}
     try:
         # Only here: comparing needs no compiler, and its import would count as build time.

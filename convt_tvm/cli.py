@@ -119,11 +119,10 @@ def build(
     rows: list[dict[str, Any]] = []
 
     def work(workload: Any) -> None:
-        row = {"workload": workload.name, "spec": workload.spec.name, "target": compiled_for.name}
+        spec = workload.spec
+        row = {"workload": workload.name, "spec": spec.name, "target": compiled_for.for_dtype(spec.dtype).name}
         try:
-            row |= _build_one(
-                workload.spec, compiled_for, output, with_runtime=with_runtime, tuned=tuning_logs, test=test
-            )
+            row |= _build_one(spec, compiled_for, output, with_runtime=with_runtime, tuned=tuning_logs, test=test)
         except Exception as error:  # recorded as this row's status, so that the others are still built
             text = " ".join(str(error).split())
             row["error"] = text if isinstance(error, ConvTError) else f"{type(error).__name__}: {text}"

@@ -20,7 +20,7 @@ from convt_tvm.backends import code_generator, get_backend
 from convt_tvm.database import find_result
 from convt_tvm.entry import guard_arguments
 from convt_tvm.errors import BuildError
-from convt_tvm.layout import Layout, Window
+from convt_tvm.layout import Layout
 from convt_tvm.records import Candidate
 from convt_tvm.runtime import Kernel, load
 from convt_tvm.space import Choice, default_choice, find_choice
@@ -92,7 +92,7 @@ def build(
     >>> kernel(np.ones((1, 2, 2, 2), "float32"), np.ones((2, 1, 2, 2), "float32"))[0, 0, 0]
     array([2., 2., 2., 2.], dtype=float32)
     """
-    resolved = Target.parse(target)
+    resolved = Target.parse(target).for_dtype(spec.dtype)
     resolved.require_host()
     directory = Path(tempfile.mkdtemp(prefix="convt-tvm-"))
     try:
@@ -130,7 +130,7 @@ def build_artifact(
     TargetError, BuildError, ArtifactError
         Before anything is written to `directory`.
     """
-    resolved = Target.parse(target)
+    resolved = Target.parse(target).for_dtype(spec.dtype)
     # An empty batch computes nothing, but its kernel packs weights like any other.
     declared = replace(spec, n=1) if spec.n == 0 else spec
     if spec.n is None and resolved.kind != "llvm":
@@ -204,10 +204,9 @@ def _check_indexable(spec: ConvTranspose2dSpec, layout: Layout) -> None:
 
 def _elements(spec: ConvTranspose2dSpec, layout: Layout) -> dict[str, int]:
     """How large everything is that grows with the batch."""
-    window = Window.of(spec, layout)
     return {
         "input": prod(spec.input_shape),
-        "window of the input": prod(spec.input_shape[:2]) * window.height * window.width,
+        "window of the input": layout.window_elements(spec),
         "output": prod(spec.output_shape),
     }
 

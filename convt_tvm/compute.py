@@ -27,7 +27,7 @@ in `ConvTranspose2dSpec.accumulator_dtype`; each output element is summed by one
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm import ir, te, tirx
@@ -40,9 +40,11 @@ __all__ = [
     "IN_VECTORS",
     "SKIPS_ROWS",
     "SUMS",
+    "create_function",
     "declare_pack",
     "declare_phases",
     "declare_reference",
+    "finish",
     "layout_of",
     "lookup",
     "spec_of",
@@ -63,6 +65,8 @@ SUMS = "acc"
 
 Expr = Any
 """A TVM expression; the wheel ships no types."""
+Sums = Callable[[Expr, Expr, Expr, Expr, Expr, Expr, Expr, Expr], Expr]
+"""The sum for indices ``n, g, b, ob, ph, qh, qw, pw``."""
 
 
 def lookup(values: Sequence[int], index: Expr) -> Expr:
@@ -77,7 +81,7 @@ def lookup(values: Sequence[int], index: Expr) -> Expr:
     return tirx.Select(index >= change, tirx.const(values[change], "int32"), lookup(values[:change], index))
 
 
-def _create_function(arguments: list[Any]) -> tirx.PrimFunc:
+def create_function(arguments: list[Any]) -> tirx.PrimFunc:
     """A PrimFunc of TE tensors whose parameters may start at any address.
 
     TE declares every buffer as aligned to 64 bytes, the calling convention does not check it, and aligned loads of a
@@ -104,7 +108,7 @@ def declare_phases(spec: ConvTranspose2dSpec, layout: Layout, target: Target) ->
     batch, spec = te.var("n") if spec.n is None else spec.n, spec.sized
     columns = layout.columns(spec)
     data = te.placeholder((batch, *spec.input_shape[1:]), spec.dtype, name="input")
-    packed = te.placeholder(layout.packed_shape(spec), spec.accumulator_dtype, name="packed")
+    packed = te.placeholder(layout.packed_shape(spec), layout.packed_dtype(spec), name="packed")
     bias = te.placeholder(spec.bias_shape, spec.dtype, name="bias")
 
     extent = Window.of(spec, layout)
@@ -117,12 +121,12 @@ def declare_phases(spec: ConvTranspose2dSpec, layout: Layout, target: Target) ->
 
     outputs = []
     for band in bands(spec):
-        acc = None
+        sums = None
         if reaches(spec, band):
-            acc = _accumulate(spec, layout, band, window, packed, origin, columns)
-        outputs.append(_finish(spec, layout, band, batch, acc, bias, columns))
+            sums = _sums_of(layout, _accumulate(spec, layout, band, window, packed, origin, columns))
+        outputs.append(finish(spec, layout, band, batch, sums, bias))
 
-    function = _create_function([data, packed, *([bias] if spec.bias else []), *outputs])
+    function = create_function([data, packed, *([bias] if spec.bias else []), *outputs])
     return function.with_attrs({"convt.spec": spec.name, "convt.layout": layout.to_json(), "convt.target": target.name})
 
 
@@ -210,16 +214,22 @@ def _accumulate(
     return te.compute(shape, total, name=f"{SUMS}{band.index}")
 
 
-def _finish(
-    spec: ConvTranspose2dSpec, layout: Layout, band: Band, batch: Expr, acc: Any, bias: Any, columns: int
-) -> Any:
-    """Sums plus bias in the output's dtype, in the order of the output's memory; `acc` is None where no tap reaches."""
+def _sums_of(layout: Layout, acc: Any) -> Sums:
+    """What gives the sum for each output."""
+
+    def sums(n: Expr, g: Expr, b: Expr, ob: Expr, ph: Expr, qh: Expr, qw: Expr, pw: Expr) -> Expr:
+        return acc[n, g, b, ph, qh, pw, qw, ob] if layout.lanes == "co" else acc[n, g, b, ph, qh, ob, pw, qw]
+
+    return sums
+
+
+def finish(spec: ConvTranspose2dSpec, layout: Layout, band: Band, batch: Expr, sums: Sums | None, bias: Any) -> Any:
+    """Sums plus bias in the output's dtype, in the order of the output's memory; no `sums` where no tap reaches."""
     channels = spec.co // spec.groups
 
-    def finish(n: Expr, g: Expr, b: Expr, ob: Expr, ph: Expr, qh: Expr, qw: Expr, pw: Expr) -> Expr:
-        total = tirx.const(0, spec.accumulator_dtype)
-        if acc is not None:
-            total = acc[n, g, b, ph, qh, pw, qw, ob] if layout.lanes == "co" else acc[n, g, b, ph, qh, ob, pw, qw]
+    def element(n: Expr, g: Expr, b: Expr, ob: Expr, ph: Expr, qh: Expr, qw: Expr, pw: Expr) -> Expr:
+        zero = tirx.const(0, spec.accumulator_dtype)
+        total = zero if sums is None else sums(n, g, b, ob, ph, qh, qw, pw)
         if spec.bias:
             channel = b * layout.co_block + ob
             if channels % layout.co_block:
@@ -228,7 +238,7 @@ def _finish(
         return total.astype(spec.dtype)
 
     lead = (batch, spec.groups, layout.blocks(spec), layout.co_block, len(band.phases), layout.rows(band))
-    return te.compute((*lead, columns, len(spec.axes[1].phases)), finish, name=f"band{band.index}")
+    return te.compute((*lead, layout.columns(spec), len(spec.axes[1].phases)), element, name=f"band{band.index}")
 
 
 def declare_pack(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> tirx.PrimFunc:
@@ -251,7 +261,7 @@ def declare_pack(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> t
         return tirx.if_then_else(channel < out_channels, value, tirx.const(0, spec.accumulator_dtype))
 
     shape = (spec.groups * blocks, kh, kw, in_channels, layout.co_block)
-    function = _create_function([weight, te.compute(shape, order, name="ordered")])
+    function = create_function([weight, te.compute(shape, order, name="ordered")])
     return function.with_attrs({"convt.spec": spec.name, "convt.layout": layout.to_json()})
 
 
@@ -311,7 +321,7 @@ def declare_reference(spec: ConvTranspose2dSpec) -> tirx.PrimFunc:
         ),
         name="output",
     )
-    function = _create_function([data, weight, *([bias] if spec.bias else []), output])
+    function = create_function([data, weight, *([bias] if spec.bias else []), output])
     return function.with_attr("convt.spec", spec.name)
 
 

@@ -38,7 +38,7 @@ def declare_thread_phases(spec: ConvTranspose2dSpec, layout: ThreadLayout, targe
     of the accumulators. Blocks are named ``window<k>``, ``acc<k>`` and ``band<k>``.
     """
     data = te.placeholder(spec.input_shape, spec.dtype, name="input")
-    packed = te.placeholder(layout.packed_shape(spec), spec.accumulator_dtype, name="packed")
+    packed = te.placeholder(layout.packed_shape(spec), layout.packed_dtype(spec), name="packed")
     bias = te.placeholder(spec.bias_shape, spec.dtype, name="bias")
     outputs = []
     for band in bands(spec):

@@ -141,7 +141,8 @@ def explain(workload: Workload, target: str | Target = "llvm", *, limits: Limits
     """
     from convt_tvm.space import choices
 
-    resolved, spec = Target.parse(target), workload.spec.sized
+    spec = workload.spec.sized
+    resolved = Target.parse(target).for_dtype(spec.dtype)
     found = Found(None) if workload.spec.n is None else find_result(spec, resolved, threads=limits.threads)
     return Explanation(
         workload=workload,

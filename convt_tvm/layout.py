@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from itertools import accumulate
-from math import gcd, log, sqrt
+from math import gcd, log, prod, sqrt
 from typing import Any, Literal, Self
 
 from convt_tvm.phases import Phase
@@ -175,6 +175,11 @@ class Layout:
     def packed_shape(self, spec: ConvTranspose2dSpec) -> tuple[int, int, int, int, int]:
         """Shape of the packed weight: ``(groups * blocks, kh, kw, ci/groups, co_block)``."""
         return spec.groups * self.blocks(spec), *spec.kernel_size, spec.ci // spec.groups, self.co_block
+
+    def window_elements(self, spec: ConvTranspose2dSpec) -> int:
+        """Number of values that are kept of the input."""
+        window = Window.of(spec, self)
+        return prod(spec.input_shape[:2]) * window.height * window.width
 
     def packed_dtype(self, spec: ConvTranspose2dSpec) -> str:
         """The dtype of the packed weight: the accumulators', so that a kernel converts none."""

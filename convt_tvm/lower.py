@@ -19,7 +19,7 @@ from convt_tvm.layout import CACHE_LINE_BYTES, Band, Window, bands, kernel_colum
 from convt_tvm.shuffle import binary, extract, interleave, pieces, ramp, transpose
 from convt_tvm.spec import Pair
 
-__all__ = ["flatten_blocks", "lower_kernel", "lower_pack"]
+__all__ = ["at_start", "flatten_blocks", "lower_kernel", "lower_pack", "on_stack"]
 
 MAX_STACK_BYTES = 32 << 10
 """Largest buffer on a thread's stack: a row of accumulators, not the input's window."""
@@ -47,7 +47,7 @@ def flatten_blocks(function: tirx.PrimFunc) -> tirx.PrimFunc:
     return module["main"]
 
 
-def _on_stack(node: Any) -> Any:
+def on_stack(node: Any) -> Any:
     """The allocation `node`, on the stack if it is small: LLVM keeps values in registers only if no pointer escapes.
 
     TVM allocates 1 KiB and more from a pool, in a call for each task.
@@ -119,9 +119,9 @@ def _replace_stores(statement: Any, stores: Mapping[str, Store], skip: Callable[
             case tirx.AttrStmt():
                 return tirx.AttrStmt(node.node, node.attr_key, node.value, visit(node.body))
             case tirx.AllocBuffer() if str(node.buffer.name).startswith(SUMS):
-                return tirx.SeqStmt([_on_stack(node), *_align_stack(str(node.buffer.dtype))])
+                return tirx.SeqStmt([on_stack(node), *_align_stack(str(node.buffer.dtype))])
             case tirx.AllocBuffer():
-                return _on_stack(node)
+                return on_stack(node)
             case tirx.BufferStore() | tirx.DeclBuffer() | tirx.Bind() | tirx.Evaluate() | tirx.AssertStmt():
                 return node
             case _:
@@ -187,7 +187,7 @@ def _with_value(expression: Expr, variable: Any, value: Expr) -> Expr:
     return analyzer.simplify(expression)
 
 
-def _at_start(expression: Expr, loops: Sequence[Loop]) -> Expr:
+def at_start(expression: Expr, loops: Sequence[Loop]) -> Expr:
     """`expression` in the first iteration of `loops`."""
     for loop in loops:
         expression = _with_value(expression, loop.loop_var, 0)
@@ -212,7 +212,7 @@ def _stage(loops: Sequence[Loop], value: Expr, indices: Sequence[Expr], shape: P
     nest = tirx.BufferStore(staged, value, indices)
     for loop in reversed(loops):
         nest = _loop(loop, nest, kind=tirx.ForKind.VECTORIZED if loop is loops[-1] else tirx.ForKind.UNROLLED)
-    return staged, [_on_stack(tirx.AllocBuffer(staged)), nest]
+    return staged, [on_stack(tirx.AllocBuffer(staged)), nest]
 
 
 def _store_channels(
@@ -306,7 +306,7 @@ def lower_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
             if outside is None:
                 return one_by_one(loops, [*filled, *rows])
             inner = loops[outside:]
-            first_channel, first_column = _at_start(channel, inner), _at_start(qw, inner)
+            first_channel, first_column = at_start(channel, inner), at_start(qw, inner)
             by_channels = layout.lanes == "co"
             cast = isinstance(node.value, tirx.Cast)
             value = node.value.value if cast else node.value
@@ -347,9 +347,9 @@ def lower_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
 
 def lower_pack(function: tirx.PrimFunc) -> tvm.IRModule:
     """The scheduled packing `function` as ``pack(weight, packed)``."""
-    spec, layout = spec_of(function), layout_of(function)
-    packed = _buffer("packed", layout.packed_shape(spec), spec.accumulator_dtype)
-    places = kernel_columns(spec)
+    ordered = function.params[-1]
+    packed = _buffer("packed", ordered.shape, str(ordered.dtype))
+    places = kernel_columns(spec_of(function))
 
     def store(loops: Sequence[Loop], node: Any) -> Any:
         block, kh, kw, ic, ob = node.indices

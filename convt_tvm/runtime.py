@@ -16,7 +16,9 @@ from convt_tvm.errors import ArtifactError, IncompatibleMachineError
 from convt_tvm.gpu_kernel import GpuKernel
 from convt_tvm.kernel import Kernel
 from convt_tvm.libraries import find_runtime, open_cuda, open_runtime
+from convt_tvm.target import TILE_FEATURES
 from convt_tvm.threads import get_num_threads, set_num_threads
+from convt_tvm.tile_unit import require_tiles
 
 __all__ = ["GpuKernel", "Kernel", "find_runtime", "get_num_threads", "load", "set_num_threads"]
 
@@ -61,6 +63,8 @@ def load(directory: str | os.PathLike[str]) -> Kernel:
     manifest, content = artifact.read(path)
     try:
         manifest.target.require_host()
+        if not TILE_FEATURES.isdisjoint(manifest.target.features):
+            require_tiles()
     except IncompatibleMachineError as error:
         raise IncompatibleMachineError(f"the artifact {path} cannot run here: {error}") from error
     kernel = content[KERNEL_FILE]

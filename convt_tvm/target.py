@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LEVELS",
+    "TILE_FEATURES",
     "Machine",
     "Target",
     "host_architecture",
@@ -53,6 +54,8 @@ _IMPLIES: dict[str, dict[str, tuple[str, ...]]] = {
         "avx512vnni": ("avx512f",),
         "avx512bf16": ("avx512bw",),
         "avx512fp16": ("avx512bw", "avx512dq", "avx512vl"),
+        "amx-tile": (),
+        "amx-bf16": ("amx-tile", "avx512bw"),
     },
     "aarch64": {
         "fp-armv8": (),
@@ -71,11 +74,16 @@ _LINUX_FLAGS = {
     "avx512vnni": "avx512_vnni",
     "avx512bf16": "avx512_bf16",
     "avx512fp16": "avx512_fp16",
+    "amx-tile": "amx_tile",
+    "amx-bf16": "amx_bf16",
     "fp-armv8": "fp",
     "neon": "asimd",
     "fullfp16": "asimdhp",
     "dotprod": "asimddp",
 }
+
+TILE_FEATURES = frozenset({"amx-tile", "amx-bf16"})
+"""Features that only kernels in bfloat16 use."""
 
 _V2 = ("popcnt", "sse4.2")
 _V3 = (*_V2, "avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe")
@@ -254,6 +262,16 @@ class Target:
             raise TargetError(f"target {text!r} is not understood; {_FORMS}.")
         return cls(kind, arch, tuple(features))
 
+    def for_dtype(self, dtype: str) -> "Target":
+        """The target without features that kernels in `dtype` do not use, so that they run without them as well.
+
+        >>> Target("llvm", "x86_64", ("fma", "amx-tile")).for_dtype("float32").name
+        'llvm:x86_64+avx+fma+sse4.2'
+        """
+        if self.kind != "llvm" or dtype == "bfloat16" or TILE_FEATURES.isdisjoint(self.features):
+            return self
+        return Target(self.kind, self.arch, tuple(sorted(set(self.features) - TILE_FEATURES)))
+
     @property
     def name(self) -> str:
         """The canonical text, which `parse` takes back; equal targets have equal names."""
@@ -415,8 +433,11 @@ class Machine:
 
     @property
     def key(self) -> str:
-        """Eight digits that are equal where the same code takes the same time: of processor and features."""
-        named = "\n".join((self.cpu, self.model, *self.features))
+        """Eight digits that are equal where the same code takes the same time: of processor and features.
+
+        Without `TILE_FEATURES`: code that uses them is for another target.
+        """
+        named = "\n".join((self.cpu, self.model, *(name for name in self.features if name not in TILE_FEATURES)))
         return hashlib.sha256(named.encode()).hexdigest()[:8]
 
     def to_json(self) -> dict[str, Any]:

@@ -95,7 +95,8 @@ def tune(
     from convt_tvm.compiler import best_choice
     from convt_tvm.space import choices
 
-    resolved, spec = Target.parse(target), workload.spec
+    spec = workload.spec
+    resolved = Target.parse(target).for_dtype(spec.dtype)
     if space == GENERIC and resolved.kind != "llvm":
         raise TuningError(f"TVM's own space is searched with its rules for llvm only, not for {resolved.name}.")
     if not spec.n:

@@ -116,7 +116,7 @@ def test_a_kernel_is_built_once(compiler, folder):
     assert cache.cached_kernel(SPEC) is first
     assert cache.cached_kernel(SPEC, "llvm") is first
     assert cache.cached_kernel(SPEC, Target.parse("llvm")) is first
-    assert compiler.builds == [f"{SPEC.name}@{Target.parse('llvm').name}"]
+    assert compiler.builds == [f"{SPEC.name}@{Target.parse('llvm').for_dtype(SPEC.dtype).name}"]
     assert _entry(folder).name.startswith(SPEC.name + "-")
 
 

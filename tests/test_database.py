@@ -14,7 +14,7 @@ from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.store import DATABASE_FILES, RESULTS, TRIALS, Store, read_records
 from convt_tvm.target import Target, machine
 
-HOST = Target.parse("llvm")
+HOST = Target.parse("llvm").for_dtype("float32")
 HERE = Context(HOST.name, machine().key, 1)
 ELSEWHERE = replace(HERE, machine="another0")
 OTHER = ConvTranspose2dSpec(n=1, ci=4, ih=3, iw=3, co=2, kernel_size=3)

@@ -21,7 +21,7 @@ from convt_tvm.target import Target
 from convt_tvm.tune import Budget, is_same_code, tune
 from convt_tvm.workloads import Workload, resolve
 
-HOST = Target.parse("llvm")
+HOST = Target.parse("llvm").for_dtype("float32")
 FEW = ConvTranspose2dSpec(n=1, ci=8, ih=6, iw=7, co=3, kernel_size=4, stride=2, padding=1)
 # Two groups, columns that the stride does not divide, several bands of rows.
 ODD = ConvTranspose2dSpec(

@@ -30,6 +30,7 @@ def test_spaces_are_the_files_of_schedules():
         "cuda_direct",
         "cuda_shared",
         "cuda_tensor",
+        "llvm_amx",
         "llvm_channels",
         "llvm_columns",
     ]

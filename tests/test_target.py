@@ -151,7 +151,9 @@ def test_what_is_not_understood_is_told_the_forms(text):
 
 
 def test_unknown_features_list_the_known_ones():
-    with pytest.raises(TargetError, match=r"'avx10' is not a known feature of x86_64; use any of avx, avx2"):
+    with pytest.raises(
+        TargetError, match=r"'avx10' is not a known feature of x86_64; use any of amx-bf16, amx-tile, avx, avx2"
+    ):
         Target.parse("llvm:x86_64+avx10")
     with pytest.raises(TargetError, match=r"'avx2' is not a known feature of aarch64"):
         Target("llvm", "aarch64", ("avx2",))

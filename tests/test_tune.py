@@ -17,7 +17,7 @@ from convt_tvm.tune import Budget, tune
 from convt_tvm.workers import Worker
 from convt_tvm.workloads import Workload
 
-HOST = Target.parse("llvm")
+HOST = Target.parse("llvm").for_dtype("float32")
 SPEC = ConvTranspose2dSpec(n=1, ci=8, ih=6, iw=7, co=20, kernel_size=4, stride=2, padding=1)
 
 

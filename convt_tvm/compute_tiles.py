@@ -1,0 +1,148 @@
+"""The phase form for a processor's tile unit: the arithmetic of `convt_tvm.compute`, its positions numbered in one row.
+
+For each row band, with ``f = q + (base(ph) - th*step)*pitch + base(pw) - tw*step`` (see `TileLayout` for positions),
+
+    acc[n, g, b, ph, chunk, pw, ob, p] += window[n, g, ks*K + kp, f, j] * packed[g*B + b, ..., ks, ob, kp, j]
+
+over ``th``, ``tw``, ``ks``, ``kp``, ``j``: the input channel ``2*(ks*K + kp) + j`` in steps of ``K`` pairs, as tiles
+multiply them, and ``q = chunk*chunk_rows*pitch + p``. Products and sums are in float32.
+"""
+
+from typing import Any
+
+from tvm import ir, te, tirx
+
+from convt_tvm.compute import Sums, create_function, finish, lookup
+from convt_tvm.layout import Band, bands, column_starts, reaches
+from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.target import Target
+from convt_tvm.tile_layout import TileLayout
+
+__all__ = ["IN_TILES", "declare_tile_pack", "declare_tile_phases", "tile_layout_of"]
+
+IN_TILES = "convt.in_tiles"
+"""Annotation of a loop that a processor's tile unit takes the place of, or is configured for.
+
+``zero``, ``multiply`` and ``store`` are the outermost loops around the sums of one tile of channels and positions being
+set to zero, added to for one step of input channels, and written to memory; ``configure`` is the loop over tasks.
+"""
+
+BITS = "uint16"
+
+Expr = Any
+
+
+def declare_tile_phases(spec: ConvTranspose2dSpec, layout: TileLayout, target: Target) -> tirx.PrimFunc:
+    """The phase form of `spec` as a PrimFunc to schedule; parameters and blocks as of `compute.declare_phases`."""
+    batch, spec = te.var("n") if spec.n is None else spec.n, spec.sized
+    data = te.placeholder((batch, *spec.input_shape[1:]), spec.dtype, name="input")
+    packed = te.placeholder(layout.packed_shape(spec), layout.packed_dtype(spec), name="packed")
+    bias = te.placeholder(spec.bias_shape, spec.dtype, name="bias")
+    window = None
+    outputs = []
+    for band in bands(spec):
+        sums = None
+        if reaches(spec, band):
+            window = _window(spec, layout, data) if window is None else window
+            sums = _sums_of(spec, layout, band, _accumulate(spec, layout, band, window, packed))
+        outputs.append(finish(spec, layout, band, batch, sums, bias))
+    function = create_function([data, packed, *([bias] if spec.bias else []), *outputs])
+    return function.with_attrs({"convt.spec": spec.name, "convt.layout": layout.to_json(), "convt.target": target.name})
+
+
+def _window(spec: ConvTranspose2dSpec, layout: TileLayout, data: Any) -> Any:
+    """The image in pairs of channels, its rows ``pitch`` apart and with zeros around it.
+
+    Bits and not numbers, for TVM keeps intermediate bfloat16 numbers in float32.
+    """
+    window, pitch = layout.window(spec), layout.pitch(spec)
+    (top, bottom), (left, right) = window.rows_inside, window.columns_inside
+    channels = spec.ci // spec.groups
+    pairs = layout.steps(spec) * layout.pairs(spec)
+
+    def read(n: Expr, g: Expr, pair: Expr, f: Expr, j: Expr) -> Expr:
+        row, column, channel = tirx.indexdiv(f, pitch), tirx.indexmod(f, pitch), 2 * pair + j
+        value = data[n, g * channels + channel, row + window.first_row, column + window.first_column]
+        checks = [row >= top, row < bottom, column >= left, column < right]
+        if channels < 2 * pairs:
+            checks.append(channel < channels)
+        return tirx.if_then_else(tirx.all(*checks), tirx.reinterpret(BITS, value), tirx.const(0, BITS))
+
+    shape = (data.shape[0], spec.groups, pairs, layout.image_rows(spec) * pitch, 2)
+    return te.compute(shape, read, name="window")
+
+
+def _accumulate(spec: ConvTranspose2dSpec, layout: TileLayout, band: Band, window: Any, packed: Any) -> Any:
+    """The gathered reduction of one band."""
+    origin, pitch, pairs = layout.window(spec), layout.pitch(spec), layout.pairs(spec)
+    column_phases = spec.axes[1].phases
+    column_taps = [phase.taps for phase in column_phases]
+    column_start, blocks = column_starts(spec), layout.blocks(spec)
+    step_h, step_w = band.phases[0].input_step, column_phases[0].input_step
+    row_base = [(phase.base - origin.first_row) * pitch for phase in band.phases]
+    row_tap = [phase.first_tap for phase in band.phases]
+    column_base = [phase.base - origin.first_column if phase.taps else 0 for phase in column_phases]
+    chunk = layout.chunk(band)
+
+    extents = {"th": band.taps, "tw": max(column_taps), "ks": layout.steps(spec), "kp": pairs, "j": 2}
+    axes = [te.reduce_axis((0, extent), name=name) for name, extent in extents.items()]
+    th, tw, ks, kp, j = axes
+
+    def total(n: Expr, g: Expr, b: Expr, ph: Expr, c: Expr, pw: Expr, ob: Expr, p: Expr) -> Expr:
+        place = c * (chunk * pitch) + p
+        place += lookup(row_base, ph) - th * (step_h * pitch) + lookup(column_base, pw) - tw * step_w
+        row, column = lookup(row_tap, ph) + th * band.phases[0].tap_step, lookup(column_start, pw) + tw
+        bits = window[n, g, ks * pairs + kp, place, j]
+        value = tirx.reinterpret(spec.dtype, bits).astype(spec.accumulator_dtype)
+        weight = packed[g * blocks + b, row, column, ks, ob * (2 * pairs) + kp * 2 + j].astype(spec.accumulator_dtype)
+        product = value * weight
+        if min(column_taps) != max(column_taps):
+            product = tirx.if_then_else(tw < lookup(column_taps, pw), product, tirx.const(0, spec.accumulator_dtype))
+        return te.sum(product, axis=axes)
+
+    lead = (window.shape[0], spec.groups, blocks, len(band.phases), layout.rows(band) // chunk, len(column_phases))
+    shape = (*lead, layout.co_block, layout.chunk_tiles(spec, band) * layout.positions)
+    return te.compute(shape, total, name=f"acc{band.index}")
+
+
+def _sums_of(spec: ConvTranspose2dSpec, layout: TileLayout, band: Band, acc: Any) -> Sums:
+    """What gives the sum for each output."""
+    chunk, pitch = layout.chunk(band), layout.pitch(spec)
+
+    def sums(n: Expr, g: Expr, b: Expr, ob: Expr, ph: Expr, qh: Expr, qw: Expr, pw: Expr) -> Expr:
+        # A zero that TVM cannot see through: a schedule then sums all positions of a chunk, which whole tiles divide.
+        unknown = tirx.bitwise_and(qh, 0)
+        place = tirx.indexmod(qh, chunk) * pitch + qw + unknown
+        return acc[n, g, b, ph, tirx.indexdiv(qh, chunk), pw, ob, place]
+
+    return sums
+
+
+def declare_tile_pack(spec: ConvTranspose2dSpec, layout: TileLayout, target: Target) -> tirx.PrimFunc:
+    """The packing of a plain weight: ``weight`` (ci, co/groups, kh, kw) to ``ordered``.
+
+    ``ordered[block, kh, kw, ks, k]`` is stored by `convt_tvm.lower` at the place of its kernel column. With ``K`` pairs
+    of channels in a step, ``k = ob*2*K + c`` is channel ``ks*2*K + c`` for output channel ``ob``; what fills up a step
+    or a block is zero.
+    """
+    in_channels, out_channels = spec.ci // spec.groups, spec.co // spec.groups
+    weight = te.placeholder(spec.weight_shape, spec.dtype, name="weight")
+    blocks, width = layout.blocks(spec), 2 * layout.pairs(spec)
+
+    def order(block: Expr, y: Expr, x: Expr, ks: Expr, k: Expr) -> Expr:
+        group = tirx.indexdiv(block, blocks)
+        channel = tirx.indexmod(block, blocks) * layout.co_block + tirx.indexdiv(k, width)
+        source = ks * width + tirx.indexmod(k, width)
+        checks = [channel < out_channels] if out_channels % layout.co_block else []
+        if in_channels < layout.steps(spec) * width:
+            checks.append(source < in_channels)
+        value = weight[group * in_channels + source, channel, y, x]
+        return tirx.if_then_else(tirx.all(*checks), value, tirx.const(0, spec.dtype)) if checks else value
+
+    function = create_function([weight, te.compute(layout.packed_shape(spec), order, name="ordered")])
+    return function.with_attrs({"convt.spec": spec.name, "convt.layout": layout.to_json()})
+
+
+def tile_layout_of(function: ir.BaseFunc) -> TileLayout:
+    """The layout that `function` was declared with."""
+    return TileLayout.from_json(function.attrs["convt.layout"])

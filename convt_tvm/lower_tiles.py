@@ -1,0 +1,205 @@
+"""From scheduled tile forms to the functions of a kernel library: sums go to a processor's tile unit (AMX).
+
+The registers of the unit are numbered in its instructions, so their use is written out here: the sums of a tile of
+output channels and positions come first, then weights, then what is left takes pieces of the image by turns. A
+schedule says with `IN_TILES` which loops stand for them.
+"""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import tvm
+from tvm import ir, tirx
+
+from convt_tvm.compute import spec_of
+from convt_tvm.compute_tiles import IN_TILES, tile_layout_of
+from convt_tvm.lower import at_start, lower_kernel, on_stack
+from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.tile_layout import REGISTERS, TILE_POSITIONS, TileLayout
+
+__all__ = ["lower_tile_kernel"]
+
+_PALETTE = 1
+"""The only way in which today's processors divide the unit's memory: eight registers of 16 rows."""
+
+Expr = Any
+Statement = Any
+
+
+def lower_tile_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
+    """The scheduled tile form `function` as ``convt(input, packed, [bias,] output)``, output NCHW."""
+    tiles = _Tiles(spec_of(function), tile_layout_of(function))
+    module = lower_kernel(function)
+    kernel = module["convt"]
+    return tvm.IRModule({"convt": kernel.with_body(_replace_loops(kernel.body, tiles))})
+
+
+def _replace_loops(node: Any, tiles: "_Tiles") -> Any:
+    """The statement `node` with each loop that has `IN_TILES` replaced."""
+    match node:
+        case tirx.For() if IN_TILES in node.annotations:
+            return tiles.replace(str(node.annotations[IN_TILES]), node)
+        case tirx.For():
+            return _loop(node, _replace_loops(node.body, tiles))
+        case tirx.SeqStmt():
+            return tirx.SeqStmt([_replace_loops(part, tiles) for part in node.seq])
+        case tirx.IfThenElse():
+            other = None if node.else_case is None else _replace_loops(node.else_case, tiles)
+            return tirx.IfThenElse(node.condition, _replace_loops(node.then_case, tiles), other)
+        case tirx.AttrStmt():
+            return tirx.AttrStmt(node.node, node.attr_key, node.value, _replace_loops(node.body, tiles))
+        case _:
+            return node
+
+
+def _loop(loop: Any, body: Any) -> Any:
+    return tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, body, loop.thread_binding, {}, loop.step)
+
+
+class _Tiles:
+    """The registers of the unit, and the instructions that a tile form takes."""
+
+    def __init__(self, spec: ConvTranspose2dSpec, layout: TileLayout) -> None:
+        self.layout, self.pairs = layout, layout.pairs(spec)
+        rows, columns = layout.channel_tiles, layout.position_tiles
+        self.sums = [[row * columns + column for column in range(columns)] for row in range(rows)]
+        self.weights = list(range(rows * columns, rows * columns + rows))
+        self.images = list(range(rows * columns + rows, REGISTERS))
+
+    def replace(self, kind: str, loop: Any) -> Any:
+        """What stands for a loop with the annotation `kind`."""
+        match kind:
+            case "configure":
+                return self._configure(loop)
+            case "zero":
+                return _sequence([_call("tilezero", _byte(number)) for row in self.sums for number in row])
+            case "store":
+                return self._store(loop)
+        return self._multiply(loop)
+
+    def _configure(self, loop: Any) -> Any:
+        """A loop over tasks, each of which configures the unit before and releases it after its work.
+
+        A thread's registers are saved with it when it waits, unless it has released them.
+        """
+        layout = self.layout
+        config = bytearray(64)
+        config[0] = _PALETTE
+        shapes = {number: (layout.channel_rows, 4 * TILE_POSITIONS) for row in self.sums for number in row}
+        shapes |= {number: (layout.channel_rows, 4 * self.pairs) for number in self.weights}
+        shapes |= {number: (self.pairs, 4 * TILE_POSITIONS) for number in self.images}
+        for number, (rows, width) in shapes.items():
+            config[16 + 2 * number], config[48 + number] = width, rows
+        words = [int.from_bytes(config[i : i + 8], "little", signed=True) for i in range(0, 64, 8)]
+        buffer = tirx.decl_buffer((len(words),), "int64", name="tile_config")
+        before = [on_stack(tirx.AllocBuffer(buffer))]
+        before += [tirx.BufferStore(buffer, tirx.const(word, "int64"), [i]) for i, word in enumerate(words)]
+        before.append(_call("ldtilecfg", tirx.address_of(tirx.BufferLoad(buffer, [0]))))
+        work = _replace_loops(loop.body, self)
+        return _loop(loop, tirx.SeqStmt([*before, work, _call("tilerelease")]))
+
+    def _multiply(self, loop: Any) -> Any:
+        """One step: each tile of weights times each tile of the image, added to its sums."""
+        loops, store = _inside(loop)
+        image, weight = (_first(_find_load(store.value, name), loops) for name in ("window", "packed"))
+        guard = _find_guard(store.value)
+        rows = self.layout.channel_rows
+        statements = [
+            _load(number, weight, {4: i * rows * 2 * self.pairs}, 4 * self.pairs)
+            for i, number in enumerate(self.weights)
+        ]
+        stride = 2 * _stride(image.source, 2)
+        for j in range(len(self.sums[0])):
+            number = self.images[j % len(self.images)]
+            statements.append(_load(number, image, {3: j * TILE_POSITIONS}, stride))
+            for i, weights in enumerate(self.weights):
+                statements.append(_call("tdpbf16ps", _byte(self.sums[i][j]), _byte(weights), _byte(number)))
+        body = tirx.SeqStmt(statements)
+        return body if guard is None else tirx.IfThenElse(guard, body, None)
+
+    def _store(self, loop: Any) -> Any:
+        """Sums to memory."""
+        loops, store = _inside(loop)
+        place = _first(tirx.BufferLoad(store.buffer, store.indices), loops)
+        axes = len(store.indices)
+        stride = 4 * _stride(store.buffer, axes - 2)
+        statements = []
+        for i, row in enumerate(self.sums):
+            for j, number in enumerate(row):
+                offsets = {axes - 2: i * self.layout.channel_rows, axes - 1: j * TILE_POSITIONS}
+                indices = _offset_by(place, offsets)
+                offset = sum(index * _stride(place.source, axis) for axis, index in enumerate(indices))
+                # Not address_of: TVM takes it for an access to one element, and cuts off what it sees no access to.
+                address = place.source.access_ptr("w", offset=offset)
+                statements.append(_call("tilestored64", _byte(number), address, _long(stride)))
+        return _sequence(statements)
+
+
+def _sequence(statements: Sequence[Statement]) -> Statement:
+    """The statements one after the other."""
+    return statements[0] if len(statements) == 1 else tirx.SeqStmt(statements)
+
+
+def _inside(loop: Any) -> tuple[list[Any], Any]:
+    """Loops from `loop` inwards, and the store inside them."""
+    loops, node = [], loop
+    while isinstance(node, tirx.For):
+        loops.append(node)
+        node = node.body
+    return loops, node
+
+
+def _parts(node: Any) -> list[Any]:
+    """The expressions that an expression is made of."""
+    parts = (*getattr(node, "args", ()), *(getattr(node, field, None) for field in ("value", "a", "b")))
+    return [part for part in parts if part is not None]
+
+
+def _find_load(node: Any, buffer: str) -> Any:
+    """The load from `buffer` in an expression; None if there is none."""
+    if isinstance(node, ir.TensorLoad):
+        return node if node.source.name == buffer else None
+    return next((found for part in _parts(node) if (found := _find_load(part, buffer)) is not None), None)
+
+
+def _find_guard(node: Any) -> Any:
+    """The condition of the conditional expression in an expression; None if there is none."""
+    if isinstance(node, ir.Call) and node.op.same_as(ir.Op.get("prim.if_then_else")):
+        return node.args[0]
+    return next((found for part in _parts(node) if (found := _find_guard(part)) is not None), None)
+
+
+def _first(load: Any, loops: Sequence[Any]) -> Any:
+    """What `load` reads in the first iteration of `loops`."""
+    return tirx.BufferLoad(load.source, [at_start(index, loops) for index in load.indices])
+
+
+def _stride(buffer: Any, axis: int) -> int:
+    """Elements from one index along `axis` to the next."""
+    if len(buffer.ty.strides):
+        return int(buffer.ty.strides[axis])
+    return prod(int(size) for size in buffer.shape[axis + 1 :])
+
+
+def _offset_by(load: Any, offsets: dict[int, int]) -> list[Expr]:
+    """The indices of `load`, with `offsets` along some axes added."""
+    return [index + offsets.get(axis, 0) for axis, index in enumerate(load.indices)]
+
+
+def _load(number: int, load: Any, offsets: dict[int, int], stride: int) -> Statement:
+    address = tirx.address_of(tirx.BufferLoad(load.source, _offset_by(load, offsets)))
+    return _call("tileloadd64", _byte(number), address, _long(stride))
+
+
+def _byte(value: int) -> Expr:
+    return tirx.const(value, "int8")
+
+
+def _long(value: int) -> Expr:
+    return tirx.const(value, "int64")
+
+
+def _call(name: str, *arguments: Expr) -> Statement:
+    # The type is not used: these intrinsics return nothing.
+    return tirx.Evaluate(tirx.call_llvm_intrin("int32", f"llvm.x86.{name}", *arguments))

@@ -1,0 +1,94 @@
+"""How a phase form is laid out for a processor's tile unit: integers in, integers out, as in `convt_tvm.layout`."""
+
+from dataclasses import dataclass, replace
+
+from convt_tvm.layout import Band, Layout, Window
+from convt_tvm.spec import ConvTranspose2dSpec
+
+__all__ = ["REGISTERS", "TILE_CHANNELS", "TILE_POSITIONS", "TILE_ROWS", "TileLayout"]
+
+REGISTERS = 8
+"""Tile registers of a core."""
+TILE_ROWS = 16
+"""Rows of a tile register, of 64 bytes each: output channels in sums and weights, pairs of input channels in images."""
+TILE_POSITIONS = 16
+"""Sums in float32 that a row holds."""
+TILE_CHANNELS = 32
+"""Input channels in bfloat16 that a row holds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TileLayout(Layout):
+    """How a phase form is laid out for a processor's tile unit.
+
+    The positions of a phase are numbered through all rows: position ``q = row * pitch + column`` reads the image, whose
+    rows are ``pitch`` apart as well, at ``q`` plus what the tap adds. Positions beyond a row's end are computed and
+    dropped. So a tile is full however narrow the image is, and ``lanes`` run along positions.
+
+    Parameters
+    ----------
+    positions
+        Positions whose sums are in registers together; a multiple of `TILE_POSITIONS`. ``column_block`` and
+        ``vector_lanes`` say how sums are stored.
+    """
+
+    positions: int
+
+    @property
+    def channel_tiles(self) -> int:
+        """Tiles that share a block's channels."""
+        return -(-self.co_block // TILE_ROWS)
+
+    @property
+    def channel_rows(self) -> int:
+        """Channels in each of these."""
+        return self.co_block // self.channel_tiles
+
+    @property
+    def position_tiles(self) -> int:
+        """Tiles that share the positions whose sums are in registers together."""
+        return self.positions // TILE_POSITIONS
+
+    def steps(self, spec: ConvTranspose2dSpec) -> int:
+        """Steps in which the input channels of a group are summed."""
+        return -(-spec.ci // spec.groups // TILE_CHANNELS)
+
+    def pairs(self, spec: ConvTranspose2dSpec) -> int:
+        """Pairs of input channels in a step; those beyond the last channel hold zeros."""
+        return -(-spec.ci // spec.groups // (2 * self.steps(spec)))
+
+    def window(self, spec: ConvTranspose2dSpec) -> Window:
+        """What the taps read for the columns of the output."""
+        return Window.of(spec, replace(self, column_block=1))
+
+    def pitch(self, spec: ConvTranspose2dSpec) -> int:
+        """Values from one row of the image to the next: the border to the right of one is that to the left of the next.
+
+        A column beyond the pitch is one of the next row, and has to lie in its border.
+        """
+        window = self.window(spec)
+        left, right = window.columns_inside
+        return max(1, right, window.width - left)
+
+    def chunk_tiles(self, spec: ConvTranspose2dSpec, band: Band) -> int:
+        """Tiles of ``positions`` in a chunk of `band`, as far as its last row is stored."""
+        return -(-((self.chunk(band) - 1) * self.pitch(spec) + self.columns(spec)) // self.positions)
+
+    def image_rows(self, spec: ConvTranspose2dSpec) -> int:
+        """Rows of the image kept, with zeros behind it for the last tile of positions to read."""
+        window, pitch = self.window(spec), self.pitch(spec)
+        return window.height + -(-(window.width + self.columns(spec) + self.positions) // pitch)
+
+    def window_elements(self, spec: ConvTranspose2dSpec) -> int:
+        """Number of values that are kept of the input, zeros of steps and rows included."""
+        channels = spec.groups * self.steps(spec) * 2 * self.pairs(spec)
+        return spec.input_shape[0] * channels * self.image_rows(spec) * self.pitch(spec)
+
+    def packed_shape(self, spec: ConvTranspose2dSpec) -> tuple[int, int, int, int, int]:
+        """Shape of the packed weight: ``(groups * blocks, kh, kw, steps, co_block * 2*pairs)``."""
+        pairs = self.pairs(spec)
+        return spec.groups * self.blocks(spec), *spec.kernel_size, self.steps(spec), self.co_block * 2 * pairs
+
+    def packed_dtype(self, spec: ConvTranspose2dSpec) -> str:
+        """The dtype of the packed weight: what tiles multiply."""
+        return spec.dtype

@@ -1,0 +1,185 @@
+"""CPU: products of bfloat16 in the tile unit (AMX). For bfloat16 with more than a few channels in a group.
+
+An instruction multiplies 16 output channels by 32 input channels with these by 16 positions, and adds to 16 x 16 sums
+in float32. Weights are packed as it reads them; the image becomes pairs of channels, which costs a shuffle for each
+vector, and its positions are numbered through all rows (`TileLayout`). For each chunk of rows and each block of
+channels the loop nest goes from
+
+    for n, g, b, ph, chunk, pw, ob, p, th, tw, ks, kp, j:   acc += window * packed
+    for n, g, b, ob, ph, qh, qw, pw:                        band = acc + bias
+
+to
+
+    for n*g*chunk*b*ph:                       parallel; the unit is configured, and released at the end
+      for pw:                                 unrolled
+        for p / positions:
+          for th, tw, ks:                     one step of input channels
+            for ob, p % positions, kp, j:     2 x 2 tile products, or 1 x 4, from 4 or 5 tiles read
+          for ob, p % positions:              sums to memory
+      for ob, rows of the chunk, qw / column_block:
+        for qw % column_block, pw:            interleaved in registers
+
+What it brings, in milliseconds on one core of an Emerald Rapids server, NCHW, weights packed, other work on the same
+core (processor time by turns in one process, median of 11 rounds, answers checked):
+
+    =================  =========  ========  ==========  ===================
+    workload           this       float32   PyTorch's   ... channels_last
+    =================  =========  ========  ==========  ===================
+    dcgan/3            0.116      0.490     1.60        0.466
+    dcgan/4            0.088      0.510     0.631       0.217
+    dcgan/5            0.053      0.060     0.180       0.113
+    unet/up1           9.66       41.4      23.6        9.83
+    unet/up4           3.17       8.74      26.9        2.84
+    pose/1             2.01       8.67      23.0        21.6
+    pose/2             0.563      3.05      3.42        1.91
+    fcn8s/up8          0.721      1.75      17.5        13.5
+    maskrcnn/mask      3.69       13.4      10.4        4.30
+    pointpillars/up4   8.80       39.2      70.4        13.0
+    sam/up1            1.31       4.77      6.16        1.43
+    hifigan/up1        0.720      3.17      7.46        6.03
+    grouped/4          0.155      0.543     1.06        0.241
+    dilated/k3d2       0.327      2.05      0.663       0.322
+    seed/square        9.91       21.5      62.7        13.7
+    =================  =========  ========  ==========  ===================
+
+What limits it:
+
+- Everything but the products. The unit did 2,800 GFLOP/s with its operands in registers, 16 cycles for each product,
+  and as many for 1 row of channels as for 16; unet/up1 reaches 600, unet/up4 with 128 input channels and one tap 350.
+- Reading the image: a tile's 16 rows lie in two cache lines each wherever a tap shifts them. With one channel tile
+  nothing hides that: fsrcnn/x3 (one output channel) took 0.70 ms where float32 takes 0.45, and goes the other way now.
+- Stores: 5 instructions turn 16 sums into bfloat16. ``vcvtneps2bf16`` is one; it takes subnormal numbers for zero.
+- Weights, for few positions: dcgan/2 reads 4 MB, pose/1 17 MB.
+"""
+
+from collections.abc import Iterator
+from math import prod
+
+from tvm.s_tir import Schedule
+
+from convt_tvm.compute import IN_VECTORS, spec_of
+from convt_tvm.compute_tiles import IN_TILES, tile_layout_of
+from convt_tvm.cost import MISS_BYTES_PER_CYCLE, band_cycles, block_sizes, lane_counts
+from convt_tvm.layout import Layout, bands, reaches
+from convt_tvm.schedule import parallelize
+from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
+from convt_tvm.target import Target
+from convt_tvm.tile_layout import REGISTERS, TILE_POSITIONS, TILE_ROWS, TileLayout
+
+NAME = "llvm_amx"
+TARGET_KIND = "llvm"
+
+MAX_CHANNEL_TILES = 2
+MAX_POSITION_TILES = 4
+MAX_SUMS_SHARE = 4
+"""The part of the second cache that the sums of a chunk may take: a quarter."""
+MAX_CHUNKS = 64
+MAX_INTERLEAVED = 512
+"""Outputs in a row of a tile beyond which they are stored one by one, to keep code small."""
+CYCLES_PER_PRODUCT = 16
+"""Of a tile product, however few of its rows and columns are used (16 to 1 rows tried)."""
+CYCLES_PER_WEIGHTS = 8
+CYCLES_PER_IMAGE = 32
+"""For reading a tile: of weights, whose rows are whole cache lines, and of the image, whose rows lie in two each."""
+CYCLES_PER_SUMS = 150
+"""For each tile of positions: the last products finish, sums are stored and set to zero."""
+CYCLES_PER_TASK = 500
+CYCLES_PER_INPUT = 0.5
+CYCLES_PER_OUTPUT = 1.0
+CYCLES_PER_RUN = 8.0
+"""Cycles for each run of outputs stored side by side."""
+
+
+def applies(spec: ConvTranspose2dSpec) -> bool:
+    """Specs in bfloat16 that have any product."""
+    return spec.dtype == "bfloat16" and any(reaches(spec, band) for band in bands(spec))
+
+
+def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout, float]]:
+    """Layouts whose sums fit the tile registers and a part of the second cache, each with its estimated cycles."""
+    if "amx-bf16" not in target.features:
+        return
+    channels, phases = spec.co // spec.groups, len(spec.axes[1].phases)
+    height, width = (max(phase.count for phase in axis.phases) for axis in spec.axes)
+    lanes = min((count for count in lane_counts(spec, target) if count >= width), default=lane_counts(spec, target)[0])
+    block = -(-channels // -(-channels // (MAX_CHANNEL_TILES * TILE_ROWS)))
+    co_block = block + block % -(-block // TILE_ROWS)
+    tiles = -(-co_block // TILE_ROWS)
+    for vectors in range(1, min(2, -(-width // lanes)) + 1):
+        for count in range(1, MAX_POSITION_TILES + 1):
+            if tiles * (count + 1) + min(2, count) > REGISTERS:
+                continue
+            for chunk in block_sizes(height, height):
+                layout = TileLayout(
+                    lanes="ow",
+                    co_block=co_block,
+                    row_block=1,
+                    column_block=vectors * lanes,
+                    vector_lanes=lanes,
+                    row_chunk=chunk,
+                    positions=count * TILE_POSITIONS,
+                )
+                summed = max(layout.chunk_tiles(spec, band) for band in bands(spec)) * layout.positions
+                sums_bytes = phases * co_block * summed * DTYPE_BYTES["float32"]
+                if -(-height // chunk) <= MAX_CHUNKS and sums_bytes <= target.cache_bytes // MAX_SUMS_SHARE:
+                    yield layout, _cycles(spec, layout, target)
+
+
+def _cycles(spec: ConvTranspose2dSpec, layout: TileLayout, target: Target) -> float:
+    """Estimated cycles of one core: products, what surrounds them, weights read, inputs paired, outputs stored."""
+    lead = spec.input_shape[0] * spec.groups * layout.blocks(spec)
+    column_taps = sum(phase.taps for phase in spec.axes[1].phases)
+    column_phases = len(spec.axes[1].phases)
+    products = layout.channel_tiles * layout.position_tiles * CYCLES_PER_PRODUCT
+    reads = layout.channel_tiles * CYCLES_PER_WEIGHTS + layout.position_tiles * CYCLES_PER_IMAGE
+    total, chunks = 0.0, 1
+    for band in bands(spec):
+        chunks = layout.rows(band) // layout.chunk(band)
+        tasks = lead * len(band.phases) * chunks
+        tiles = tasks * layout.chunk_tiles(spec, band)
+        steps = tiles * band.taps * column_taps * layout.steps(spec)
+        total += steps * max(products, reads) + tiles * column_phases * CYCLES_PER_SUMS + tasks * CYCLES_PER_TASK
+    weight_bytes = prod(layout.packed_shape(spec)) * DTYPE_BYTES[spec.dtype]
+    if weight_bytes > target.cache_bytes // 2:
+        weight_bytes *= spec.input_shape[0] * chunks
+    run = min(layout.column_block, layout.columns(spec)) * column_phases
+    return (
+        total
+        + weight_bytes / MISS_BYTES_PER_CYCLE
+        + prod(spec.input_shape) * CYCLES_PER_INPUT
+        + prod(spec.output_shape) * (CYCLES_PER_OUTPUT + CYCLES_PER_RUN / run)
+    )
+
+
+def space(sch: Schedule) -> None:
+    """Schedule the tile form in `sch` in place; deterministic for a declaration."""
+    function = sch.mod["main"]
+    spec, layout = spec_of(function), tile_layout_of(function)
+    for band in bands(spec):
+        output = sch.get_sblock(f"band{band.index}")
+        n, g, b, ob, ph, qh, qw, pw = sch.get_loops(output)
+        column_block, column = sch.split(qw, [None, layout.column_block])
+        chunk, row = sch.split(qh, [None, layout.chunk(band)])
+        order = (n, g, chunk, b, ph)
+        sch.reorder(*order, ob, row, column_block, column, pw)
+        if layout.column_block * len(spec.axes[1].phases) <= MAX_INTERLEAVED and reaches(spec, band):
+            sch.annotate(column, IN_VECTORS, True)
+        task = parallelize(sch, order, band_cycles(spec))
+        if reaches(spec, band):
+            sch.annotate(task, IN_TILES, "configure")
+            acc = sch.get_sblock(f"acc{band.index}")
+            sch.compute_at(acc, task, preserve_unit_loops=True)
+            pw, ob, place, th, tw, ks, kp, j = sch.get_loops(acc)[-8:]
+            tile, position = sch.split(place, [None, layout.positions])
+            sch.reorder(pw, tile, th, tw, ks, ob, position, kp, j)
+            stored = sch.cache_write(acc, 0, "local")
+            sch.reverse_compute_at(stored, tile, preserve_unit_loops=True)
+            sch.unroll(pw)
+            zeroed = sch.decompose_reduction(acc, th)
+            outermost = {"zero": sch.get_loops(zeroed)[-2], "multiply": ob, "store": sch.get_loops(stored)[-2]}
+            for kind, loop in outermost.items():
+                sch.annotate(loop, IN_TILES, kind)
+    *channels, place, j = sch.get_loops(sch.get_sblock("window"))
+    sch.split(place, [None, layout.pitch(spec)])
+    sch.unroll(j)
+    parallelize(sch, channels, prod(spec.input_shape))

@@ -1,0 +1,156 @@
+"""Tile units: layouts, lowering, the operating system's leave, and answers where there is one."""
+
+import ctypes
+import errno
+from dataclasses import replace
+
+import pytest
+import torch
+
+import convt_tvm as ct
+from convt_tvm import tile_unit
+from convt_tvm.compiler import lower_choice
+from convt_tvm.errors import IncompatibleMachineError
+from convt_tvm.layout import bands
+from convt_tvm.reference import integer_inputs, reference
+from convt_tvm.runtime import load
+from convt_tvm.space import choices
+from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.target import LEVELS, TILE_FEATURES, Machine, Target, host_features, machine
+from convt_tvm.tile_layout import TileLayout
+
+TILES = Target("llvm", "x86_64", (*LEVELS["x86-64-v4"], *TILE_FEATURES))
+WITHOUT = Target.parse("llvm:x86-64-v4")
+here = pytest.mark.skipif(not host_features() >= TILE_FEATURES, reason="this processor has no tile unit (AMX)")
+
+
+def make(**changes):
+    given = {"n": 1, "ci": 40, "ih": 5, "iw": 7, "co": 40, "kernel_size": 4, "stride": 2, "padding": 1}
+    return ConvTranspose2dSpec(**(given | {"dtype": "bfloat16"} | changes))
+
+
+def tile_choices(spec, target=TILES):
+    return [choice for choice in choices(spec.sized, target) if choice.space.name == "llvm_amx"]
+
+
+def test_is_for_bfloat16_and_targets_that_say_so():
+    assert choices(make(), TILES)[0].space.name == "llvm_amx"
+    assert not tile_choices(make(), WITHOUT)
+    for dtype in ("float32", "float16"):
+        assert not tile_choices(make(dtype=dtype))
+    # One channel in a group would use a five-hundredth of a product.
+    assert choices(make(ci=64, co=64, groups=64), TILES)[0].space.name != "llvm_amx"
+
+
+def test_other_dtypes_need_no_tile_unit():
+    assert TILES.for_dtype("bfloat16") == TILES
+    assert TILES.for_dtype("float32") == TILES.for_dtype("float16") == WITHOUT
+    assert Target.parse("cuda:sm_80").for_dtype("float32") == Target.parse("cuda:sm_80")
+
+
+def test_a_machine_keeps_its_key():
+    found = machine()
+    with_tiles, without = (
+        replace(found, features=tuple(sorted({*found.features, *TILE_FEATURES} - removed)))
+        for removed in (frozenset(), TILE_FEATURES)
+    )
+    assert isinstance(found, Machine)
+    assert with_tiles.key == without.key
+    assert replace(found, features=()).key != without.key
+
+
+def test_a_row_shares_its_border_with_the_next():
+    layout = tile_choices(make())[0].layout
+    assert isinstance(layout, TileLayout)
+    window = layout.window(make())
+    # Columns -1 to 7 are read, and -1 of one row is 7 of the row before.
+    assert (window.first_column, window.width, layout.pitch(make())) == (-1, 9, 8)
+    assert layout.packed_shape(make()) == (2, 4, 4, 2, layout.co_block * 20)
+    assert layout.packed_dtype(make()) == "bfloat16"
+
+
+@pytest.mark.parametrize("spec", [make(), make(kernel_size=2, stride=3), make(ci=33, padding=3), make(iw=1, ih=1)])
+def test_tiles_read_nothing_outside_the_window(spec):
+    for choice in tile_choices(spec):
+        layout, pitch = choice.layout, choice.layout.pitch(spec)
+        first = layout.window(spec)
+        size = layout.image_rows(spec) * pitch
+        for band in bands(spec):
+            last = layout.rows(band) - layout.chunk(band)
+            end = last * pitch + layout.chunk_tiles(spec, band) * layout.positions
+            for row in band.phases:
+                for column in spec.axes[1].phases:
+                    if row.taps and column.taps:
+                        reads = [
+                            (row.base - u * row.input_step - first.first_row) * pitch
+                            + column.base
+                            - v * column.input_step
+                            - first.first_column
+                            for u in range(row.taps)
+                            for v in range(column.taps)
+                        ]
+                        assert min(reads) >= 0
+                        assert max(reads) + end <= size
+
+
+def test_sums_are_tile_products():
+    text = str(lower_choice(make(), TILES, tile_choices(make())[0]).module["convt"])
+    names = ("ldtilecfg", "tilezero", "tileloadd64", "tdpbf16ps", "tilestored64", "tilerelease")
+    assert [name for name in names if f"llvm.x86.{name}" not in text] == []
+    assert "acc0_local[" not in text
+
+
+@pytest.mark.parametrize(
+    ("code", "why"), [(errno.EPERM, "Operation not permitted"), (errno.ENOSPC, "signal stack is too small")]
+)
+def test_refusal_says_why(monkeypatch, code, why):
+    class Refusing:
+        def __init__(self, *_, **__):
+            pass
+
+        def syscall(self, *_):
+            ctypes.set_errno(code)
+            return -1
+
+    monkeypatch.setattr(tile_unit.ctypes, "CDLL", Refusing)
+    with pytest.raises(IncompatibleMachineError, match=rf"tile registers \(AMX\): .*{why}.*'llvm:x86-64-v4'"):
+        tile_unit.require_tiles()
+
+
+@here
+@pytest.mark.parametrize(
+    "spec",
+    [
+        make(),
+        make(n=None, ci=33, co=21, kernel_size=3, padding=0),  # taps differ, steps and blocks are filled up
+        make(n=2, ci=12, co=70, groups=2, kernel_size=(2, 5), stride=(3, 2), dilation=(2, 1), bias=False),
+        make(ci=3, co=1, iw=1, stride=5, kernel_size=2, output_padding=3),
+    ],
+    ids=lambda spec: spec.name,
+)
+def test_answers_are_exact(spec):
+    found = tile_choices(spec, Target.parse("llvm"))
+    sized = spec.with_batch(3) if spec.n is None else spec
+    inputs = integer_inputs(sized, 0)
+    for choice in (found[0], found[-1]):
+        kernel = ct.build(spec, choice=choice)
+        packed = kernel.pack(inputs[1])
+        assert packed.dtype == torch.bfloat16
+        out = torch.full(sized.output_shape, torch.nan, dtype=torch.bfloat16)
+        kernel(inputs[0], packed, inputs[2], out=out)
+        assert torch.equal(out.double(), reference(sized, *inputs).double())
+
+
+@here
+def test_an_artifact_says_that_it_needs_tiles(tmp_path, monkeypatch):
+    kernel = ct.build(make())
+    kernel.save(tmp_path / "kernel")
+    assert set(kernel.manifest.target.features) >= TILE_FEATURES
+    assert TILE_FEATURES.isdisjoint(ct.build(make(dtype="float32")).manifest.target.features)
+
+    def refuse():
+        raise IncompatibleMachineError("refused")
+
+    monkeypatch.setattr("convt_tvm.runtime.require_tiles", refuse)
+    with pytest.raises(IncompatibleMachineError, match="cannot run here: refused"):
+        load(tmp_path / "kernel")
