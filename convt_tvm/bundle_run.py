@@ -388,7 +388,7 @@ def _do_bench(entry: Entry, artifact: Path, job: dict[str, Any]) -> list[dict[st
         Workload(entry.workload, "", entry.spec),
         entry.target,
         peers=job["peers"] or (GPU_PEERS if place.device == "cuda" else tuple(PEERS)),
-        limits=measure_target_limits(entry.spec, entry.target),
+        limits=measure_target_limits(entry.spec, entry.target, _threads(entry)),
         place=place,
         rounds=job["rounds"],
         artifact=artifact,
