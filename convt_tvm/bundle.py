@@ -201,6 +201,7 @@ def make_bundle(
         for number, (workload, target) in enumerate(wanted):
             begin(f"{workload.name} {target.name}")
             spec, home = workload.spec.sized, f"kernels/{number}"
+            target = target.for_dtype(spec.dtype)
             carried = []
             try:
                 build_artifact(spec, target, root / home / "kernel")

@@ -146,7 +146,7 @@ def _examination(
     return Examination(
         workload=workload.name,
         spec=workload.spec.name,
-        target=target.name,
+        target=target.for_dtype(workload.spec.dtype).name,
         seed=seed,
         threads=tuple(threads),
         runs=runs,

@@ -25,7 +25,7 @@ from convt_tvm.workloads import Workload
 
 SPEC = ConvTranspose2dSpec(n=1, ci=2, ih=3, iw=3, co=4, kernel_size=3, stride=2)
 WORKLOAD = Workload(name="tiny", source="", spec=SPEC)
-TARGET = Target.parse("llvm")
+TARGET = Target.parse("llvm").for_dtype("float32")
 CARRIED = (
     "numpy",
     "numpy.libs",
