@@ -190,12 +190,15 @@ def _report(
 
     from convt_tvm.bench import current_commit
     from convt_tvm.check_report import write_report
+    from convt_tvm.errors import RowsError
     from convt_tvm.examine import examine_emulated, examine_workload
     from convt_tvm.implementations import emulated_implementation, implementations
+    from convt_tvm.pictures import require_matplotlib
     from convt_tvm.replay import Reproducer, write_reproducer
     from convt_tvm.target import machine
     from convt_tvm.terminal_numerics import print_examinations
 
+    require_matplotlib(RowsError)
     commit = current_commit()
     compared = [emulated_implementation(target)] if emulate else implementations(target, peers=peers)
     sizes = sorted({1, threads or torch.get_num_threads(), machine().cores})

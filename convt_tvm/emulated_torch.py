@@ -179,13 +179,10 @@ def _extend_torch() -> ctypes.CDLL:
     pythonapi = ctypes.pythonapi
     pythonapi.PyCapsule_GetPointer.restype = ctypes.c_void_p
     pythonapi.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
-    pythonapi.PyCapsule_New.restype = ctypes.py_object
-    pythonapi.PyCapsule_New.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-    name = b"dlpack_exchange_api"
-    extension.emu_exchange.restype, extension.emu_exchange.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
-    exchange: Any = torch.Tensor
-    address = pythonapi.PyCapsule_GetPointer(exchange.__dlpack_c_exchange_api__, name)
-    exchange.__dlpack_c_exchange_api__ = pythonapi.PyCapsule_New(extension.emu_exchange(address), name, None)
+    tensor: Any = torch.Tensor
+    address = pythonapi.PyCapsule_GetPointer(tensor.__dlpack_c_exchange_api__, b"dlpack_exchange_api")
+    if extension.emu_take_exchange(ctypes.c_void_p(address)) != 0:
+        raise OSError("the memory of torch's table of DLPack functions cannot be written to")
 
     library: Any = torch.library.Library
     fallback = library("_", "IMPL")

@@ -5,16 +5,18 @@ import sys
 
 from convt_tvm import compute, trials
 
-PLANTED = json.loads(sys.argv[1])
 accumulate = compute._accumulate
 
 
-def off_by_one(spec, layout, band, window, packed, origin, columns):
-    row, column = origin
-    wrong = layout.to_json() == PLANTED
-    return accumulate(spec, layout, band, window, packed, (row, column - 1) if wrong else origin, columns)
+def plant(planted):
+    def off_by_one(spec, layout, band, window, packed, origin, columns):
+        row, column = origin
+        wrong = layout.to_json() == planted
+        return accumulate(spec, layout, band, window, packed, (row, column - 1) if wrong else origin, columns)
+
+    compute._accumulate = off_by_one
 
 
 if __name__ == "__main__":
-    compute._accumulate = off_by_one
+    plant(json.loads(sys.argv[1]))
     trials.main(sys.argv[2:])

@@ -1,6 +1,7 @@
 """`convt-tvm check --report`, `--conformance` and `--replay`, as typed."""
 
 import json
+import sys
 
 import pytest
 
@@ -23,7 +24,7 @@ def fuzz_alone(monkeypatch):
     monkeypatch.setattr(conformance, "FAMILIES", {})
 
     def use(*compared):
-        monkeypatch.setattr(conformance, "_implementations", lambda target, peers: list(compared))
+        monkeypatch.setattr(conformance, "_implementations", lambda target, peers, emulate: list(compared))
         made = {each.name: each for each in compared}
         monkeypatch.setattr("convt_tvm.replay.find_implementation", lambda name, target: made[name])
 
@@ -31,6 +32,7 @@ def fuzz_alone(monkeypatch):
 
 
 def test_a_report_is_a_page_its_rows_and_a_verdict(run, tmp_path):
+    pytest.importorskip("matplotlib")
     directory = tmp_path / "report"
     code, out, err = run("check", TINY, "--report", directory, "--no-peers", "--runs", 2)
     assert (code, err) == (0, "")
@@ -40,6 +42,14 @@ def test_a_report_is_a_page_its_rows_and_a_verdict(run, tmp_path):
     (row,) = map(json.loads, (directory / "rows.jsonl").read_text().splitlines())
     assert (row["spec"], row["runs"]) == (TINY, 2)
     assert {finding["status"] for finding in row["findings"]} <= {"pass", "differs"}
+
+
+def test_a_report_without_matplotlib_is_refused_before_any_work(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, out, err = run("check", TINY, "--report", tmp_path / "report")
+    assert (code, out) == (1, "")
+    assert "pip install 'convt-tvm[plot]'" in err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_conformance_goes_on_where_it_stopped(run, tmp_path, fuzz_alone):

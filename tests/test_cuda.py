@@ -193,6 +193,7 @@ def test_inline_assembly_is_refused():
 
 @needs_toolkit
 def test_the_lab_examines_one_image_of_a_batch_on_the_emulator(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
     arguments = ("--target", "cuda:sm_90", "--dtype", "float16", "--report", str(tmp_path), "--json")
     assert command(*arguments) == 0
     row = json.loads(capsys.readouterr().out)
@@ -205,6 +206,7 @@ def test_the_lab_examines_one_image_of_a_batch_on_the_emulator(capsys, tmp_path)
 
 @needs_toolkit
 def test_a_failure_on_the_emulator_can_be_replayed(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
     plant(monkeypatch, "__syncthreads();", ";")
     assert command("--target", "cuda:sm_90", "--report", str(tmp_path / "r"), "--failures", str(tmp_path / "f")) == 1
     monkeypatch.undo()

@@ -120,8 +120,8 @@ MAY_IMPORT = {
     "cli_bench": "workloads target json_lines rows peers roofline place bench explain report findings check_report "
     "terminal cli_options cli_tune",
     "cli_bundle": "workloads target emulated_torch terminal bundle cli_options",
-    "cli_check": "workloads target check emulate bench findings implementations examine json_lines check_report replay "
-    "cases conformance terminal terminal_numerics cli_options",
+    "cli_check": "errors workloads target check emulate bench findings implementations examine json_lines pictures "
+    "check_report replay cases conformance terminal terminal_numerics cli_options",
     "cli": "__init__ errors workloads target artifact runtime compiler cache check determinism doctor terminal "
     "cli_options cli_bench cli_bundle cli_check cli_tune",
     "__main__": "cli",

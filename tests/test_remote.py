@@ -114,7 +114,8 @@ def test_a_session_outlives_a_server_that_is_killed(tracker, tmp_path):
     assert (outcome.trials, outcome.measured, outcome.stopped, dict(outcome.failures)) == (8, 8, "trials", {})
     # The servers' machine is this one.
     assert outcome.info.context.machine == machine().key
-    assert len(outcome.result.finalists) == 5
+    # The best four and the default, which may be one of them.
+    assert len(outcome.result.finalists) in (4, 5)
 
     (log,) = (tmp_path / "logs").glob("*/*/")
     local = next(path.parent for path in sorted(LOCAL_LOGS.glob("*/*/results.jsonl")))
