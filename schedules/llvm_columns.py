@@ -11,8 +11,8 @@ to
     for n*g*(qh / row_chunk)*b*ph*(rows in a chunk):   parallel
       for qw / column_block:
         for pw / phases:                      unrolled
-          for th:
-           for ic:                            left out where it would read a row of the border
+          for parts of th, ic:                as `Layout.partial_sum` says; each ends with an addition to sums in memory
+           for ic of the part:                left out where it would read a row of the border
             for tw:                           unrolled
               for ob:                         unrolled     } co_block * phases * column_block/lanes
                 for pw % phases:              unrolled     } accumulators in registers
