@@ -36,9 +36,9 @@ What limits it, measured on one core of an Emerald Rapids server (175 GFLOP/s, L
   unet/up1 from 47 to 29 ms, pointpillars/up4 from 26.7 to 25.1 with chunks of rows that stay in the second cache while
   all blocks pass (one noisy series each). dcgan/2 reads 8.4 MB once, at 15 GB/s, in 0.56 ms: nothing but fewer bytes
   would help.
-- Parts. Before there were any, hifigan/up1 and dilated/k3d2 took 4 % less time, at up to 5 times the error; of six layers
-  with one tap, whose sums are of one part, five took the same to 2 % and kernelbench/81 6 % less (libraries of before
-  and after by turns, 11 rounds).
+- Parts. Before there were any, hifigan/up1 and dilated/k3d2 took 4 % less time, at up to 5 times the error. Of six
+  layers with one tap, whose sums are of one part, five took the same to 2 % and kernelbench/81 6 % less (libraries of
+  before and after by turns, 11 rounds).
 - The border. A 1 x 1 image (dcgan/1) meets one of 16 taps; without the 15 others 0.24 became 0.13 ms.
 - Stores. The transposes gained 5 % for dcgan/4, whose output stays in the second cache, and nothing where it does not:
   there a run of outputs waits for its cache lines, however it is stored.
