@@ -198,9 +198,9 @@ def _report(
     from convt_tvm.target import machine
     from convt_tvm.terminal_numerics import print_examinations
 
-    require_matplotlib(RowsError)
     commit = current_commit()
     compared = [emulated_implementation(target)] if emulate else implementations(target, peers=peers)
+    require_matplotlib(RowsError)
     sizes = sorted({1, threads or torch.get_num_threads(), machine().cores})
     done: list[Examination] = []
 
