@@ -77,8 +77,7 @@ def test_the_plot_is_drawn(tmp_path):
 
 
 def test_a_plot_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(RowsError, match=r"pip install 'convt-tvm\[plot\]'"):
         plot(two_workloads(), tmp_path / "ratios.png")
 
