@@ -215,8 +215,7 @@ def test_a_search_in_which_everything_failed_is_shown_too(searches):
 
 
 def test_a_picture_without_matplotlib_says_what_to_install(searches, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(TuningLogError, match=r"pip install 'convt-tvm\[plot\]'"):
         draw(searches, tmp_path / "searches.png")
 
