@@ -33,7 +33,8 @@ from typing import Any
 
 from convt_tvm.bundle import Bundle, Carried, Entry
 from convt_tvm.errors import ConvTError, IncompatibleMachineError
-from convt_tvm.records import OWN, Candidate, Context, SessionInfo
+from convt_tvm.json_lines import append_values, read_lines
+from convt_tvm.records import OWN, SOURCE_DIGITS, Candidate, Context, SessionInfo
 from convt_tvm.search import Proposal
 from convt_tvm.session import Outcome, run_session
 from convt_tvm.store import Store
@@ -46,7 +47,6 @@ __all__ = ["main"]
 STEPS = ("check", "bench", "tune")
 CHECK, BENCH, LOGS, PRINTED, PACKED = "check.jsonl", "bench.jsonl", "tuning_logs", "log.txt", "results.zip"
 TIMEOUT_SECS = 900
-SOURCE_DIGITS = 12
 FAILED, USAGE = 1, 2
 
 
@@ -176,7 +176,7 @@ class _Run:
         row = answer.value
         if row is None:
             row = _unchecked(entry, f"{answer.status}: {answer.error}")
-        _append(self.output / CHECK, [row])
+        append_values(self.output / CHECK, [row])
         self.failures += row["verdict"] != "good"
         if row["verdict"] != "good":
             # What a kernel has broken on a GPU stays broken in its process.
@@ -192,7 +192,7 @@ class _Run:
             self.failures += 1
             worker.kill()
             return f"{answer.status}: {answer.error}"
-        _append(self.output / BENCH, answer.value)
+        append_values(self.output / BENCH, answer.value)
         times = [f"{row['implementation']} {_time_or_status(row)}" for row in answer.value]
         self.failures += answer.value[0]["status"] != "ok"
         return ", ".join(times)
@@ -331,14 +331,7 @@ def _time_or_status(row: Mapping[str, Any]) -> str:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    return read_lines(path, dict[str, Any]) if path.exists() else []
 
 
 # Within the process that does the steps.

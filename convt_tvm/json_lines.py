@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 from convt_tvm.errors import RowsError
 
-__all__ = ["append_lines", "read_lines", "require_fields", "write_lines"]
+__all__ = ["append_lines", "append_values", "read_lines", "require_fields", "write_lines"]
 
 R = TypeVar("R")
 
@@ -20,20 +20,25 @@ class Record(Protocol):
         """JSON values without NaN or infinity."""
 
 
-def _text(records: Iterable[Record]) -> str:
-    return "".join(json.dumps(record.to_json(), allow_nan=False) + "\n" for record in records)
+def _text(values: Iterable[Any]) -> str:
+    return "".join(json.dumps(value, allow_nan=False) + "\n" for value in values)
 
 
 def append_lines(path: Path, records: Iterable[Record]) -> None:
     """Append records to a file, making it if it is not there."""
-    text = _text(records)
+    append_values(path, (record.to_json() for record in records))
+
+
+def append_values(path: Path, values: Iterable[Any]) -> None:
+    """Append what `to_json` of records gave to a file, making it if it is not there."""
+    text = _text(values)
     with path.open("a", encoding="utf-8") as file:
         file.write(text)
 
 
 def write_lines(path: Path, records: Iterable[Record]) -> None:
     """Write records to a file in place of what it held."""
-    path.write_text(_text(records), encoding="utf-8")
+    path.write_text(_text(record.to_json() for record in records), encoding="utf-8")
 
 
 def read_lines(path: Path, parse: Callable[[Any], R]) -> list[R]:

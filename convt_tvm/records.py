@@ -17,6 +17,7 @@ __all__ = [
     "EARLY",
     "GENERIC",
     "OWN",
+    "SOURCE_DIGITS",
     "Candidate",
     "Context",
     "Record",
@@ -32,6 +33,8 @@ Status: TypeAlias = Literal["ok", "wrong", "build_failed", "run_failed", "crashe
 """``wrong``: an answer differed from the exact one. ``crashed`` and ``timed_out``: the process that built or ran it."""
 
 
+SOURCE_DIGITS = 12
+"""Of `convt_tvm.artifact.source_fingerprint`, those that records keep."""
 OWN, GENERIC = "own", "generic"
 """What a session searches: the files of ``schedules/``, or, as a baseline, TVM's own post-order-apply."""
 

@@ -20,7 +20,7 @@ from convt_tvm.database import log_directory, relatives
 from convt_tvm.errors import BuildError, TuningError
 from convt_tvm.measure import interleaved
 from convt_tvm.place import Place
-from convt_tvm.records import GENERIC, OWN, Context, SessionInfo, Trial
+from convt_tvm.records import GENERIC, OWN, SOURCE_DIGITS, Context, SessionInfo, Trial
 from convt_tvm.search import Known, Search
 from convt_tvm.session import Outcome, Progress, Proposer, run_session
 from convt_tvm.spec import ConvTranspose2dSpec
@@ -47,7 +47,6 @@ EFFORTS: Mapping[str, Budget] = MappingProxyType(
 
 MAX_LESSONS = 400
 """Trials of other workloads that a search learns from, the most similar workloads first."""
-SOURCE_DIGITS = 12
 
 
 def tune(

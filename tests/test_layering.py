@@ -96,7 +96,7 @@ MAY_IMPORT = {
     "place check bench trials remote search session metaschedule generic",
     "bundle": "errors spec workloads target artifact libraries records space emulator compiler bench",
     "bundle_run": "errors target artifact runtime cuda_toolkit emulated_torch place check bench peers workloads "
-    "records store search session workers trials tune bundle",
+    "json_lines records store search session workers trials tune bundle",
     "explain": "spec workloads target records database space roofline",
     "pictures": "errors",
     "report": "errors rows pictures",
