@@ -18,7 +18,7 @@ A declaration in phase form computes, for each *row band* (all row phases with t
     acc[n, g, b, ph, qh, ob, pw, qw] += window[n, g*I + ic, qh + base(ph) - th*step, qw + base(pw) - tw*step]
                                         * packed[g*B + b, tap(ph, th), column(pw, tw), ic, ob]
 
-over ``th``, ``ic``, ``tw``, as a sum of partial sums (`Layout.partial_sum`), and an output stage ``band = acc + bias``
+over ``th``, ``ic``, ``tw``, as a sum of partial sums (`convt_tvm.layout.partial_sum`), and an output stage ``band = acc + bias``
 whose elements are in the order of the output's memory. ``ph``/``pw`` number phases, ``qh``/``qw`` positions in a phase,
 ``b``/``ob`` blocks of output channels and channels in a block, ``I`` is ``ci/groups`` and ``B`` the number of blocks.
 Column extents and channel blocks are rounded up to what the schedule's tiles divide, so that no loop carries a
@@ -32,7 +32,7 @@ from typing import Any
 
 from tvm import ir, te, tirx
 
-from convt_tvm.layout import Band, Layout, Window, bands, collides, column_starts, reaches
+from convt_tvm.layout import Band, Layout, Window, bands, collides, column_starts, partial_sum, reaches
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.target import Target
 
@@ -192,19 +192,20 @@ def _accumulate(
     shape = (window.shape[0], spec.groups, blocks, len(band.phases), layout.rows(band), *tile)
 
     names = ("th", "ic", "tw")
-    inner = layout.partial_sum(spec, band)
-    outer = [all_ // part for all_, part in zip((band.taps, in_channels, max(column_taps)), inner, strict=True)]
+    whole = band.taps, in_channels, max(column_taps)
+    inner = whole if layout.taps == "plain" else partial_sum(spec, band)
+    outer = [all_ // part for all_, part in zip(whole, inner, strict=True)]
     inner_axes = [te.reduce_axis((0, extent), name=name) for extent, name in zip(inner, names, strict=True)]
     outer_axes = [te.reduce_axis((0, extent), name=f"{name}_part") for extent, name in zip(outer, names, strict=True)]
 
-    def partial_sum(*indices: Expr) -> Expr:
+    def part(*indices: Expr) -> Expr:
         place, parts = indices[:-3], indices[-3:]
-        reduced = [part * size + axis for part, size, axis in zip(parts, inner, inner_axes, strict=True)]
+        reduced = [number * size + axis for number, size, axis in zip(parts, inner, inner_axes, strict=True)]
         return te.sum(product(place, *reduced), axis=inner_axes)
 
     # Minus zero is what addition leaves alone, and LLVM cannot fill memory with it by a call, as it would with zeros.
     add = te.comm_reducer(lambda a, b: a + b, lambda dtype: tirx.const(-0.0, dtype), name="add")
-    partial = te.compute((*shape, *outer), partial_sum, name=f"partial{band.index}")
+    partial = te.compute((*shape, *outer), part, name=f"partial{band.index}")
 
     def total(*place: Expr) -> Expr:
         if all(extent == 1 for extent in outer):

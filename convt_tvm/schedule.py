@@ -1,13 +1,13 @@
 """Steps that the CPU schedule spaces share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
 from tvm.s_tir import Schedule
 
 from convt_tvm.compute import SKIPS_ROWS, SUMS, layout_of, spec_of
-from convt_tvm.layout import CACHE_LINE_BYTES, Band, collides
+from convt_tvm.layout import CACHE_LINE_BYTES, Band, collides, sums_taps_first
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 
 __all__ = [
@@ -57,26 +57,27 @@ def accumulate(
     parts: Sequence[LoopRV],
     tile: Sequence[LoopRV],
     lane: LoopRV,
-    order: Callable[[LoopRV, LoopRV, LoopRV], Sequence[LoopRV]],
     skips: bool = True,
 ) -> None:
     """Sum the products of a tile of `band` in registers, part by part, and the parts in memory.
 
     The loops of ``acc<k>`` end with `phases`, `parts` (those over row taps, column taps and channels, with others
-    between them, or none if there is one part), `tile` and `lane`. The loops of ``partial<k>`` over row taps, channels
-    and column taps are put in `order`; with `skips`, they are left out where they would read the border's rows only.
+    between them, or none if there is one part), `tile` and `lane`. With `skips`, the loops of ``partial<k>`` over taps
+    and channels, in the order of `sums_taps_first`, are left out where they would read the border's rows only.
     A buffer in local memory whose indices are all constant becomes registers in LLVM.
     """
     function = sch.mod["main"]
-    layout = layout_of(function)
+    spec, layout = spec_of(function), layout_of(function)
     acc, partial = sch.get_sblock(f"{SUMS}{band.index}"), sch.get_sblock(f"partial{band.index}")
-    if layout.unrolls_phases(spec_of(function)):
+    if layout.unrolls_phases(spec):
         sch.unroll(phases)
+    if parts:
+        sch.unroll(parts[1])
     sch.set_scope(partial, 0, "local")
     sch.compute_at(partial, parts[-1] if parts else phases, preserve_unit_loops=True)
     *rows_and_columns, last, _, _, _, th, ic, tw = sch.get_loops(partial)[-TILE_LOOPS[layout.lanes] - 6 :]
     vector, partial_lane = sch.split(last, [None, layout.vector_lanes])
-    reduction, partial_tile = order(th, ic, tw), (*rows_and_columns, vector)
+    reduction, partial_tile = (th, ic, tw) if sums_taps_first(spec) else (th, tw, ic), (*rows_and_columns, vector)
     sch.reorder(*reduction, *partial_tile, partial_lane)
     if skips:
         _skip_rows(sch, (*reduction[1:], *partial_tile, partial_lane))

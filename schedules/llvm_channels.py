@@ -11,7 +11,7 @@ to
     for n*g*(qh / row_chunk)*b*ph*(tiles of rows in a chunk):   parallel
       for qw / column_block:
         for pw:                               unrolled
-          for parts of th, ic:                as `Layout.partial_sum` says; each ends with an addition to sums in memory
+          for parts of th, ic:                as `convt_tvm.layout.partial_sum` says; each ends with an addition to sums in memory
             for tw:                           unrolled; left out where it would read rows of the border only
               for ic of the part:
                 for qh % row_block:           unrolled     } row_block * column_block * co_block/lanes
@@ -52,7 +52,7 @@ from tvm.s_tir import Schedule
 
 from convt_tvm.compute import IN_VECTORS, layout_of, spec_of
 from convt_tvm.cost import Costs, Tile, band_cycles, block_sizes, core_cycles, lane_counts, row_chunks
-from convt_tvm.layout import Layout, bands, reaches
+from convt_tvm.layout import Layout, bands, reaches, sums_in_parts
 from convt_tvm.schedule import (
     accumulate,
     copy_window,
@@ -115,7 +115,7 @@ def space(sch: Schedule) -> None:
         sch.reorder(n, g, chunk, b, ph, *tiles, row, vector, lane, column, pw)
         if reaches(spec, band) and 1 < layout.column_block * len(spec.axes[1].phases) <= MAX_TRANSPOSED:
             sch.annotate(lane, IN_VECTORS, True)
-        inner = layout.taps == "inner"
+        inner = layout.taps == "inner" or not sums_in_parts(spec, band)
         task = parallelize(sch, (n, g, chunk, b, ph, row_block) if inner else (n, g, chunk, b, ph), band_cycles(spec))
         if reaches(spec, band):
             acc = sch.get_sblock(f"acc{band.index}")
@@ -130,7 +130,7 @@ def space(sch: Schedule) -> None:
             else:
                 th, tw, ic = parts
                 sch.reorder(pw, th, tw, row_block, column_block, ic, *tile, lane)
-            accumulate(sch, band, phases=pw, parts=parts, tile=tile, lane=lane, order=lambda th, ic, tw: (th, tw, ic))
+            accumulate(sch, band, phases=pw, parts=parts, tile=tile, lane=lane)
     window = find_window(sch)
     if window is not None:
         copy_window(sch, spec, window)

@@ -11,7 +11,7 @@ to
     for n*g*(qh / row_chunk)*b*ph*(rows in a chunk):   parallel
       for qw / column_block:
         for pw / phases:                      unrolled
-          for parts of th, ic:                as `Layout.partial_sum` says; each ends with an addition to sums in memory
+          for parts of th, ic:                as `convt_tvm.layout.partial_sum` says; each ends with an addition to sums in memory
            for ic of the part:                left out where it would read a row of the border
             for tw:                           unrolled
               for ob:                         unrolled     } co_block * phases * column_block/lanes
@@ -141,7 +141,6 @@ def space(sch: Schedule) -> None:
                 parts=parts,
                 tile=tile,
                 lane=lane,
-                order=lambda th, ic, tw: (th, ic, tw),
                 skips=not by_chunk,
             )
             if by_chunk:
