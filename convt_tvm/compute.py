@@ -37,6 +37,7 @@ from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.target import Target
 
 __all__ = [
+    "GATHERS",
     "IN_VECTORS",
     "SKIPS_ROWS",
     "SUMS",
@@ -53,6 +54,11 @@ __all__ = [
 
 SKIPS_ROWS = "convt.skips_rows"
 """Annotation of a loop in a reduction: it is left out where no row that it reads belongs to the image."""
+GATHERS = "convt.gathers"
+"""Annotation of a loop each of whose iterations writes whole rows, the phases of a chunk, of one block's channels.
+
+They go to memory past the caches, see `convt_tvm.outputs`. Such loops of several bands are joined in one.
+"""
 IN_VECTORS = "convt.in_vectors"
 """Annotation of the outermost loop around an output's store that becomes vectors along the row.
 

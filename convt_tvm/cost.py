@@ -15,8 +15,8 @@ beyond the second cache, which weights do while their first tile computes. Cycle
 workload on one core, and for nothing else.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from math import prod
 
 from convt_tvm.layout import Layout, bands
@@ -29,6 +29,7 @@ __all__ = [
     "band_cycles",
     "block_sizes",
     "core_cycles",
+    "gathering",
     "lane_counts",
     "phase_blocks",
     "row_chunks",
@@ -48,6 +49,11 @@ STREAM_BYTES_PER_CYCLE = 32
 """What it reads from the second cache while it computes; 48 when it does nothing else."""
 STALL_BYTES_PER_CYCLE = 128
 """What of that is not hidden: 13 % at 16 bytes a cycle (dilated/k3d2, 8 against 10 channels in a block)."""
+
+PAST_CACHES_BYTES = 16 << 20
+"""Outputs from this size on may go past the caches: the next layer would find little of them there."""
+GATHERED_SHARES = 32, 8
+"""What parts of the second cache the rows that a task gathers may take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +111,30 @@ def row_chunks(spec: ConvTranspose2dSpec, row_block: int, target: Target) -> lis
     # As many chunks as needed, of sizes as equal as can be.
     counts = {tiles, 1, -(-tiles // min(held, tiles))}
     return sorted({-(-tiles // count) * row_block for count in counts})
+
+
+def gathering(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> Iterator[Layout]:
+    """`layout` with chunks of rows to gather, where the output is too large to stay in a cache.
+
+    A chunk's rows of a block of channels fit a part of the second cache, and there are several tasks.
+    """
+    if prod(spec.output_shape) * DTYPE_BYTES[spec.dtype] < PAST_CACHES_BYTES:
+        return
+    rows = max(band.rows for band in bands(spec))
+    row_bytes = layout.co_block * spec.stride[0] * spec.ow * DTYPE_BYTES[spec.dtype]
+    seen = set()
+    for share in GATHERED_SHARES:
+        held = target.cache_bytes // share // row_bytes // layout.row_block * layout.row_block
+        gathered = replace(
+            layout,
+            row_chunk=min(max(layout.row_block, held), -(-rows // layout.row_block) * layout.row_block),
+            gathers=True,
+        )
+        chunks = {gathered.rows(band) // gathered.chunk(band) for band in bands(spec)}
+        tasks = spec.input_shape[0] * spec.groups * layout.blocks(spec) * max(chunks)
+        if len(chunks) == 1 < tasks and gathered not in seen:
+            seen.add(gathered)
+            yield gathered
 
 
 def _image_traffic(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> int:

@@ -81,6 +81,9 @@ class Layout:
     taps
         ``inner``: a tile's sums stay in registers for all taps. ``outer``: for one tap after the other all tiles of a
         chunk are worked on, with their sums in memory in between. ``plain``: one loop over all, for others to schedule.
+    gathers
+        Whether a task writes all phases of its chunk, by way of a buffer and past the caches; all bands then have the
+        same number of chunks.
     """
 
     lanes: Literal["co", "ow"]
@@ -91,6 +94,7 @@ class Layout:
     row_chunk: int
     phases: int = 1
     taps: Literal["inner", "outer", "plain"] = "inner"
+    gathers: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""
@@ -99,12 +103,13 @@ class Layout:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """The layout that `to_json` wrote."""
-        numbers = {field.name: int(values[field.name]) for field in fields(cls) if field.name not in ("lanes", "taps")}
+        others = ("lanes", "taps", "gathers")
+        numbers = {field.name: int(values[field.name]) for field in fields(cls) if field.name not in others}
         lanes: Literal["co", "ow"] = "co" if values["lanes"] == "co" else "ow"
         taps: Literal["inner", "outer", "plain"] = (
             "outer" if values["taps"] == "outer" else "plain" if values["taps"] == "plain" else "inner"
         )
-        return cls(lanes=lanes, taps=taps, **numbers)
+        return cls(lanes=lanes, taps=taps, gathers=bool(values["gathers"]), **numbers)
 
     def blocks(self, spec: ConvTranspose2dSpec) -> int:
         """Number of channel blocks in a group."""

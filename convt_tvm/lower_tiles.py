@@ -14,8 +14,9 @@ from tvm import ir, tirx
 
 from convt_tvm.compute import spec_of
 from convt_tvm.compute_tiles import IN_TILES, tile_layout_of
-from convt_tvm.lower import at_start, lower_kernel, on_stack
+from convt_tvm.lower import lower_kernel
 from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.statements import at_start, on_stack
 from convt_tvm.tile_layout import REGISTERS, TILE_POSITIONS, TileLayout
 
 __all__ = ["lower_tile_kernel"]
@@ -30,7 +31,7 @@ Statement = Any
 def lower_tile_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
     """The scheduled tile form `function` as ``convt(input, packed, [bias,] output)``, output NCHW."""
     tiles = _Tiles(spec_of(function), tile_layout_of(function))
-    module = lower_kernel(function)
+    module = lower_kernel(function, asks_ahead=False)
     kernel = module["convt"]
     return tvm.IRModule({"convt": kernel.with_body(_replace_loops(kernel.body, tiles))})
 

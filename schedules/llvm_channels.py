@@ -11,7 +11,7 @@ to
     for n*g*(qh / row_chunk)*b*ph*(tiles of rows in a chunk):   parallel
       for qw / column_block:
         for pw:                               unrolled
-          for parts of th, ic:                as `convt_tvm.layout.partial_sum` says; each ends with an addition to sums in memory
+          for parts of th, ic:                `convt_tvm.layout.partial_sum`; each ends with an addition to sums in memory
             for tw:                           unrolled; left out where it would read rows of the border only
               for ic of the part:
                 for qh % row_block:           unrolled     } row_block * column_block * co_block/lanes
@@ -50,8 +50,8 @@ from dataclasses import replace
 
 from tvm.s_tir import Schedule
 
-from convt_tvm.compute import IN_VECTORS, layout_of, spec_of
-from convt_tvm.cost import Costs, Tile, band_cycles, block_sizes, core_cycles, lane_counts, row_chunks
+from convt_tvm.compute import GATHERS, IN_VECTORS, layout_of, spec_of
+from convt_tvm.cost import Costs, Tile, band_cycles, block_sizes, core_cycles, gathering, lane_counts, row_chunks
 from convt_tvm.layout import Layout, bands, reaches, sums_in_parts
 from convt_tvm.schedule import (
     accumulate,
@@ -99,6 +99,10 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
                             if layout.slice_bytes(spec) > target.cache_bytes // 2:
                                 layout = replace(layout, taps="outer")
                                 yield layout, core_cycles(spec, layout, tile, target, reuse=1, costs=costs)
+                        for layout in gathering(
+                            spec, Layout("co", vectors * lanes, rows, columns, lanes, rows), target
+                        ):
+                            yield layout, core_cycles(spec, layout, tile, target, reuse=1, costs=costs)
 
 
 def space(sch: Schedule) -> None:
@@ -116,7 +120,12 @@ def space(sch: Schedule) -> None:
         if reaches(spec, band) and 1 < layout.column_block * len(spec.axes[1].phases) <= MAX_TRANSPOSED:
             sch.annotate(lane, IN_VECTORS, True)
         inner = layout.taps == "inner" or not sums_in_parts(spec, band)
-        task = parallelize(sch, (n, g, chunk, b, ph, row_block) if inner else (n, g, chunk, b, ph), band_cycles(spec))
+        order = (
+            (n, g, chunk, b) if layout.gathers else (n, g, chunk, b, ph, row_block) if inner else (n, g, chunk, b, ph)
+        )
+        task = parallelize(sch, order, band_cycles(spec))
+        if layout.gathers:
+            sch.annotate(task, GATHERS, True)
         if reaches(spec, band):
             acc = sch.get_sblock(f"acc{band.index}")
             sch.compute_at(acc, column_block if inner else task, preserve_unit_loops=True)

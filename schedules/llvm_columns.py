@@ -11,7 +11,7 @@ to
     for n*g*(qh / row_chunk)*b*ph*(rows in a chunk):   parallel
       for qw / column_block:
         for pw / phases:                      unrolled
-          for parts of th, ic:                as `convt_tvm.layout.partial_sum` says; each ends with an addition to sums in memory
+          for parts of th, ic:                `convt_tvm.layout.partial_sum`; each ends with an addition to sums in memory
            for ic of the part:                left out where it would read a row of the border
             for tw:                           unrolled
               for ob:                         unrolled     } co_block * phases * column_block/lanes
@@ -34,16 +34,18 @@ What limits it, measured on one core of an Emerald Rapids server:
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from tvm.s_tir import Schedule
 
-from convt_tvm.compute import IN_VECTORS, layout_of, spec_of
+from convt_tvm.compute import GATHERS, IN_VECTORS, layout_of, spec_of
 from convt_tvm.cost import (
     Costs,
     Tile,
     band_cycles,
     block_sizes,
     core_cycles,
+    gathering,
     lane_counts,
     phase_blocks,
     row_chunks,
@@ -89,8 +91,10 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
                 if tile.fits(target):
                     for phases in phase_blocks(spec, target, tile):
                         reuse = phases * max(1, *(phase.taps for phase in spec.axes[1].phases))
-                        for chunk in row_chunks(spec, 1, target):
-                            layout = Layout("ow", co_block, 1, vectors * lanes, lanes, chunk, phases)
+                        plain = Layout("ow", co_block, 1, vectors * lanes, lanes, 1, phases)
+                        chunked = [replace(plain, row_chunk=chunk) for chunk in row_chunks(spec, 1, target)]
+                        for layout in (*chunked, *gathering(spec, plain, target)):
+                            chunk = layout.row_chunk
                             run = chunk * spec.iw if copies_by_chunk(spec, layout) else spec.ih * spec.iw
                             costs = Costs(CYCLES_PER_INPUT + CYCLES_PER_RUN / run, CYCLES_PER_OUTPUT)
                             yield layout, core_cycles(spec, layout, tile, target, reuse=reuse, costs=costs)
@@ -125,7 +129,13 @@ def space(sch: Schedule) -> None:
         sch.reorder(*order, column_block, ob, column, pw)
         if reaches(spec, band) and layout.column_block * len(spec.axes[1].phases) <= MAX_INTERLEAVED:
             sch.annotate(column, IN_VECTORS, True)
-        parallelize(sch, order[:3] if by_chunk and reaches(spec, band) else order, band_cycles(spec))
+        if by_chunk and reaches(spec, band):
+            task, block = parallelize(sch, order[:3], band_cycles(spec)), b
+        else:
+            task = block = parallelize(sch, order[:4] if layout.gathers else order, band_cycles(spec))
+        if layout.gathers:
+            # A loop over one block is simplified away.
+            sch.annotate(block if int(sch.get(block).extent) > 1 else task, GATHERS, True)
         if reaches(spec, band):
             acc = sch.get_sblock(f"acc{band.index}")
             sch.compute_at(acc, column_block, preserve_unit_loops=True)

@@ -1,0 +1,226 @@
+"""How sums leave for the output: which store writes what, in which order, and by way of which buffers.
+
+A declaration's outputs have the extents that suit a schedule; here their stores become stores to the real tensor,
+narrowed where a surplus was computed and in whole vectors where phases lie side by side in registers.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from tvm import tirx
+
+from convt_tvm.compute import IN_VECTORS, lookup
+from convt_tvm.layout import CACHE_LINE_BYTES, Band, Layout, bands, reaches
+from convt_tvm.shuffle import binary, extract, interleave, pieces, ramp, transpose
+from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec, Pair
+from convt_tvm.statements import Clip, at_start, depends_on, find_store, nest, on_stack, rebuild, tensor
+from convt_tvm.stream import ask_for, copy_past_caches
+from convt_tvm.target import Target
+
+__all__ = ["Outputs"]
+
+Expr = Any
+Loop = Any
+Put = Callable[[int, int, Any, int], Any]
+"""The statement that stores a vector of so many values: at a channel and a place in the row, counted from a tile's."""
+
+
+@dataclass(frozen=True)
+class _Gathered:
+    """A buffer that the rows of a task are gathered in, and the first position of its rows in each band."""
+
+    buffer: Any
+    starts: dict[int, Expr]
+
+
+@dataclass
+class Outputs:
+    """What replaces the stores to the bands of a scheduled phase form.
+
+    Parameters
+    ----------
+    spec, layout, target
+        Of the phase form.
+    batch
+        Its number of images, which may be a variable.
+    """
+
+    spec: ConvTranspose2dSpec
+    layout: Layout
+    target: Target
+    batch: Expr
+    tensor: Any = field(init=False)
+    """The output, NCHW."""
+    _gathered: _Gathered | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        """Declare the output."""
+        self.tensor = tensor("output", (self.batch, *self.spec.output_shape[1:]), self.spec.dtype)
+
+    def store(self, band: Band, loops: Sequence[Loop], node: Any) -> Any:
+        """What replaces `loops`, directly around the store `node` to a band."""
+        spec, layout = self.spec, self.layout
+        n, g, b, ob, ph, qh, qw, pw = node.indices
+        channels, phases, columns = spec.co // spec.groups, len(spec.axes[1].phases), layout.columns(spec)
+        stride_w = spec.stride[1]
+        channel, row = b * layout.co_block + ob, self._row(band, ph, qh)
+        rows = [] if layout.rows(band) == band.rows else [Clip(qh, 0, band.rows)]
+        filled = [Clip(channel, 0, channels)] if channels % layout.co_block else []
+
+        def write(value: Expr, ob: Expr, column: Expr) -> Any:
+            if self._gathered is not None:
+                first = self._gathered.starts[band.index] * spec.stride[0]
+                return tirx.BufferStore(self._gathered.buffer, value, [ob, row - first, column])
+            place = [n, g * channels + b * layout.co_block + ob, row, column]
+            return tirx.BufferStore(self.tensor, value, place)
+
+        if not reaches(spec, band):
+            # The bias alone: whole rows.
+            column = tirx.Var("column", "int32")
+            row_loops = [loop for loop in loops if not any(depends_on(index, loop.loop_var) for index in (qw, pw))]
+            row_loops.append(tirx.For(column, 0, spec.ow, tirx.ForKind.SERIAL, node))
+            return nest(row_loops, write(node.value, ob, column), [*filled, *rows])
+
+        # Columns in which every phase lies inside the output, and phases of the one column that may follow them.
+        whole = (spec.ow - phases) // stride_w + 1
+        rest = max(0, spec.ow - whole * stride_w)
+        outside = next((i for i, loop in enumerate(loops) if IN_VECTORS in loop.annotations), None)
+        if outside is None:
+            statement, clips = write(node.value, ob, qw * stride_w + pw), [*filled, *rows]
+            if columns == whole:
+                return nest(loops, statement, clips)
+            nests = [nest(loops, statement, [*clips, Clip(qw, 0, whole)])]
+            if rest:
+                nests.append(nest(loops, statement, [*clips, Clip(qw, whole, whole + 1), Clip(pw, 0, rest)]))
+            return tirx.SeqStmt(nests) if len(nests) > 1 else nests[0]
+
+        inner = loops[outside:]
+        first_lane, first_channel, first_column = (at_start(index, inner) for index in (ob, channel, qw))
+        by_channels = layout.lanes == "co"
+        cast = isinstance(node.value, tirx.Cast)
+        value = node.value.value if cast else node.value
+
+        def put(lane: int, position: int, vector: Any, size: int) -> Any:
+            stored = tirx.Cast(f"{spec.dtype}x{size}" if size > 1 else spec.dtype, vector) if cast else vector
+            statement = write(stored, first_lane + lane, ramp(first_column * stride_w + position, size))
+            if not (filled and by_channels):
+                return statement
+            return tirx.IfThenElse(first_channel + lane < channels, statement, None)
+
+        def tile(count: int) -> Any:
+            column = qw - first_column
+            if by_channels:
+                return _store_channels(inner, value, column * phases + pw, count, layout.column_block * phases, put)
+            shape = phases, layout.column_block
+            loops = sorted(inner, key=lambda loop: not loop.loop_var.same_as(pw))
+            return _store_columns(loops, value, (pw, column), count, shape, layout.vector_lanes, put)
+
+        size = layout.column_block
+        body = tile(size * phases)
+        if columns != whole:
+            # Where the last tile begins, and the outputs that are left for it.
+            last = columns - size
+            narrower = tile(spec.ow - last * stride_w)
+            body = tirx.IfThenElse(first_column < last, body, narrower) if last else narrower
+        return nest(loops[:outside], body, rows if by_channels else [*filled, *rows])
+
+    def _row(self, band: Band, ph: Expr, qh: Expr) -> Expr:
+        """The output row of position `qh` in phase `ph` of `band`."""
+        return qh * self.spec.stride[0] + lookup([phase.residue for phase in band.phases], ph)
+
+    def ahead(self, band: Band, loops: Sequence[Loop], node: Any) -> list[Any]:
+        """What to do before the sums of a tile that `node`, in `loops`, stores: ask for the lines it will write."""
+        spec, layout = self.spec, self.layout
+        output_bytes = prod(spec.output_shape) * DTYPE_BYTES[spec.dtype]
+        if self._gathered or layout.taps != "inner" or output_bytes <= self.target.cache_bytes:
+            return []
+        n, g, b, ob, ph, qh, qw, pw = node.indices
+        channels, phases = spec.co // spec.groups, len(spec.axes[1].phases)
+        outer = [loop for loop in loops if not any(depends_on(index, loop.loop_var) for index in (qw, pw))]
+        channel = tirx.min(g * channels + b * layout.co_block + ob, spec.co - 1)
+        row, first = self._row(band, ph, tirx.min(qh, band.rows - 1)), at_start(qw, loops)
+        size, line = layout.column_block * phases, CACHE_LINE_BYTES // DTYPE_BYTES[spec.dtype]
+        offsets = [*range(0, size - 1, line), size - 1]
+        places = [(n, channel, row, tirx.min(first * spec.stride[1] + offset, spec.ow - 1)) for offset in offsets]
+        asked = tirx.SeqStmt(ask_for(self.tensor, places))
+        for loop in reversed(outer):
+            asked = tirx.For(loop.loop_var, loop.min, loop.extent, tirx.ForKind.SERIAL, asked)
+        return [asked]
+
+    def gather(self, loop: Loop, visit: Callable[[Any], Any]) -> Any:
+        """The body of `loop`, one of whose iterations writes a run of rows of each channel of a block.
+
+        The rows are gathered in a buffer first, whose runs then go past the caches.
+        """
+        spec, layout = self.spec, self.layout
+        found = {band.index: find_store(loop.body, (f"band{band.index}",)) for band in bands(spec)}
+        starts = {index: at_start(store.indices[5], loops) for index, (loops, store) in found.items() if store}
+        loops, store = next(iter(found.values()))
+        n, g, b = (at_start(index, loops) for index in store.indices[:3])
+        first = at_start(store.indices[5], loops) * spec.stride[0]
+        rows = min(spec.oh, max(layout.chunk(band) for band in bands(spec)) * spec.stride[0])
+        channels = spec.co // spec.groups
+
+        buffer = tirx.decl_buffer((layout.co_block, rows, spec.ow), spec.dtype, name="gathered")
+        self._gathered = _Gathered(buffer, starts)
+        body = visit(loop.body)
+        self._gathered = None
+        ob = tirx.Var("ob", "int32")
+        channel = b * layout.co_block + ob
+        copied = copy_past_caches(
+            tirx.address_of(tirx.BufferLoad(self.tensor, [n, g * channels + channel, first, 0])),
+            tirx.address_of(tirx.BufferLoad(buffer, [ob, 0, 0])),
+            tirx.min(rows, spec.oh - first) * (spec.ow * DTYPE_BYTES[spec.dtype]),
+        )
+        copies = tirx.For(ob, 0, tirx.min(layout.co_block, channels - b * layout.co_block), tirx.ForKind.SERIAL, copied)
+        return tirx.SeqStmt([on_stack(tirx.AllocBuffer(buffer)), body, copies])
+
+
+def _stage(loops: Sequence[Loop], value: Expr, indices: Sequence[Expr], shape: Pair) -> tuple[Any, list[Any]]:
+    """A buffer in registers with `value` at `indices` for all of `loops`, the last of them as a vector."""
+    staged = tirx.decl_buffer(shape, value.ty.dtype, name="staged")
+    nest = tirx.BufferStore(staged, value, indices)
+    for loop in reversed(loops):
+        nest = rebuild(loop, nest, kind=tirx.ForKind.VECTORIZED if loop is loops[-1] else tirx.ForKind.UNROLLED)
+    return staged, [on_stack(tirx.AllocBuffer(staged)), nest]
+
+
+def _store_channels(loops: Sequence[Loop], value: Expr, position: Expr, count: int, positions: int, store: Put) -> Any:
+    """Store the first `count` of the `positions` in a row, for as many channels as a vector has lanes.
+
+    `loops` are that over lanes and those that count the position.
+    """
+    lane, *others = loops
+    lanes = int(lane.extent)
+    staged, statements = _stage([*others, lane], value, [position, lane.loop_var], (positions, lanes))
+    for start, size in pieces(count, lanes):
+        vectors = [tirx.BufferLoad(staged, [start + i, ramp(0, lanes)]) for i in range(size)]
+        columns = list(transpose(vectors, lanes, value.ty.dtype, statements))
+        statements += [store(channel, start, vector, size) for channel, vector in enumerate(columns)]
+    return tirx.SeqStmt(statements)
+
+
+def _store_columns(
+    loops: Sequence[Loop],
+    value: Expr,
+    place: Sequence[Expr],
+    count: int,
+    shape: Pair,
+    lanes: int,
+    store: Put,
+) -> Any:
+    """Store the first `count` positions in a row of one channel, where vectors of columns are by turns of each phase.
+
+    `loops` count the `place`: a phase and a column of the tile, whose `shape` is in phases and columns.
+    """
+    phases, columns = shape
+    staged, statements = _stage(loops, value, place, shape)
+    for first in range(0, columns, lanes):
+        vectors = [tirx.BufferLoad(staged, [phase, ramp(first, lanes)]) for phase in range(phases)]
+        woven = interleave(vectors, lanes, value.ty.dtype, statements)
+        for start, vector in zip(range(first * phases, count, lanes), woven, strict=False):
+            for offset, size in binary(min(lanes, count - start)):
+                statements.append(store(0, start + offset, extract(vector, offset, size, lanes), size))
+    return tirx.SeqStmt(statements)

@@ -1,0 +1,116 @@
+"""Statements of TIR that have left their blocks: loops put around others, indices with loops at their start."""
+
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import tvm
+from tvm import tirx
+
+__all__ = ["Clip", "at_start", "depends_on", "find_store", "nest", "on_stack", "rebuild", "tensor", "with_value"]
+
+MAX_STACK_BYTES = 32 << 10
+"""Largest buffer on a thread's stack: a row of accumulators, not the input's window."""
+
+Expr = Any
+Loop = Any
+
+
+def tensor(name: str, shape: Sequence[Expr], dtype: str) -> Any:
+    """A tensor that may start at any address."""
+    return tirx.decl_buffer(shape, dtype, name=name, data_alignment=1)
+
+
+def on_stack(node: Any) -> Any:
+    """The allocation `node`, on the stack if it is small: LLVM keeps values in registers only if no pointer escapes.
+
+    TVM allocates 1 KiB and more from a pool, in a call for each task.
+    """
+    buffer = node.buffer
+    elements = prod(buffer.shape)
+    if not isinstance(elements, int | tirx.IntImm):
+        return node
+    if int(elements) * tvm.DataType(str(buffer.dtype)).itemsize > MAX_STACK_BYTES:
+        return node
+    return tirx.AllocBuffer(buffer, {**node.annotations, "disable_lower_builtin": tirx.const(1, "bool")})
+
+
+def rebuild(loop: Loop, body: Any, first: Expr = None, extent: Expr = None, kind: Any = None) -> Any:
+    """`loop` around another body, over other values or of another kind if they are given."""
+    first = loop.min if first is None else first
+    extent = loop.extent if extent is None else extent
+    kind = loop.kind if kind is None else kind
+    return tirx.For(loop.loop_var, first, extent, kind, body, loop.thread_binding, loop.annotations, loop.step)
+
+
+def at_start(expression: Expr, loops: Sequence[Loop]) -> Expr:
+    """`expression` in the first iteration of `loops`."""
+    for loop in loops:
+        expression = with_value(expression, loop.loop_var, 0)
+    return expression
+
+
+def with_value(expression: Expr, variable: Any, value: Expr) -> Expr:
+    """`expression` where `variable` is `value`, simplified."""
+    analyzer = tvm.sym.Analyzer()
+    analyzer.bind(variable, tirx.const(value, "int32") if isinstance(value, int) else value)
+    return analyzer.simplify(expression)
+
+
+def depends_on(expression: Expr, variable: Any) -> bool:
+    """Whether the value of `expression` changes with that of `variable`."""
+    changed = with_value(expression, variable, 1)
+    return not tvm.sym.Analyzer().can_prove_equal(with_value(expression, variable, 0), changed)
+
+
+def find_store(node: Any, names: Container[str]) -> tuple[tuple[Loop, ...], Any] | None:
+    """A store to a buffer of one of `names`, and all loops around it; None if there is none."""
+    match node:
+        case tirx.BufferStore():
+            return ((), node) if str(node.buffer.name) in names else None
+        case tirx.For():
+            found = find_store(node.body, names)
+            return None if found is None else ((node, *found[0]), found[1])
+        case tirx.SeqStmt():
+            return next(filter(None, (find_store(part, names) for part in node.seq)), None)
+        case _:
+            return None
+
+
+@dataclass(frozen=True)
+class Clip:
+    """The part ``first <= index < stop`` of the values that an index expression takes."""
+
+    index: Expr
+    first: int
+    stop: int
+
+    def apply(self, loops: Sequence[Loop], ranges: dict[Any, tuple[Expr, Expr]], checks: list[Expr]) -> None:
+        """Narrow the innermost of `loops` that the index counts with, or else add a check.
+
+        The range of a loop, not a predicate in it: that leaves LLVM plain loops to vectorise. Given predicates it makes
+        masked stores, and LLVM 22 for x86 writes four bytes where a truncating store of 16-bit values has a constant
+        mask of one lane (bfloat16, 17 columns in vectors of 8).
+        """
+        for loop in reversed(loops):
+            base = with_value(self.index, loop.loop_var, 0)
+            if tvm.sym.Analyzer().can_prove_equal(self.index - base, loop.loop_var):
+                zero, extent = tirx.const(0, "int32"), loop.extent
+                first = tirx.min(tirx.max(self.first - base, zero), extent)
+                stop = tirx.min(tirx.max(self.stop - base, zero), extent)
+                ranges[loop.loop_var] = first, tirx.max(stop - first, zero)
+                return
+        checks += [self.index >= self.first, self.index < self.stop]
+
+
+def nest(loops: Sequence[Loop], store: Any, clips: Sequence[Clip] = ()) -> Any:
+    """`store` in `loops`, for the values that all of `clips` keep."""
+    ranges: dict[Any, tuple[Expr, Expr]] = {}
+    checks: list[Expr] = []
+    for clip in clips:
+        clip.apply(loops, ranges, checks)
+    body = tirx.IfThenElse(tirx.all(*checks), store, None) if checks else store
+    for loop in reversed(loops):
+        body = rebuild(loop, body, *ranges.get(loop.loop_var, (None, None)))
+    return body
