@@ -18,9 +18,10 @@ A declaration in phase form computes, for each *row band* (all row phases with t
     acc[n, g, b, ph, qh, ob, pw, qw] += window[n, g*I + ic, qh + base(ph) - th*step, qw + base(pw) - tw*step]
                                         * packed[g*B + b, tap(ph, th), column(pw, tw), ic, ob]
 
-over ``th``, ``ic``, ``tw``, as a sum of partial sums (`convt_tvm.layout.partial_sum`), and an output stage ``band = acc + bias``
-whose elements are in the order of the output's memory. ``ph``/``pw`` number phases, ``qh``/``qw`` positions in a phase,
-``b``/``ob`` blocks of output channels and channels in a block, ``I`` is ``ci/groups`` and ``B`` the number of blocks.
+over ``th``, ``ic``, ``tw``, as a sum of partial sums (`convt_tvm.layout.partial_sum`), and an output stage
+``band = acc + bias`` whose elements are in the order of the output's memory. ``ph``/``pw`` number phases, ``qh``/``qw``
+positions in a phase, ``b``/``ob`` blocks of output channels and channels in a block, ``I`` is ``ci/groups`` and ``B``
+the number of blocks.
 Column extents and channel blocks are rounded up to what the schedule's tiles divide, so that no loop carries a
 predicate; `convt_tvm.lower` then turns stores to bands into stores to the output and drops the surplus. Sums are kept
 in `ConvTranspose2dSpec.accumulator_dtype`; each output element is summed by one thread in one order.

@@ -4,8 +4,8 @@ The innermost loops of every CPU schedule here are an outer product: `Tile.vecto
 scalars are multiplied and added into as many accumulators, for each kernel tap and input channel. A core that issues
 two vector multiply-adds a cycle, with a latency of four cycles, needs for one such step at least
 
-- half a cycle for each multiply-add,
-- two thirds of a cycle for each load, one per vector and one per scalar,
+- half a cycle for each multiply-add, or a whole one where a core has half-width units (`Core`),
+- half a cycle to one and a half for each load, one per vector and one per scalar,
 - the time in which its vectors stream from the second cache, if no other step reads the same,
 - four cycles over the number of column phases worked on together, since a sum waits for the one before it.
 
@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
-from convt_tvm.layout import Layout, bands
+from convt_tvm.layout import Layout, bands, partial_sum, reaches, sums_in_parts
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.target import Target
 
@@ -36,8 +36,6 @@ __all__ = [
 ]
 
 FMA_PER_CYCLE = 2
-LOADS_PER_CYCLE = 1.5
-"""Of the two or three that a core can issue, what is left beside multiply-adds (pose/2: tiles of 1 x 24 and 2 x 12)."""
 FMA_LATENCY = 4
 LANES_PER_CYCLE = 32
 """Multiply-adds of single lanes, for telling large layers from small ones: those of AVX-512 in float32."""
@@ -50,6 +48,10 @@ STREAM_BYTES_PER_CYCLE = 32
 STALL_BYTES_PER_CYCLE = 128
 """What of that is not hidden: 13 % at 16 bytes a cycle (dilated/k3d2, 8 against 10 channels in a block)."""
 
+ADD_CYCLES, ADD_IN_MEMORY_CYCLES = 1, 3
+"""For adding a vector of partial sums to one of sums: in registers, or loaded, added to and stored on the stack."""
+WAIT_PER_OUTPUT = 0.5
+"""Cycles for each output that goes to memory by way of the caches (Zen 4: seed/square 0.3, kernelbench/75 0.6)."""
 PAST_CACHES_BYTES = 16 << 20
 """Outputs from this size on may go past the caches: the next layer would find little of them there."""
 GATHERED_SHARES = 32, 8
@@ -57,11 +59,48 @@ GATHERED_SHARES = 32, 8
 
 
 @dataclass(frozen=True, slots=True)
+class Core:
+    """What sets the cores of some processors apart.
+
+    Attributes
+    ----------
+    fma_bytes
+        Of vectors, multiplied and added in a cycle, `FMA_PER_CYCLE` instructions at most.
+    vector_load, half_load, broadcast
+        Cycles for loading a whole vector register, half of one or less, and one value into all lanes, beside
+        multiply-adds.
+    """
+
+    fma_bytes: int
+    vector_load: float
+    half_load: float
+    broadcast: float
+
+
+WIDE = Core(fma_bytes=128, vector_load=2 / 3, half_load=2 / 3, broadcast=2 / 3)
+"""Of the two or three loads that such a core can issue in a cycle, what is left beside multiply-adds.
+
+Emerald Rapids, pose/2: tiles of 1 x 24 and 2 x 12.
+"""
+PAIRED = Core(fma_bytes=64, vector_load=1.5, half_load=0.9, broadcast=1 / 2)
+"""A Zen 4 core works on 64 bytes in two halves: a multiply-add a cycle, a load in 1.06 cycles, or 1.7 across lines."""
+
+
+def core_of(target: Target) -> Core:
+    """What is known of the cores that a target's features belong to."""
+    return PAIRED if target.halves_vectors else WIDE
+
+
+@dataclass(frozen=True, slots=True)
 class Tile:
-    """The accumulators of one column phase: ``vectors`` along the lanes times ``broadcasts`` across them."""
+    """The accumulators of one column phase: ``vectors`` along the lanes times ``broadcasts`` across them.
+
+    A vector has ``vector_bytes``.
+    """
 
     vectors: int
     broadcasts: int
+    vector_bytes: int
 
     def fits(self, target: Target, phases: int = 1) -> bool:
         """Whether the accumulators of so many column phases leave registers for one row of vectors and one scalar."""
@@ -72,23 +111,34 @@ class Tile:
 
         `phases` column phases are worked on together, and `reuse` such steps read the same vectors.
         """
-        products = self.vectors * self.broadcasts
-        streamed_bytes = self.vectors * target.vector_bytes / reuse
+        core, products = core_of(target), self.vectors * self.broadcasts
+        vector_load = core.vector_load if self.vector_bytes == target.vector_bytes else core.half_load
+        streamed_bytes = self.vectors * self.vector_bytes / reuse
         limit = max(
-            products / FMA_PER_CYCLE,
-            (self.vectors + self.broadcasts) / LOADS_PER_CYCLE,
+            products / min(FMA_PER_CYCLE, core.fma_bytes / self.vector_bytes),
+            self.vectors * vector_load + self.broadcasts * core.broadcast,
             FMA_LATENCY / phases,
             streamed_bytes / STREAM_BYTES_PER_CYCLE,
         )
         return limit + streamed_bytes / STALL_BYTES_PER_CYCLE
 
+    def part_cycles(self, target: Target) -> float:
+        """Cycles for adding a partial sum to a sum in each accumulator: in registers, if both fit, or in memory."""
+        products = self.vectors * self.broadcasts
+        held = 2 * products + self.vectors + 1 <= target.vector_registers
+        return products * (ADD_CYCLES if held else ADD_IN_MEMORY_CYCLES)
+
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What a schedule pays besides its sums: for bringing one input value into the window, and writing one output."""
+    """What a schedule pays besides its sums.
+
+    For bringing one input value into the window, for writing one output, and for a step of its tile.
+    """
 
     cycles_per_input: float
     cycles_per_output: float
+    cycles_per_step: float = 0.0
 
 
 def lane_counts(spec: ConvTranspose2dSpec, target: Target) -> tuple[int, ...]:
@@ -113,12 +163,17 @@ def row_chunks(spec: ConvTranspose2dSpec, row_block: int, target: Target) -> lis
     return sorted({-(-tiles // count) * row_block for count in counts})
 
 
+def is_for_memory(spec: ConvTranspose2dSpec) -> bool:
+    """Whether the output is too large for the next layer to find it in a cache."""
+    return prod(spec.output_shape) * DTYPE_BYTES[spec.dtype] >= PAST_CACHES_BYTES
+
+
 def gathering(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> Iterator[Layout]:
     """`layout` with chunks of rows to gather, where the output is too large to stay in a cache.
 
     A chunk's rows of a block of channels fit a part of the second cache, and there are several tasks.
     """
-    if prod(spec.output_shape) * DTYPE_BYTES[spec.dtype] < PAST_CACHES_BYTES:
+    if not is_for_memory(spec):
         return
     rows = max(band.rows for band in bands(spec))
     row_bytes = layout.co_block * spec.stride[0] * spec.ow * DTYPE_BYTES[spec.dtype]
@@ -194,7 +249,9 @@ def core_cycles(
         * layout.column_steps(spec)
         * (spec.ci // spec.groups)
     )
-    sums = steps * tile.step_cycles(target, layout.phases, reuse)
+    step = tile.step_cycles(target, layout.phases, reuse) + costs.cycles_per_step
+    sums = steps * step + _parts(spec, layout) * tile.part_cycles(target)
+    waits = not layout.gathers and is_for_memory(spec)
     weight_bytes, tiles = _weight_traffic(spec, layout, target)
     # Of the tiles that share a slice of weights the first waits for it while it computes.
     first, wait = sums / tiles, weight_bytes / MISS_BYTES_PER_CYCLE
@@ -205,8 +262,19 @@ def core_cycles(
         - first
         + _image_traffic(spec, layout, target) / MISS_BYTES_PER_CYCLE
         + prod(spec.input_shape) * costs.cycles_per_input
-        + prod(spec.output_shape) * costs.cycles_per_output
+        + prod(spec.output_shape) * (costs.cycles_per_output + (WAIT_PER_OUTPUT if waits else 0))
     )
+
+
+def _parts(spec: ConvTranspose2dSpec, layout: Layout) -> int:
+    """How often partial sums are added to the sums of a tile, in one column phase."""
+    column_taps, tiles = max(phase.taps for phase in spec.axes[1].phases), 0
+    for band in bands(spec):
+        if reaches(spec, band) and sums_in_parts(spec, band):
+            parts = band.taps * (spec.ci // spec.groups) * column_taps // prod(partial_sum(spec, band))
+            tiles += parts * len(band.phases) * (layout.rows(band) // layout.row_block)
+    columns = layout.columns(spec) // layout.column_block * len(spec.axes[1].phases)
+    return spec.input_shape[0] * spec.groups * layout.blocks(spec) * tiles * columns
 
 
 def block_sizes(extent: int, limit: int) -> Iterable[int]:

@@ -247,10 +247,10 @@ def kernel_columns(spec: ConvTranspose2dSpec) -> tuple[int, ...]:
 
 
 def sums_taps_first(spec: ConvTranspose2dSpec) -> bool:
-    """Whether a sum takes all column taps of a channel before the next channel, or all channels of a tap before the next.
+    """Whether a sum takes the column taps of one channel after the other, not the channels of one tap after the other.
 
-    The latter, except where there are too few output channels for a vector of input to meet: there the column taps of
-    a channel, which read the same vectors, share them.
+    It does where there are too few output channels for a vector of input to meet: the column taps of a channel, which
+    read the same vectors, then share them.
     """
     return spec.co // spec.groups < MANY_CHANNELS
 

@@ -146,6 +146,8 @@ def _join_gathering(body: Any) -> Any:
     first, *others = tasks
     work = [first.body]
     for task in others:
+        if not tvm.sym.Analyzer().can_prove_equal(task.extent, first.extent):
+            raise AssertionError(f"bands with {first.extent} and {task.extent} tasks cannot gather their outputs")
         work += [tirx.Bind(task.loop_var, first.loop_var), task.body]
     rest = [part for part in parts if part not in tasks]
     return tirx.SeqStmt([*rest, rebuild(first, tirx.SeqStmt(work))])

@@ -155,8 +155,8 @@ class Outputs:
         The rows are gathered in a buffer first, whose runs then go past the caches.
         """
         spec, layout = self.spec, self.layout
-        found = {band.index: find_store(loop.body, (f"band{band.index}",)) for band in bands(spec)}
-        starts = {index: at_start(store.indices[5], loops) for index, (loops, store) in found.items() if store}
+        found = {band.index: place for band in bands(spec) if (place := find_store(loop.body, (f"band{band.index}",)))}
+        starts = {index: at_start(store.indices[5], loops) for index, (loops, store) in found.items()}
         loops, store = next(iter(found.values()))
         n, g, b = (at_start(index, loops) for index in store.indices[:3])
         first = at_start(store.indices[5], loops) * spec.stride[0]

@@ -316,6 +316,15 @@ class Target:
         return 32 if "avx" in self.features else 16
 
     @property
+    def halves_vectors(self) -> bool:
+        """Whether cores work on a whole vector in two halves, as AMD's Zen 4 does.
+
+        It has avx512bf16 without avx512fp16. So have Zen 5 and Intel's rare Cooper Lake, with units as wide as a
+        vector; they lose little by what suits Zen 4.
+        """
+        return "avx512bf16" in self.features and "avx512fp16" not in self.features
+
+    @property
     def vector_registers(self) -> int:
         """Number of vector registers: 32 with AVX-512 and on aarch64, otherwise 16."""
         return 32 if self.arch == "aarch64" or "avx512f" in self.features else 16

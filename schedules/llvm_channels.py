@@ -11,8 +11,8 @@ to
     for n*g*(qh / row_chunk)*b*ph*(tiles of rows in a chunk):   parallel
       for qw / column_block:
         for pw:                               unrolled
-          for parts of th, ic:                `convt_tvm.layout.partial_sum`; each ends with an addition to sums in memory
-            for tw:                           unrolled; left out where it would read rows of the border only
+          for parts of th, tw, ic:            as `partial_sum` says; each ends with an addition to sums in memory
+            for tw of the part:               unrolled; left out where it would read rows of the border only
               for ic of the part:
                 for qh % row_block:           unrolled     } row_block * column_block * co_block/lanes
                  for qw % column_block:       unrolled     } accumulators in registers
@@ -25,8 +25,11 @@ or, with ``taps="outer"``, where a block's weights for one row phase do not fit 
     for n*g*(qh / row_chunk)*b*ph:            parallel
       for pw, th, tw:                         pw unrolled
         for tiles of the chunk:
-          for ic:                             the same tile, whose sums are then added to those in memory
+          for parts of ic:                    the same tile, whose sums are then added to those in memory
       for the output of the chunk:            as above
+
+With ``gathers`` the parallel loop ends with b, the rows of all phases of the chunk go to a buffer, and from there past
+the caches to the output.
 
 What limits it, measured on one core of an Emerald Rapids server (175 GFLOP/s, L2 2 MiB, 18 GB/s from beyond it):
 
@@ -60,7 +63,7 @@ from convt_tvm.schedule import (
     parallelize,
     sum_loops,
 )
-from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.target import Target
 
 NAME = "llvm_channels"
@@ -74,6 +77,11 @@ CYCLES_PER_INPUT = 1.5
 CYCLES_PER_OUTPUT = 1.0
 CYCLES_PER_RUN = 8.0
 """Cycles for each run of outputs that a tile writes side by side: it opens a cache line, often a page, of its own."""
+
+FIRST_CACHE_BYTES = 28 << 10
+"""What the first cache has for inputs: 32 KiB, without what weights and sums take."""
+CYCLES_PER_MISSED = 0.2
+"""For an input value from the second cache (Zen 4: pose/1 and hifigan/up1 12 and 6 % slower with more positions)."""
 
 
 def applies(spec: ConvTranspose2dSpec) -> bool:
@@ -90,9 +98,10 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
         for vectors in range(1, min(MAX_VECTORS, -(-channels // lanes)) + 1):
             for columns in block_sizes(width, MAX_POSITIONS):
                 for rows in block_sizes(height, MAX_POSITIONS // columns):
-                    tile = Tile(vectors, rows * columns)
+                    tile = Tile(vectors, rows * columns, lanes * DTYPE_BYTES[spec.accumulator_dtype])
                     if tile.fits(target):
-                        costs = Costs(CYCLES_PER_INPUT, CYCLES_PER_OUTPUT + CYCLES_PER_RUN / (columns * phases))
+                        per_output = CYCLES_PER_OUTPUT + CYCLES_PER_RUN / (columns * phases)
+                        costs = Costs(CYCLES_PER_INPUT, per_output, _missed(spec, rows * columns))
                         for chunk in row_chunks(spec, rows, target):
                             layout = Layout("co", vectors * lanes, rows, columns, lanes, chunk)
                             yield layout, core_cycles(spec, layout, tile, target, reuse=1, costs=costs)
@@ -103,6 +112,12 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
                             spec, Layout("co", vectors * lanes, rows, columns, lanes, rows), target
                         ):
                             yield layout, core_cycles(spec, layout, tile, target, reuse=1, costs=costs)
+
+
+def _missed(spec: ConvTranspose2dSpec, positions: int) -> float:
+    """Cycles in which a step waits for its inputs: what the first cache can't hold of all channels of a tile."""
+    size = positions * (spec.ci // spec.groups) * DTYPE_BYTES[spec.accumulator_dtype]
+    return CYCLES_PER_MISSED * positions * max(0.0, 1 - FIRST_CACHE_BYTES / size)
 
 
 def space(sch: Schedule) -> None:

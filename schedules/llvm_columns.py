@@ -11,14 +11,17 @@ to
     for n*g*(qh / row_chunk)*b*ph*(rows in a chunk):   parallel
       for qw / column_block:
         for pw / phases:                      unrolled
-          for parts of th, ic:                `convt_tvm.layout.partial_sum`; each ends with an addition to sums in memory
-           for ic of the part:                left out where it would read a row of the border
-            for tw:                           unrolled
+          for parts of th, tw, ic:            as `partial_sum` says; each ends with an addition to sums in memory
+            for tw of the part:               unrolled; inside the loop over ic where `sums_taps_first` says so
+             for ic of the part:              left out where it would read a row of the border
               for ob:                         unrolled     } co_block * phases * column_block/lanes
                 for pw % phases:              unrolled     } accumulators in registers
                   for qw / lanes:             unrolled     }
                     for qw % lanes:           vectorized
         for ob:                               qw and pw: interleaved in registers
+
+With ``gathers`` the parallel loop ends with b, the rows of all phases of the chunk go to a buffer, and from there past
+the caches to the output.
 
 With few channels the column phases are worked on together, so that enough sums are under way to hide the latency of an
 addition.
@@ -59,7 +62,7 @@ from convt_tvm.schedule import (
     spread_window,
     sum_loops,
 )
-from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.target import Target
 
 NAME = "llvm_columns"
@@ -87,7 +90,7 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
     for lanes in lane_counts(spec, target):
         for vectors in range(1, min(MAX_VECTORS, -(-widest // lanes)) + 1):
             for co_block in block_sizes(channels, MAX_CHANNELS):
-                tile = Tile(vectors, co_block)
+                tile = Tile(vectors, co_block, lanes * DTYPE_BYTES[spec.accumulator_dtype])
                 if tile.fits(target):
                     for phases in phase_blocks(spec, target, tile):
                         reuse = phases * max(1, *(phase.taps for phase in spec.axes[1].phases))
@@ -129,13 +132,12 @@ def space(sch: Schedule) -> None:
         sch.reorder(*order, column_block, ob, column, pw)
         if reaches(spec, band) and layout.column_block * len(spec.axes[1].phases) <= MAX_INTERLEAVED:
             sch.annotate(column, IN_VECTORS, True)
-        if by_chunk and reaches(spec, band):
-            task, block = parallelize(sch, order[:3], band_cycles(spec)), b
-        else:
-            task = block = parallelize(sch, order[:4] if layout.gathers else order, band_cycles(spec))
+        of_chunk = by_chunk and reaches(spec, band)
+        shared = order[:3] if of_chunk else order[:4] if layout.gathers else order
+        task = parallelize(sch, shared, band_cycles(spec))
         if layout.gathers:
             # A loop over one block is simplified away.
-            sch.annotate(block if int(sch.get(block).extent) > 1 else task, GATHERS, True)
+            sch.annotate(b if of_chunk and layout.blocks(spec) > 1 else task, GATHERS, True)
         if reaches(spec, band):
             acc = sch.get_sblock(f"acc{band.index}")
             sch.compute_at(acc, column_block, preserve_unit_loops=True)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from convt_tvm.errors import SpecError
-from convt_tvm.layout import Layout, bands
+from convt_tvm.layout import Layout, bands, partial_sum, sums_in_parts, sums_taps_first
 from convt_tvm.spec import ConvTranspose2dSpec
 
 
@@ -48,22 +48,30 @@ def test_chunks_cover_a_band_in_whole_tiles():
 
 
 @pytest.mark.parametrize(
-    ("ci", "kernel_size", "taps", "expected"),
+    ("ci", "co", "kernel_size", "expected"),
     [
-        (256, 1, "inner", (1, 256, 1)),
-        (256, 5, "outer", (1, 256, 1)),
-        (3, 5, "inner", (3, 3, 3)),
-        (8, 5, "inner", (3, 4, 3)),
-        (128, 5, "inner", (1, 32, 3)),
-        (509, 4, "inner", (1, 509, 2)),
+        (256, 16, 1, (1, 256, 1)),
+        (3, 16, 5, (3, 3, 3)),
+        (8, 16, 5, (1, 8, 3)),
+        (128, 16, 5, (1, 128, 1)),
+        (512, 16, 4, (1, 128, 1)),
+        (509, 16, 4, (1, 509, 1)),
+        (8, 3, 5, (1, 8, 3)),
+        (128, 3, 5, (1, 32, 3)),
     ],
 )
-def test_partial_sums_are_a_few_times_the_root_of_all_products_long(ci, kernel_size, taps, expected):
-    spec = ConvTranspose2dSpec(n=1, ci=ci, ih=9, iw=9, co=16, kernel_size=kernel_size, stride=2)
-    layout = replace(Layout("co", 16, 1, 9, 16, 9), taps=taps)
-    assert layout.partial_sum(spec, bands(spec)[0]) == expected
+def test_partial_sums_are_a_few_times_the_root_of_all_products_long(ci, co, kernel_size, expected):
+    spec = ConvTranspose2dSpec(n=1, ci=ci, ih=9, iw=9, co=co, kernel_size=kernel_size, stride=2)
+    band = bands(spec)[0]
+    assert partial_sum(spec, band) == expected
+    assert sums_in_parts(spec, band) == (expected != (band.taps, ci, -(-kernel_size // 2)))
+
+
+def test_sums_take_taps_first_where_channels_are_few():
+    specs = [ConvTranspose2dSpec(n=1, ci=4, ih=9, iw=9, co=co, kernel_size=5, groups=4) for co in (4, 28, 32, 400)]
+    assert [sums_taps_first(spec) for spec in specs] == [True, True, False, False]
 
 
 def test_json_holds_the_whole_layout():
-    for layout in (Layout("co", 32, 1, 6, 16, 8, taps="outer"), Layout("ow", 13, 1, 32, 16, 4, 2)):
+    for layout in (Layout("co", 32, 1, 6, 16, 8, taps="outer"), Layout("ow", 13, 1, 32, 16, 4, 2, gathers=True)):
         assert Layout.from_json(layout.to_json()) == layout

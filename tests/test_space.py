@@ -1,13 +1,19 @@
 """Schedule spaces: every layout is right, the default suits its target."""
 
+import math
 from dataclasses import replace
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
+import torch
 
+from convt_tvm import cost
 from convt_tvm import space as space_module
-from convt_tvm.compiler import build_artifact
-from convt_tvm.errors import BuildError
-from convt_tvm.reference import integer_inputs, reference
+from convt_tvm.compiler import build, build_artifact
+from convt_tvm.errors import BuildError, SpecError
+from convt_tvm.fuzz import draw_spec
+from convt_tvm.reference import integer_inputs, normal_inputs, reference
 from convt_tvm.runtime import load
 from convt_tvm.space import choices, default_choice, spaces
 from convt_tvm.spec import ConvTranspose2dSpec
@@ -88,12 +94,53 @@ def test_each_space_is_exact_in_several_layouts(lanes, tmp_path):
         (BORDERED, "ow", {"row_chunk": 2}),
         (ONE_ROW, "ow", {"row_chunk": 2}),
         (ONE_ROW, "co", {"row_chunk": 2}),
+        (BORDERED, "co", {"row_chunk": 4, "gathers": True}),
+        (BORDERED, "ow", {"row_chunk": 4, "gathers": True}),
+        (ONE_ROW, "co", {"row_chunk": 2, "gathers": True}),
+        (ONE_ROW, "ow", {"row_chunk": 2, "gathers": True}),
     ],
 )
 def test_each_decision_is_exact_at_the_border(spec, lanes, changes, tmp_path):
     first = next(choice for choice in choices(spec, HOST) if choice.layout.lanes == lanes)
     layout = replace(first.layout, row_block=1, **{"row_chunk": 1, **changes})
     assert is_exact(spec, replace(first, layout=layout), tmp_path / "kernel"), layout
+
+
+def test_outputs_for_memory_are_gathered():
+    found = choices(resolve(["seed/square"])[0].spec, V4)
+    gathering = [choice.layout for choice in found if choice.layout.gathers]
+    assert gathering
+    assert {layout.lanes for layout in gathering} == {"co", "ow"}
+    assert not any(choice.layout.gathers for choice in choices(resolve(["dcgan/4"])[0].spec, V4))
+
+
+@st.composite
+def specs(draw):
+    try:
+        return draw_spec(lambda low, high: draw(st.integers(low, high)), dtypes=["float32"])
+    except SpecError:
+        hypothesis.reject()
+
+
+@hypothesis.given(spec=specs(), numbers=st.tuples(st.integers(0, 999), st.integers(0, 999)), batch=st.integers(1, 3))
+@hypothesis.settings(max_examples=60, deadline=None)
+def test_every_schedule_and_batch_size_gives_the_same_bits(spec, numbers, batch):
+    """Also those that go past the caches, which otherwise larger outputs do."""
+    inputs = normal_inputs(spec.with_batch(3), seed=numbers[0])
+    outputs = []
+    for number, n in zip(numbers, (3, batch), strict=True):
+        sized = spec.with_batch(n)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cost, "PAST_CACHES_BYTES", 0)
+            found = choices(sized, HOST)
+        kernel = build(sized, choice=found[number % len(found)])
+        whole = torch.full((3 * math.prod(sized.output_shape[1:]) + 256,), 77.0)
+        output = whole[128 : 128 + math.prod(sized.output_shape)].view(sized.output_shape)
+        kernel(inputs[0][:n], *inputs[1:], out=output)
+        assert (whole[:128] == 77).all()
+        assert (whole[128 + output.numel() :] == 77).all()
+        outputs.append(output)
+    assert torch.equal(outputs[0][:batch].view(torch.int32), outputs[1].view(torch.int32))
 
 
 def is_exact(spec, choice, directory):
