@@ -58,7 +58,17 @@ _SOURCES = (
     *("phases", "spec", "gpu", "target", "layout", "thread_layout", "tile_layout", "tensor_layout"),
     *("tensor_intrinsics", "compute", "compute_tiles", "compute_cuda", "compute_tensor"),
     *("cost", "cost_cuda", "cost_tensor", "schedule", "schedule_cuda", "schedule_tensor", "space", "shuffle"),
-    *("lower", "lower_tiles", "lower_cuda", "lower_tensor", "cuda_toolkit", "emulator"),
+    *(
+        "statements",
+        "stream",
+        "outputs",
+        "lower",
+        "lower_tiles",
+        "lower_cuda",
+        "lower_tensor",
+        "cuda_toolkit",
+        "emulator",
+    ),
     *("cuda_device_code", "backends", "entry", "compiler"),
 )
 _COMPILERS = ("apache-tvm", "apache-tvm-ffi")

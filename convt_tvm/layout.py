@@ -255,6 +255,7 @@ def sums_taps_first(spec: ConvTranspose2dSpec) -> bool:
     return spec.co // spec.groups < MANY_CHANNELS
 
 
+@lru_cache(maxsize=256)
 def partial_sum(spec: ConvTranspose2dSpec, band: Band) -> tuple[int, int, int]:
     """Row taps, input channels and column taps whose products are summed in registers; each divides its number.
 
@@ -279,7 +280,6 @@ def partial_sum(spec: ConvTranspose2dSpec, band: Band) -> tuple[int, int, int]:
     else:
         lengths = {(1, size, 1): size for size in sizes}
         lengths[1, channels, columns] = channels * met_columns
-    lengths[band.taps, channels, columns] = products
     return min(lengths, key=lambda part: abs(log(lengths[part] / goal)))
 
 

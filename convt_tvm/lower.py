@@ -18,7 +18,7 @@ from convt_tvm.compute import GATHERS, SKIPS_ROWS, SUMS, layout_of, lookup, spec
 from convt_tvm.layout import CACHE_LINE_BYTES, Window, bands, kernel_columns
 from convt_tvm.outputs import Outputs
 from convt_tvm.spec import Pair
-from convt_tvm.statements import find_store, nest, on_stack, rebuild, tensor, with_value
+from convt_tvm.statements import find_store, nest, on_stack, rebuild, sequence, tensor, with_value
 from convt_tvm.stream import define_copy
 
 __all__ = ["flatten_blocks", "lower_kernel", "lower_pack"]
@@ -107,7 +107,7 @@ def _rewrite(statement: Any, rules: Rules) -> Any:
             case tirx.SeqStmt():
                 found = [find_store(part, rules.ahead) for part in node.seq if any(map(_holds_sums, node.seq))]
                 ahead = [each for it in found if it for each in rules.ahead[str(it[1].buffer.name)](*it)]
-                return tirx.SeqStmt([*ahead, *map(visit, node.seq)])
+                return sequence([*ahead, *map(visit, node.seq)])
             case tirx.For():
                 return rebuild(node, visit(node.body))
             case tirx.IfThenElse():
@@ -150,7 +150,7 @@ def _join_gathering(body: Any) -> Any:
             raise AssertionError(f"bands with {first.extent} and {task.extent} tasks cannot gather their outputs")
         work += [tirx.Bind(task.loop_var, first.loop_var), task.body]
     rest = [part for part in parts if part not in tasks]
-    return tirx.SeqStmt([*rest, rebuild(first, tirx.SeqStmt(work))])
+    return sequence([*rest, rebuild(first, sequence(work))])
 
 
 def _find_load(node: Any, buffer: str) -> Any:

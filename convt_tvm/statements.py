@@ -8,7 +8,18 @@ from typing import Any
 import tvm
 from tvm import tirx
 
-__all__ = ["Clip", "at_start", "depends_on", "find_store", "nest", "on_stack", "rebuild", "tensor", "with_value"]
+__all__ = [
+    "Clip",
+    "at_start",
+    "depends_on",
+    "find_store",
+    "nest",
+    "on_stack",
+    "rebuild",
+    "sequence",
+    "tensor",
+    "with_value",
+]
 
 MAX_STACK_BYTES = 32 << 10
 """Largest buffer on a thread's stack: a row of accumulators, not the input's window."""
@@ -20,6 +31,11 @@ Loop = Any
 def tensor(name: str, shape: Sequence[Expr], dtype: str) -> Any:
     """A tensor that may start at any address."""
     return tirx.decl_buffer(shape, dtype, name=name, data_alignment=1)
+
+
+def sequence(statements: Sequence[Any]) -> Any:
+    """One or more statements, one after the other."""
+    return statements[0] if len(statements) == 1 else tirx.SeqStmt(list(statements))
 
 
 def on_stack(node: Any) -> Any:

@@ -49,8 +49,11 @@ MAY_IMPORT = {
     "store": "errors records",
     "database": "errors gpu spec target threads records store",
     "space": "errors spec target layout schedules records",
-    "lower": "spec layout compute shuffle",
-    "lower_tiles": "spec compute compute_tiles lower tile_layout",
+    "statements": "",
+    "stream": "layout statements",
+    "outputs": "spec target layout compute shuffle statements stream",
+    "lower": "spec layout compute statements stream outputs",
+    "lower_tiles": "spec compute compute_tiles statements lower tile_layout",
     "lower_cuda": "spec layout compute compute_cuda thread_layout lower",
     "lower_tensor": "compute compute_tensor tensor_layout lower_cuda",
     "cuda_toolkit": "errors",
@@ -130,8 +133,19 @@ MAY_IMPORT = {
 # These import tvm when they are imported; the others may do so inside a function only.
 COMPILING = {
     *("compute", "compute_tiles", "compute_cuda", "compute_tensor", "tensor_intrinsics", "shuffle", "space"),
-    *("schedule", "schedule_cuda", "schedule_tensor", "schedules", "lower", "lower_tiles", "lower_cuda"),
-    *("lower_tensor", "cuda_device_code", "entry", "backends", "compiler", "emulate", "metaschedule", "generic"),
+    *("schedule", "schedule_cuda", "schedule_tensor", "schedules", "statements", "stream", "outputs", "lower"),
+    *(
+        "lower_tiles",
+        "lower_cuda",
+        "lower_tensor",
+        "cuda_device_code",
+        "entry",
+        "backends",
+        "compiler",
+        "emulate",
+        "metaschedule",
+        "generic",
+    ),
 }
 
 # What runs where no compiler is installed.
