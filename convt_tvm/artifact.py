@@ -58,18 +58,8 @@ _SOURCES = (
     *("phases", "spec", "gpu", "target", "layout", "thread_layout", "tile_layout", "tensor_layout"),
     *("tensor_intrinsics", "compute", "compute_tiles", "compute_cuda", "compute_tensor"),
     *("cost", "cost_cuda", "cost_tensor", "schedule", "schedule_cuda", "schedule_tensor", "space", "shuffle"),
-    *(
-        "statements",
-        "stream",
-        "outputs",
-        "lower",
-        "lower_tiles",
-        "lower_cuda",
-        "lower_tensor",
-        "cuda_toolkit",
-        "emulator",
-    ),
-    *("cuda_device_code", "backends", "entry", "compiler"),
+    *("statements", "stream", "outputs", "lower", "lower_tiles", "lower_cuda", "lower_tensor"),
+    *("cuda_toolkit", "emulator", "cuda_device_code", "cpu_code", "backends", "entry", "compiler"),
 )
 _COMPILERS = ("apache-tvm", "apache-tvm-ffi")
 _AT_FDCWD = -100
@@ -279,11 +269,12 @@ def _sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes, *, lasting: bool) -> None:
     with path.open("xb") as stream:
         stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
+        if lasting:
+            stream.flush()
+            os.fsync(stream.fileno())
 
 
 def _exchange(first: Path, second: Path) -> bool:
@@ -362,6 +353,7 @@ def publish(
     files: Mapping[str, Path],
     tuning: Mapping[str, Any] | None = None,
     resources: Iterable[Mapping[str, Any]] = (),
+    lasting: bool = True,
 ) -> Manifest:
     """Write an artifact and return its manifest; the directory is complete or as it was before, whenever this stops.
 
@@ -374,6 +366,10 @@ def publish(
     A complete artifact with the same digest is left alone. Any other artifact of that name, broken or not, is replaced
     in one step (Linux's renameat2 with RENAME_EXCHANGE); on file systems that cannot exchange directories, the name is
     free for an instant between two renames. A process that has loaded the replaced kernel keeps it.
+
+    Without ``lasting`` nothing is synced: for what is removed before the machine could lose it, as the directory of a
+    process that removes it in the end. All else holds; but after the system, not only the process, has crashed, the
+    directory may hold less than was written, which `verify` finds.
 
     Raises
     ------
@@ -398,10 +394,11 @@ def publish(
         fingerprint=fingerprint,
         tuning=dict(tuning or {}),
         resources=[dict(found) for found in resources],
+        lasting=lasting,
     )
 
 
-def _publish(directory: Path, content: Mapping[str, bytes], **described: Any) -> Manifest:
+def _publish(directory: Path, content: Mapping[str, bytes], *, lasting: bool = True, **described: Any) -> Manifest:
     manifest = Manifest(**described, files={name: _sha256(data) for name, data in sorted(content.items())})
     foreign = sorted(set(content) - set(_FILES))
     if foreign:
@@ -412,12 +409,14 @@ def _publish(directory: Path, content: Mapping[str, bytes], **described: Any) ->
     temporary.mkdir()
     try:
         for name, data in content.items():
-            _write(temporary / name, data)
+            _write(temporary / name, data, lasting=lasting)
         text = json.dumps(manifest.to_json(), indent=1, ensure_ascii=True, allow_nan=False)
-        _write(temporary / MANIFEST_FILE, text.encode() + b"\n")
-        _sync_directory(temporary)
+        _write(temporary / MANIFEST_FILE, text.encode() + b"\n", lasting=lasting)
+        if lasting:
+            _sync_directory(temporary)
         _put_in_place(temporary, directory, manifest.digest)
-        _sync_directory(directory.parent)
+        if lasting:
+            _sync_directory(directory.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return manifest

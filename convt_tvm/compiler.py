@@ -17,6 +17,7 @@ from tvm_ffi import structural_hash
 
 from convt_tvm.artifact import KERNEL_FILE, Manifest, publish, source_fingerprint
 from convt_tvm.backends import code_generator, get_backend
+from convt_tvm.cpu_code import compile_library
 from convt_tvm.database import find_result
 from convt_tvm.entry import guard_arguments
 from convt_tvm.errors import BuildError
@@ -96,7 +97,7 @@ def build(
     resolved.require_host()
     directory = Path(tempfile.mkdtemp(prefix="convt-tvm-"))
     try:
-        build_artifact(spec, resolved, directory / spec.name, choice=choice, tuned=tuned)
+        build_artifact(spec, resolved, directory / spec.name, choice=choice, tuned=tuned, lasting=False)
         kernel = load(directory / spec.name)
     except BaseException:
         shutil.rmtree(directory, ignore_errors=True)
@@ -112,6 +113,7 @@ def build_artifact(
     *,
     choice: Choice | None = None,
     tuned: bool = True,
+    lasting: bool = True,
 ) -> Manifest:
     """Compile `spec` for `target` and publish it as `directory`.
 
@@ -124,6 +126,8 @@ def build_artifact(
         The schedule and layout. By default those of the stored tuning result, if `tuned`, there is one for this
         machine and its schedule is still the same code; otherwise what the cost rule finds cheapest. The manifest's
         ``tuning`` names the result, or says why one does not apply.
+    lasting
+        False for a directory that this process, or who started it, removes again; see `convt_tvm.artifact.publish`.
 
     Raises
     ------
@@ -165,6 +169,7 @@ def build_artifact(
             tuning={"code": lowered.code, **tuning},
             resources=resources,
             files={KERNEL_FILE: library},
+            lasting=lasting,
         )
 
 
@@ -269,6 +274,9 @@ def compile_module(
     """
     if cc.get_cc() is None:
         raise BuildError("linking needs a C++ compiler; install g++ or clang, for example `apt-get install g++`.")
+    if target.kind == "llvm":
+        compile_library(module, target, library)
+        return []
     tvm_target = target.to_tvm()
     with code_generator(target, emulated) as resources, tvm_target:
         tvm.compile(module, target=tvm_target).export_library(str(library))

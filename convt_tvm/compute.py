@@ -32,6 +32,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm import ir, te, tirx
+from tvm_ffi.serialization import from_json_graph_str, to_json_graph_str
 
 from convt_tvm.layout import Band, Layout, Window, bands, collides, column_starts, partial_sum, reaches
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
@@ -95,12 +96,14 @@ def create_function(arguments: list[Any]) -> tirx.PrimFunc:
     torch slice would crash. TE has no way to say otherwise, so the alignment is set in the function's JSON form.
     """
     function = te.create_prim_func(arguments)
-    graph = json.loads(ir.save_json(function))
+    # Of `tvm.ir`'s own functions, the one that reads brings graphs of older versions up to date: most of the time.
+    graph = json.loads(to_json_graph_str(function))
     nodes = graph["nodes"]
     root = nodes[graph["root_index"]]["data"]
     for parameter in nodes[root["params"]]["data"]:
         nodes[nodes[parameter]["data"]["ty"]]["data"]["data_alignment"] = 1
-    return ir.load_json(json.dumps(graph)).with_attr("global_symbol", "main")
+    aligned: tirx.PrimFunc = from_json_graph_str(json.dumps(graph))
+    return aligned.with_attr("global_symbol", "main")
 
 
 def declare_phases(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> tirx.PrimFunc:

@@ -4,6 +4,7 @@ import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from math import prod
 from typing import Any, Self, TypeAlias
 
@@ -166,14 +167,7 @@ class ConvTranspose2dSpec:
     @property
     def axes(self) -> tuple[Axis, Axis]:
         """The two spatial axes, height first."""
-        sizes = (self.ih, self.iw)
-        height, width = (
-            Axis(
-                sizes[i], self.kernel_size[i], self.stride[i], self.padding[i], self.output_padding[i], self.dilation[i]
-            )
-            for i in range(2)
-        )
-        return height, width
+        return _axes(self)
 
     @property
     def oh(self) -> int:
@@ -287,3 +281,14 @@ class ConvTranspose2dSpec:
                 f"unknown {sorted(set(values) - known)}."
             )
         return cls(**values)
+
+
+@lru_cache(maxsize=64)
+def _axes(spec: ConvTranspose2dSpec) -> tuple[Axis, Axis]:
+    """See `ConvTranspose2dSpec.axes`; kept, since a cost rule asks for them for each layout it considers."""
+    sizes = (spec.ih, spec.iw)
+    height, width = (
+        Axis(sizes[i], spec.kernel_size[i], spec.stride[i], spec.padding[i], spec.output_padding[i], spec.dilation[i])
+        for i in range(2)
+    )
+    return height, width

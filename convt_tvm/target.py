@@ -456,13 +456,16 @@ class Machine:
 
 def package_versions(names: Iterable[str] = _PACKAGES) -> dict[str, str | None]:
     """Installed versions by distribution name, None where there is none; imports nothing of them."""
-    found: dict[str, str | None] = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    return {name: _version(name) for name in names}
+
+
+@functools.cache
+def _version(distribution: str) -> str | None:
+    """Read once: a process keeps what it has imported."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _usable_cores() -> int:

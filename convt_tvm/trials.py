@@ -215,7 +215,7 @@ def _build(job: dict[str, Any]) -> dict[str, Any]:
     choice = find_choice(spec, target, candidate)
     if choice is None:
         raise TuningError(f"{candidate} is no candidate for {spec.name}")
-    manifest = build_artifact(spec, target, Path(job["directory"]), choice=choice)
+    manifest = build_artifact(spec, target, Path(job["directory"]), choice=choice, lasting=False)
     return {"digest": manifest.tuning["code"], "trace": manifest.trace, "secs": perf_counter() - start}
 
 

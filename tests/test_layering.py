@@ -63,7 +63,8 @@ MAY_IMPORT = {
     "backends": "spec target layout thread_layout tensor_layout tile_layout compute compute_tiles compute_cuda "
     "compute_tensor schedule schedule_cuda lower lower_tiles lower_cuda lower_tensor cuda_toolkit cuda_device_code",
     "entry": "",
-    "compiler": "errors spec target layout artifact runtime records database space entry backends",
+    "cpu_code": "target",
+    "compiler": "errors spec target layout artifact runtime records database space entry backends cpu_code",
     "cache": "errors spec target artifact runtime database compiler",
     "plan": "errors gpu phases spec runtime cache",
     "functional": "errors plan",
