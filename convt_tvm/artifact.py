@@ -269,7 +269,7 @@ def _sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _write(path: Path, data: bytes, *, lasting: bool) -> None:
+def _write(path: Path, data: bytes, lasting: bool) -> None:
     with path.open("xb") as stream:
         stream.write(data)
         if lasting:
@@ -409,9 +409,9 @@ def _publish(directory: Path, content: Mapping[str, bytes], *, lasting: bool = T
     temporary.mkdir()
     try:
         for name, data in content.items():
-            _write(temporary / name, data, lasting=lasting)
+            _write(temporary / name, data, lasting)
         text = json.dumps(manifest.to_json(), indent=1, ensure_ascii=True, allow_nan=False)
-        _write(temporary / MANIFEST_FILE, text.encode() + b"\n", lasting=lasting)
+        _write(temporary / MANIFEST_FILE, text.encode() + b"\n", lasting)
         if lasting:
             _sync_directory(temporary)
         _put_in_place(temporary, directory, manifest.digest)

@@ -211,6 +211,16 @@ def test_a_failure_on_the_way_leaves_the_old_one_and_no_litter(published, kernel
     assert [path.name for path in published.parent.iterdir()] == [published.name]
 
 
+@pytest.mark.parametrize("lasting", [True, False])
+def test_what_lasts_is_synced(tmp_path, kernel, lasting, monkeypatch):
+    synced = []
+    monkeypatch.setattr(artifact.os, "fsync", synced.append)
+    publish(tmp_path / "one", **FIELDS, files={KERNEL_FILE: kernel}, lasting=lasting)
+    verify(tmp_path / "one")
+    # Two files, the directory and its parent.
+    assert len(synced) == (4 if lasting else 0)
+
+
 def test_a_failed_second_rename_puts_the_old_one_back(published, kernel, monkeypatch):
     before = verify(published)
     monkeypatch.setattr(artifact, "_exchange", lambda first, second: False)

@@ -135,18 +135,8 @@ MAY_IMPORT = {
 COMPILING = {
     *("compute", "compute_tiles", "compute_cuda", "compute_tensor", "tensor_intrinsics", "shuffle", "space"),
     *("schedule", "schedule_cuda", "schedule_tensor", "schedules", "statements", "stream", "outputs", "lower"),
-    *(
-        "lower_tiles",
-        "lower_cuda",
-        "lower_tensor",
-        "cuda_device_code",
-        "entry",
-        "backends",
-        "compiler",
-        "emulate",
-        "metaschedule",
-        "generic",
-    ),
+    *("lower_tiles", "lower_cuda", "lower_tensor", "cuda_device_code", "cpu_code", "entry", "backends", "compiler"),
+    *("emulate", "metaschedule", "generic"),
 }
 
 # What runs where no compiler is installed.
