@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from zlib import crc32
 
 import torch
 
@@ -23,7 +24,10 @@ __all__ = [
 ]
 
 OURS = "ours"
-"""The kernel that would run; ``ours/SCHEDULE`` is the best layout of one schedule space."""
+"""The kernel that would run; ``ours/SCHEDULE`` is one layout of a schedule space, drawn by the spec's name.
+
+Its best layout is as a rule one of few, and would leave most of what the space holds untried.
+"""
 EMULATED = f"{OURS}/emulated"
 """The kernel that would run on a GPU, run by the emulator."""
 
@@ -77,7 +81,7 @@ class Implementation:
 
 
 def our_implementations(target: Target) -> list[Implementation]:
-    """Our kernel as it would run, then the best layout of every schedule space for the target."""
+    """Our kernel as it would run, then a layout of every schedule space for the target."""
     from convt_tvm.space import spaces
 
     names = [space.name for space in spaces() if space.target_kind == target.kind]
@@ -107,9 +111,10 @@ def _build(target: Target, schedule: str | None, spec: ConvTranspose2dSpec) -> O
     choice = None
     if schedule is not None:
         declared = replace(spec, n=spec.n or 1)
-        choice = next((each for each in choices(declared, target) if each.space.name == schedule), None)
-        if choice is None:
+        found = choices(declared, target, schedule)
+        if not found:
             raise RefusedError(Refusal("rejected", f"the schedule space {schedule} does not apply"))
+        choice = found[crc32(declared.name.encode()) % len(found)]
     return build(spec, target, choice=choice)
 
 

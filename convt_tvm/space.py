@@ -57,12 +57,12 @@ def spaces() -> tuple[Space, ...]:
     return tuple(found)
 
 
-def choices(spec: ConvTranspose2dSpec, target: Target) -> list[Choice]:
-    """Every space and layout for `spec` on `target`, the cheapest by the cost rule first."""
+def choices(spec: ConvTranspose2dSpec, target: Target, schedule: str | None = None) -> list[Choice]:
+    """Every space, or the one that `schedule` names, and layout for `spec` on `target`, the cheapest first."""
     found = [
         Choice(space, layout, cycles)
         for space in spaces()
-        if space.target_kind == target.kind and space.applies(spec)
+        if space.target_kind == target.kind and schedule in (None, space.name) and space.applies(spec)
         for layout, cycles in space.layouts(spec, target)
     ]
     return sorted(found, key=lambda choice: choice.cycles)
