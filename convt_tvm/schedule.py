@@ -138,7 +138,7 @@ def copy_window(sch: Schedule, spec: ConvTranspose2dSpec, window: SBlockRV) -> N
     spread_window(sch, spec, window)
     first, second, third, fourth = sch.get_loops(window)
     if layout_of(sch.mod["main"]).lanes == "co":
-        factor = max(size for size in (16, 8, 4, 2, 1) if spec.ci % size == 0)
+        factor = max(size for size in (16, 8, 4, 2, 1) if int(sch.get(fourth).extent) % size == 0)
         outer, inner = sch.split(fourth, [None, factor])
         sch.reorder(outer, third, inner)
         sch.vectorize(inner)

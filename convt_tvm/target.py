@@ -52,7 +52,7 @@ _IMPLIES: dict[str, dict[str, tuple[str, ...]]] = {
         "avx512dq": ("avx512f",),
         "avx512vl": ("avx512f",),
         "avx512vnni": ("avx512f",),
-        "avx512bf16": ("avx512bw",),
+        "avx512bf16": ("avx512bw", "avx512vl"),
         "avx512fp16": ("avx512bw", "avx512dq", "avx512vl"),
         "amx-tile": (),
         "amx-bf16": ("amx-tile", "avx512bw"),

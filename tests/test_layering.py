@@ -31,6 +31,8 @@ MAY_IMPORT = {
     "compute": "spec target layout",
     "thread_layout": "spec layout",
     "tile_layout": "spec layout",
+    "dot_layout": "spec layout",
+    "compute_dot": "spec target layout compute dot_layout",
     "compute_tiles": "spec target layout compute tile_layout",
     "compute_cuda": "spec target layout compute thread_layout",
     "tensor_layout": "phases spec layout",
@@ -43,22 +45,24 @@ MAY_IMPORT = {
     "schedule": "spec layout compute",
     "schedule_cuda": "thread_layout",
     "schedule_tensor": "spec compute tensor_layout tensor_intrinsics compute_tensor",
-    "schedules": "spec target layout tile_layout tensor_layout compute compute_tiles compute_cuda compute_tensor cost "
-    "cost_cuda cost_tensor schedule schedule_cuda schedule_tensor",
+    "schedules": "spec target layout dot_layout tile_layout tensor_layout compute compute_tiles compute_cuda "
+    "compute_tensor cost cost_cuda cost_tensor schedule schedule_cuda schedule_tensor",
     "records": "errors",
     "store": "errors records",
     "database": "errors gpu spec target threads records store",
     "space": "errors spec target layout schedules records",
     "lower": "spec layout compute shuffle",
-    "lower_tiles": "spec compute compute_tiles lower tile_layout",
+    "rewrite": "",
+    "lower_dot": "compute compute_dot shuffle lower rewrite",
+    "lower_tiles": "spec compute compute_tiles lower tile_layout rewrite",
     "lower_cuda": "spec layout compute compute_cuda thread_layout lower",
     "lower_tensor": "compute compute_tensor tensor_layout lower_cuda",
     "cuda_toolkit": "errors",
     "emulator": "errors cuda_toolkit",
     "emulated_torch": "errors gpu emulator",
     "cuda_device_code": "errors target tensor_intrinsics cuda_toolkit emulator",
-    "backends": "spec target layout thread_layout tensor_layout tile_layout compute compute_tiles compute_cuda "
-    "compute_tensor schedule schedule_cuda lower lower_tiles lower_cuda lower_tensor cuda_toolkit cuda_device_code",
+    "backends": "spec target layout dot_layout thread_layout tensor_layout tile_layout compute compute_dot compute_tiles "
+    "compute_cuda compute_tensor schedule schedule_cuda lower lower_dot lower_tiles lower_cuda lower_tensor cuda_toolkit cuda_device_code",
     "entry": "",
     "compiler": "errors spec target layout artifact runtime records database space entry backends",
     "cache": "errors spec target artifact runtime database compiler",
@@ -129,9 +133,9 @@ MAY_IMPORT = {
 
 # These import tvm when they are imported; the others may do so inside a function only.
 COMPILING = {
-    *("compute", "compute_tiles", "compute_cuda", "compute_tensor", "tensor_intrinsics", "shuffle", "space"),
-    *("schedule", "schedule_cuda", "schedule_tensor", "schedules", "lower", "lower_tiles", "lower_cuda"),
-    *("lower_tensor", "cuda_device_code", "entry", "backends", "compiler", "emulate", "metaschedule", "generic"),
+    *("compute", "compute_dot", "compute_tiles", "compute_cuda", "compute_tensor", "tensor_intrinsics", "shuffle", "space"),
+    *("schedule", "schedule_cuda", "schedule_tensor", "schedules", "lower", "rewrite", "lower_dot"),
+    *("lower_tiles", "lower_cuda", "lower_tensor", "cuda_device_code", "entry", "backends", "compiler", "emulate", "metaschedule", "generic"),
 }
 
 # What runs where no compiler is installed.
