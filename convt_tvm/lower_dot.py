@@ -13,9 +13,11 @@ from typing import Any
 import tvm
 from tvm import ir, tirx
 
-from convt_tvm.compute import PARTIAL, layout_of
+from convt_tvm.compute import PARTIAL, layout_of, spec_of
 from convt_tvm.compute_dot import PAIR
+from convt_tvm.layout import Window
 from convt_tvm.lower import lower_kernel
+from convt_tvm.lower_window import transpose_window
 from convt_tvm.rewrite import find_guard, find_load, rewrite
 from convt_tvm.statements import at_start
 from convt_tvm.shuffle import ramp
@@ -44,7 +46,8 @@ Statement = Any
 
 def lower_dot_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
     """The scheduled `function` on pairs as ``convt(input, packed, [bias,] output)``, output NCHW."""
-    lanes = layout_of(function).vector_lanes
+    spec, layout = spec_of(function), layout_of(function)
+    lanes = layout.vector_lanes
     kernel = lower_kernel(function)["convt"]
 
     def change(node: Any) -> Statement | None:
@@ -56,7 +59,7 @@ def lower_dot_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
         return None
 
     functions = "".join(_FUNCTIONS.format(n=n, m=2 * n, bits=32 * n) for n in _LANES)
-    body = rewrite(kernel.body, change)
+    body = transpose_window(rewrite(kernel.body, change), Window.of(spec, layout))
     imported = tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", ir.StringImm(functions), body)
     return tvm.IRModule({"convt": kernel.with_body(imported)})
 

@@ -4,8 +4,10 @@ from collections.abc import Iterator
 
 from tvm.s_tir import Schedule
 
+from convt_tvm.compute import IN_VECTORS
 from convt_tvm.dot_layout import DotLayout, paired
 from convt_tvm.layout import Layout, bands, reaches
+from convt_tvm.schedule import find_window
 from convt_tvm.schedules import llvm_channels
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import TILE_FEATURES, Target
@@ -33,3 +35,6 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
 def space(sch: Schedule) -> None:
     """Schedule the phase form in `sch` in place; deterministic for a declaration."""
     llvm_channels.space(sch)
+    window = find_window(sch)
+    if window is not None:
+        sch.annotate(sch.get_loops(window)[-2], IN_VECTORS, True)
