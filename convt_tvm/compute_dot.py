@@ -12,15 +12,14 @@ from typing import Any
 
 from tvm import te, tirx
 
+from convt_tvm.bfloat16 import PAIR
 from convt_tvm.compute import create_function, finish, sum_products, sums_of
 from convt_tvm.dot_layout import DotLayout, paired
 from convt_tvm.layout import Window, bands, reaches
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
 
-__all__ = ["PAIR", "declare_dot_pack", "declare_dot_phases"]
-
-PAIR = "uint32"
+__all__ = ["declare_dot_pack", "declare_dot_phases"]
 
 Expr = Any
 
