@@ -16,7 +16,7 @@ from tvm import ir, tirx
 from convt_tvm.shuffle import define, transpose
 from convt_tvm.target import Target
 
-__all__ = ["LANES", "PAIR", "add_products", "define_functions", "has_instructions", "narrow", "transpose_pairs"]
+__all__ = ["LANES", "PAIR", "add_products", "define_functions", "has_instructions", "narrow", "pair_at", "transpose_pairs"]
 
 LANES = (16, 8, 4)
 """Vectors of float32 for which there are instructions."""
@@ -47,6 +47,14 @@ define linkonce_odr hidden <{n} x i32> @convt_pair{n}(<{n} x float> %a, <{n} x f
   ret <{n} x i32> %r
 }}
 """
+_READ = """
+define linkonce_odr hidden i32 @convt_pair_at(ptr %address, i32 %offset) alwaysinline {
+  %far = sext i32 %offset to i64
+  %place = getelementptr i32, ptr %address, i64 %far
+  %pair = load i32, ptr %place, align 4
+  ret i32 %pair
+}
+"""
 
 Expr = Any
 Statement = Any
@@ -59,7 +67,7 @@ def has_instructions(target: Target) -> bool:
 
 def define_functions(body: Statement) -> Statement:
     """`body` with what the other functions of this module call."""
-    texts = []
+    texts = [_READ]
     for n in LANES:
         riffle = ", ".join(f"i32 {i // 2 + i % 2 * n}" for i in range(2 * n))
         texts.append(_FUNCTIONS.format(n=n, m=2 * n, bits=32 * n, riffle=riffle))
@@ -69,6 +77,11 @@ def define_functions(body: Statement) -> Statement:
 def add_products(sums: Expr, first: Expr, second: Expr, lanes: int) -> Expr:
     """`sums` plus, in each lane, the products of two pairs."""
     return tirx.call_pure_extern(f"float32x{lanes}", f"convt_dot{lanes}", sums, first, second)
+
+
+def pair_at(address: Expr, offset: Expr) -> Expr:
+    """The pair so many pairs after an address."""
+    return tirx.call_extern(PAIR, "convt_pair_at", address, offset)
 
 
 def narrow(vector: Expr, lanes: int) -> Expr:
