@@ -16,7 +16,16 @@ from tvm import ir, tirx
 from convt_tvm.shuffle import define, transpose
 from convt_tvm.target import Target
 
-__all__ = ["LANES", "PAIR", "add_products", "define_functions", "has_instructions", "narrow", "pair_at", "transpose_pairs"]
+__all__ = [
+    "LANES",
+    "PAIR",
+    "add_products",
+    "define_functions",
+    "has_instructions",
+    "narrow",
+    "pair_at",
+    "transpose_pairs",
+]
 
 LANES = (16, 8, 4)
 """Vectors of float32 for which there are instructions."""

@@ -37,8 +37,7 @@ def declare_dot_phases(spec: ConvTranspose2dSpec, layout: DotLayout, target: Tar
         *lead, ob = place
         halves = (tirx.shift_left(pair, _bits(16)), tirx.bitwise_and(pair, _bits(0xFFFF0000)))
         low, high = (
-            tirx.reinterpret(spec.accumulator_dtype, half)
-            * packed[(*lead, 2 * ob + j)].astype(spec.accumulator_dtype)
+            tirx.reinterpret(spec.accumulator_dtype, half) * packed[(*lead, 2 * ob + j)].astype(spec.accumulator_dtype)
             for j, half in enumerate(halves)
         )
         return low + high
