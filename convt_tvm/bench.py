@@ -109,14 +109,14 @@ def measure_target_limits(spec: ConvTranspose2dSpec, target: Target, threads: in
     """What the machine that runs `target` could do at best for such a spec, on so many threads of a processor."""
     if target.kind == "cuda":
         return roofline_torch.measure_limits("cuda", spec.dtype, 1, tf32=target.allows_tf32)
-    count, features = threads or torch.get_num_threads(), target.for_dtype(spec.dtype).features
-    if not TILE_FEATURES.isdisjoint(features):
+    count = threads or torch.get_num_threads()
+    if not TILE_FEATURES.isdisjoint(target.for_dtype(spec.dtype).features):
         # What torch makes of the tile unit: a plain loop of its products would need it configured.
         return roofline_torch.measure_limits("cpu", spec.dtype, count)
     if importlib.util.find_spec("tvm") is None:
         return roofline_torch.measure_limits("cpu", spec.accumulator_dtype, count)
-    dots = spec.dtype == "bfloat16" and "avx512bf16" in features
-    return roofline.measure_limits(spec.dtype if dots else spec.accumulator_dtype, count)
+    in_pairs = spec.dtype == "bfloat16" and target.multiplies_pairs
+    return roofline.measure_limits(spec.dtype if in_pairs else spec.accumulator_dtype, count)
 
 
 def _contender(kernel: Kernel, inputs: Inputs) -> Contender:

@@ -1,4 +1,4 @@
-"""Instructions of x86 that take or give bfloat16 (AVX-512 BF16), on vectors of bits.
+"""Instructions of x86 that take or give bfloat16 (AVX-512 BF16), for targets of which `Target.multiplies_pairs` holds.
 
 TVM computes bfloat16 in float32, arguments of instructions included. So they come as functions in LLVM's language,
 which LLVM puts in the place of their calls:
@@ -14,14 +14,12 @@ from typing import Any
 from tvm import ir, tirx
 
 from convt_tvm.shuffle import define, transpose
-from convt_tvm.target import Target
 
 __all__ = [
     "LANES",
     "PAIR",
     "add_products",
     "define_functions",
-    "has_instructions",
     "narrow",
     "pair_at",
     "transpose_pairs",
@@ -67,11 +65,6 @@ define linkonce_odr hidden i32 @convt_pair_at(ptr %address, i32 %offset) alwaysi
 
 Expr = Any
 Statement = Any
-
-
-def has_instructions(target: Target) -> bool:
-    """Whether processors of `target` have them."""
-    return "avx512bf16" in target.features
 
 
 def define_functions(body: Statement) -> Statement:

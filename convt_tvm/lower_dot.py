@@ -37,7 +37,7 @@ def _multiply(node: Any) -> Statement | None:
     if not (loops and isinstance(node, tirx.BufferStore) and str(node.buffer.name).startswith(PARTIAL)):
         return None
     pair, weight = (find_load(node.value, name) for name in ("window", "packed"))
-    if pair is None:
+    if pair is None or weight is None:
         return None
     lane = loops[-1]
     lanes = int(lane.extent)

@@ -11,7 +11,7 @@ from typing import Any
 
 from tvm import DataType, tirx
 
-from convt_tvm.bfloat16 import LANES, has_instructions, narrow, transpose_pairs
+from convt_tvm.bfloat16 import LANES, narrow, transpose_pairs
 from convt_tvm.compute import IN_VECTORS, lookup
 from convt_tvm.layout import CACHE_LINE_BYTES, Band, Layout, bands, reaches
 from convt_tvm.shuffle import binary, extract, interleave, pieces, ramp, transpose
@@ -136,7 +136,7 @@ class Outputs:
     @property
     def _narrows(self) -> bool:
         """Whether instructions round what is stored."""
-        return self.spec.dtype == "bfloat16" and has_instructions(self.target)
+        return self.spec.dtype == "bfloat16" and self.target.multiplies_pairs
 
     def _row(self, band: Band, ph: Expr, qh: Expr) -> Expr:
         """The output row of position `qh` in phase `ph` of `band`."""

@@ -52,7 +52,7 @@ _IMPLIES: dict[str, dict[str, tuple[str, ...]]] = {
         "avx512dq": ("avx512f",),
         "avx512vl": ("avx512f",),
         "avx512vnni": ("avx512f",),
-        "avx512bf16": ("avx512bw", "avx512vl"),
+        "avx512bf16": ("avx512bw",),
         "avx512fp16": ("avx512bw", "avx512dq", "avx512vl"),
         "amx-tile": (),
         "amx-bf16": ("amx-tile", "avx512bw"),
@@ -323,6 +323,11 @@ class Target:
         vector; they lose little by what suits Zen 4.
         """
         return "avx512bf16" in self.features and "avx512fp16" not in self.features
+
+    @property
+    def multiplies_pairs(self) -> bool:
+        """Whether an instruction multiplies and adds pairs of bfloat16, in vectors of any length (AVX-512 BF16)."""
+        return {"avx512bf16", "avx512vl"} <= set(self.features)
 
     @property
     def vector_registers(self) -> int:

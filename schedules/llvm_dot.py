@@ -13,15 +13,16 @@ time. Pairs of outputs are rounded by an instruction before they are transposed:
 """
 
 from collections.abc import Iterator
+from math import gcd, prod
 
 from tvm.s_tir import Schedule
 
 from convt_tvm.compute import IN_VECTORS
 from convt_tvm.dot_layout import DotLayout, paired
-from convt_tvm.layout import Layout, bands, reaches
+from convt_tvm.layout import CACHE_LINE_BYTES, Layout, bands, reaches
 from convt_tvm.schedule import find_window
 from convt_tvm.schedules import llvm_channels
-from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.target import TILE_FEATURES, Target
 
 NAME = "llvm_dot"
@@ -42,11 +43,23 @@ def applies(spec: ConvTranspose2dSpec) -> bool:
 
 def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout, float]]:
     """Those of `llvm_channels` for half the input channels, each with its estimated cycles."""
-    if "avx512bf16" not in target.features:
+    if not target.multiplies_pairs:
         return
     factor = 1 if TILE_FEATURES.isdisjoint(target.features) else SLOW_WITH_TILES
     for layout, cycles in llvm_channels.layouts(paired(spec), target):
-        yield DotLayout(**layout.to_json()), factor * cycles
+        total = cycles + prod(spec.output_shape) * _split_cycles(spec, layout)
+        yield DotLayout(**layout.to_json()), factor * total
+
+
+def _split_cycles(spec: ConvTranspose2dSpec, layout: Layout) -> float:
+    """Cycles for each output for the lines that a run of them shares with its neighbours.
+
+    Runs are half as long as in float32, and few are whole lines unless a tile is chosen for it.
+    """
+    run = layout.column_block * len(spec.axes[1].phases)
+    run_bytes = run * DTYPE_BYTES[spec.dtype]
+    lines = (run_bytes + CACHE_LINE_BYTES - gcd(run_bytes, CACHE_LINE_BYTES)) / CACHE_LINE_BYTES
+    return llvm_channels.CYCLES_PER_RUN * max(0.0, lines - 1) / run
 
 
 def space(sch: Schedule) -> None:

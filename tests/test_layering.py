@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "runtime": "errors target artifact threads tile_unit libraries kernel gpu_kernel",
     "layout": "phases spec",
     "shuffle": "",
-    "bfloat16": "target shuffle",
+    "bfloat16": "shuffle",
     "compute": "spec target layout",
     "thread_layout": "spec layout",
     "tile_layout": "spec layout",

@@ -86,7 +86,7 @@ def test_this_machine_has_limits(monkeypatch, dtype):
     assert all(1e7 < each.bytes_per_sec < 1e13 for each in found.bandwidths)
 
 
-@pytest.mark.skipif("avx512bf16" not in Target.parse("llvm").features, reason="looks for AVX-512 BF16")
+@pytest.mark.skipif(not Target.parse("llvm").multiplies_pairs, reason="looks for AVX-512 BF16")
 def test_dot_products_count_twice(monkeypatch, tmp_path):
     monkeypatch.setattr(roofline, "WORKING_SETS", ())
     monkeypatch.setattr(roofline, "_best_secs", lambda function: 2.0)
