@@ -24,7 +24,7 @@ from convt_tvm.roofline import Limits, bound
 from convt_tvm.rows import COPY, OURS, Row
 from convt_tvm.runtime import Kernel
 from convt_tvm.spec import ConvTranspose2dSpec
-from convt_tvm.target import Target, machine, package_versions
+from convt_tvm.target import TILE_FEATURES, Target, machine, package_versions
 from convt_tvm.workloads import Workload
 
 __all__ = ["Tolerance", "bench", "current_commit", "measure_target_limits"]
@@ -109,9 +109,14 @@ def measure_target_limits(spec: ConvTranspose2dSpec, target: Target, threads: in
     """What the machine that runs `target` could do at best for such a spec, on so many threads of a processor."""
     if target.kind == "cuda":
         return roofline_torch.measure_limits("cuda", spec.dtype, 1, tf32=target.allows_tf32)
+    count = threads or torch.get_num_threads()
+    if not TILE_FEATURES.isdisjoint(target.for_dtype(spec.dtype).features):
+        # What torch makes of the tile unit: a plain loop of its products would need it configured.
+        return roofline_torch.measure_limits("cpu", spec.dtype, count)
     if importlib.util.find_spec("tvm") is None:
-        return roofline_torch.measure_limits("cpu", spec.accumulator_dtype, threads or torch.get_num_threads())
-    return roofline.measure_limits(spec.accumulator_dtype, threads or torch.get_num_threads())
+        return roofline_torch.measure_limits("cpu", spec.accumulator_dtype, count)
+    in_pairs = spec.dtype == "bfloat16" and target.multiplies_pairs
+    return roofline.measure_limits(spec.dtype if in_pairs else spec.accumulator_dtype, count)
 
 
 def _contender(kernel: Kernel, inputs: Inputs) -> Contender:
@@ -167,7 +172,7 @@ def bench(
     peers
         Names of `convt_tvm.peers.PEERS`.
     limits
-        Measured just before for the spec's ``accumulator_dtype``; every thread pool gets its number of threads.
+        Measured just before for the spec, by `measure_target_limits`; every thread pool gets its number of threads.
     place
         Where kernels for `target` run, by default with warm caches. On a GPU all contenders' tensors are there, and
         its own clock times them.

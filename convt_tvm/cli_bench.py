@@ -11,6 +11,7 @@ import typer
 from convt_tvm.cli_options import (
     FAILED,
     REGRESSED,
+    Dtype,
     Json,
     TargetName,
     Threads,
@@ -40,6 +41,7 @@ def bench(
     baseline: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Exit with 3 where these rows were faster, beside torch.")
     ] = None,
+    dtype: Dtype = None,
     target: TargetName = "llvm",
     cold: Annotated[
         bool, typer.Option("--cold", help="With a cuda target: overwrite the second cache before each call.")
@@ -58,9 +60,9 @@ def bench(
     from convt_tvm.json_lines import append_lines
     from convt_tvm.rows import OURS, latest_runs, read_rows, regressions
     from convt_tvm.target import Target
-    from convt_tvm.workloads import resolve
+    from convt_tvm.workloads import resolve, with_dtype
 
-    chosen, compiled_for = resolve(workloads), Target.parse(target)
+    chosen, compiled_for = with_dtype(resolve(workloads), dtype), Target.parse(target)
     require_cores(threads)
     before = None if baseline is None else read_rows(baseline)
     from convt_tvm.peers import GPU_PEERS, PEERS

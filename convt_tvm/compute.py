@@ -41,6 +41,7 @@ from convt_tvm.target import Target
 __all__ = [
     "GATHERS",
     "IN_VECTORS",
+    "PARTIAL",
     "SKIPS_ROWS",
     "SUMS",
     "create_function",
@@ -51,6 +52,8 @@ __all__ = [
     "layout_of",
     "lookup",
     "spec_of",
+    "sum_products",
+    "sums_of",
     "target_of",
 ]
 
@@ -70,11 +73,15 @@ over columns and phases follow.
 
 SUMS = "acc"
 """Name of the sums of band k, followed by k."""
+PARTIAL = "partial"
+"""Name of the partial sums of band k, followed by k."""
 
 Expr = Any
 """A TVM expression; the wheel ships no types."""
 Sums = Callable[[Expr, Expr, Expr, Expr, Expr, Expr, Expr, Expr], Expr]
 """The sum for indices ``n, g, b, ob, ph, qh, qw, pw``."""
+Multiply = Callable[[Expr, Sequence[Expr]], Expr]
+"""The product of a value of the window and the weight with indices ``block, kh, kw, ic, ob`` in packed order."""
 
 
 def lookup(values: Sequence[int], index: Expr) -> Expr:
@@ -129,11 +136,14 @@ def declare_phases(spec: ConvTranspose2dSpec, layout: Layout, target: Target) ->
     else:
         window, origin = _window(spec, layout, extent, data), (extent.first_row, extent.first_column)
 
+    def multiply(value: Expr, place: Sequence[Expr]) -> Expr:
+        return value * packed[tuple(place)]
+
     outputs = []
     for band in bands(spec):
         sums = None
         if reaches(spec, band):
-            sums = _sums_of(layout, _accumulate(spec, layout, band, window, packed, origin, columns))
+            sums = sums_of(layout, sum_products(spec, layout, band, window, multiply, origin, columns))
         outputs.append(finish(spec, layout, band, batch, sums, bias))
 
     function = create_function([data, packed, *([bias] if spec.bias else []), *outputs])
@@ -161,12 +171,12 @@ def _window(spec: ConvTranspose2dSpec, layout: Layout, extent: Window, data: Any
     return te.compute(shape, lambda n, h, w, c: read(n, c, h, w), name="window")
 
 
-def _accumulate(
+def sum_products(
     spec: ConvTranspose2dSpec,
     layout: Layout,
     band: Band,
     window: Any,
-    packed: Any,
+    multiply: Multiply,
     origin: tuple[int, int],
     columns: int,
 ) -> Any:
@@ -189,13 +199,13 @@ def _accumulate(
         channel, row = g * in_channels + ic, qh + lookup(row_base, ph) - th * step_h
         column = qw + lookup(column_base, pw) - tw * step_w
         value = window[n, channel, row, column] if layout.lanes == "ow" else window[n, row, column, channel]
-        weight = packed[g * blocks + b, lookup(row_tap, ph) + th * tap_step, lookup(column_start, pw) + tw, ic, ob]
+        weight = g * blocks + b, lookup(row_tap, ph) + th * tap_step, lookup(column_start, pw) + tw, ic, ob
         checks = [] if min(column_taps) == max(column_taps) else [tw < taps]
         if layout.skips_columns(spec):
             checks += [column >= -origin[1], column < spec.iw - origin[1]]
         if not checks:
-            return value * weight
-        return tirx.if_then_else(tirx.all(*checks), value * weight, tirx.const(0, spec.accumulator_dtype))
+            return multiply(value, weight)
+        return tirx.if_then_else(tirx.all(*checks), multiply(value, weight), tirx.const(0, spec.accumulator_dtype))
 
     phases = len(column_phases)
     tile = (phases, columns, layout.co_block) if layout.lanes == "co" else (layout.co_block, phases, columns)
@@ -215,7 +225,7 @@ def _accumulate(
 
     # Minus zero is what addition leaves alone, and LLVM cannot fill memory with it by a call, as it would with zeros.
     add = te.comm_reducer(lambda a, b: a + b, lambda dtype: tirx.const(-0.0, dtype), name="add")
-    partial = te.compute((*shape, *outer), part, name=f"partial{band.index}")
+    partial = te.compute((*shape, *outer), part, name=f"{PARTIAL}{band.index}")
 
     def total(*place: Expr) -> Expr:
         if all(extent == 1 for extent in outer):
@@ -225,7 +235,7 @@ def _accumulate(
     return te.compute(shape, total, name=f"{SUMS}{band.index}")
 
 
-def _sums_of(layout: Layout, acc: Any) -> Sums:
+def sums_of(layout: Layout, acc: Any) -> Sums:
     """What gives the sum for each output."""
 
     def sums(n: Expr, g: Expr, b: Expr, ob: Expr, ph: Expr, qh: Expr, qw: Expr, pw: Expr) -> Expr:

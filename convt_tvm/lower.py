@@ -14,6 +14,7 @@ from typing import Any
 import tvm
 from tvm import ir, s_tir, tirx
 
+from convt_tvm.bfloat16 import define_functions
 from convt_tvm.compute import GATHERS, SKIPS_ROWS, SUMS, layout_of, lookup, spec_of, target_of
 from convt_tvm.layout import CACHE_LINE_BYTES, Window, bands, kernel_columns
 from convt_tvm.outputs import Outputs
@@ -204,6 +205,8 @@ def lower_kernel(function: tirx.PrimFunc, *, asks_ahead: bool = True) -> tvm.IRM
         ahead={name: partial(outputs.ahead, band) for name, band in named.items() if asks_ahead},
     )
     body = _rewrite(_join_gathering(function.body), rules)
+    if spec.dtype == "bfloat16" and target.multiplies_pairs:
+        body = define_functions(body)
     if layout.gathers:
         body = define_copy(body, spec.dtype, target.arch)
     return _assemble(function, "convt", inputs, outputs.tensor, body)

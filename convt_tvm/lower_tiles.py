@@ -10,11 +10,12 @@ from math import prod
 from typing import Any
 
 import tvm
-from tvm import ir, tirx
+from tvm import tirx
 
 from convt_tvm.compute import spec_of
 from convt_tvm.compute_tiles import IN_TILES, tile_layout_of
 from convt_tvm.lower import lower_kernel
+from convt_tvm.rewrite import find_guard, find_load, rewrite
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.statements import at_start, on_stack
 from convt_tvm.tile_layout import REGISTERS, TILE_POSITIONS, TileLayout
@@ -33,25 +34,7 @@ def lower_tile_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
     tiles = _Tiles(spec_of(function), tile_layout_of(function))
     module = lower_kernel(function, asks_ahead=False)
     kernel = module["convt"]
-    return tvm.IRModule({"convt": kernel.with_body(_replace_loops(kernel.body, tiles))})
-
-
-def _replace_loops(node: Any, tiles: "_Tiles") -> Any:
-    """The statement `node` with each loop that has `IN_TILES` replaced."""
-    match node:
-        case tirx.For() if IN_TILES in node.annotations:
-            return tiles.replace(str(node.annotations[IN_TILES]), node)
-        case tirx.For():
-            return _loop(node, _replace_loops(node.body, tiles))
-        case tirx.SeqStmt():
-            return tirx.SeqStmt([_replace_loops(part, tiles) for part in node.seq])
-        case tirx.IfThenElse():
-            other = None if node.else_case is None else _replace_loops(node.else_case, tiles)
-            return tirx.IfThenElse(node.condition, _replace_loops(node.then_case, tiles), other)
-        case tirx.AttrStmt():
-            return tirx.AttrStmt(node.node, node.attr_key, node.value, _replace_loops(node.body, tiles))
-        case _:
-            return node
+    return tvm.IRModule({"convt": kernel.with_body(rewrite(kernel.body, tiles.change))})
 
 
 def _loop(loop: Any, body: Any) -> Any:
@@ -68,9 +51,12 @@ class _Tiles:
         self.weights = list(range(rows * columns, rows * columns + rows))
         self.images = list(range(rows * columns + rows, REGISTERS))
 
-    def replace(self, kind: str, loop: Any) -> Any:
-        """What stands for a loop with the annotation `kind`."""
-        match kind:
+    def change(self, node: Any) -> Any:
+        """What stands for a loop with `IN_TILES`; None for any other statement."""
+        if not isinstance(node, tirx.For) or IN_TILES not in node.annotations:
+            return None
+        loop = node
+        match str(node.annotations[IN_TILES]):
             case "configure":
                 return self._configure(loop)
             case "zero":
@@ -97,14 +83,14 @@ class _Tiles:
         before = [on_stack(tirx.AllocBuffer(buffer))]
         before += [tirx.BufferStore(buffer, tirx.const(word, "int64"), [i]) for i, word in enumerate(words)]
         before.append(_call("ldtilecfg", tirx.address_of(tirx.BufferLoad(buffer, [0]))))
-        work = _replace_loops(loop.body, self)
+        work = rewrite(loop.body, self.change)
         return _loop(loop, tirx.SeqStmt([*before, work, _call("tilerelease")]))
 
     def _multiply(self, loop: Any) -> Any:
         """One step: each tile of weights times each tile of the image, added to its sums."""
         loops, store = _inside(loop)
-        image, weight = (_first(_find_load(store.value, name), loops) for name in ("window", "packed"))
-        guard = _find_guard(store.value)
+        image, weight = (_first(find_load(store.value, name), loops) for name in ("window", "packed"))
+        guard = find_guard(store.value)
         rows = self.layout.channel_rows
         statements = [
             _load(number, weight, {4: i * rows * 2 * self.pairs}, 4 * self.pairs)
@@ -149,26 +135,6 @@ def _inside(loop: Any) -> tuple[list[Any], Any]:
         loops.append(node)
         node = node.body
     return loops, node
-
-
-def _parts(node: Any) -> list[Any]:
-    """The expressions that an expression is made of."""
-    parts = (*getattr(node, "args", ()), *(getattr(node, field, None) for field in ("value", "a", "b")))
-    return [part for part in parts if part is not None]
-
-
-def _find_load(node: Any, buffer: str) -> Any:
-    """The load from `buffer` in an expression; None if there is none."""
-    if isinstance(node, ir.TensorLoad):
-        return node if node.source.name == buffer else None
-    return next((found for part in _parts(node) if (found := _find_load(part, buffer)) is not None), None)
-
-
-def _find_guard(node: Any) -> Any:
-    """The condition of the conditional expression in an expression; None if there is none."""
-    if isinstance(node, ir.Call) and node.op.same_as(ir.Op.get("prim.if_then_else")):
-        return node.args[0]
-    return next((found for part in _parts(node) if (found := _find_guard(part)) is not None), None)
 
 
 def _first(load: Any, loops: Sequence[Any]) -> Any:

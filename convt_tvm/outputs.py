@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from tvm import tirx
+from tvm import DataType, tirx
 
+from convt_tvm.bfloat16 import LANES, narrow, transpose_pairs
 from convt_tvm.compute import IN_VECTORS, lookup
 from convt_tvm.layout import CACHE_LINE_BYTES, Band, Layout, bands, partial_sum, reaches
 from convt_tvm.shuffle import binary, extract, interleave, pieces, ramp, transpose
@@ -74,8 +75,8 @@ class Outputs:
 
         def write(value: Expr, ob: Expr, column: Expr) -> Any:
             if self._gathered is not None:
-                first = self._gathered.starts[band.index] * spec.stride[0]
-                return tirx.BufferStore(self._gathered.buffer, value, [ob, row - first, column])
+                first, buffer = self._gathered.starts[band.index] * spec.stride[0], self._gathered.buffer
+                return tirx.BufferStore(buffer, _as_bits(value, str(buffer.dtype)), [ob, row - first, column])
             place = [n, g * channels + b * layout.co_block + ob, row, column]
             return tirx.BufferStore(self.tensor, value, place)
 
@@ -106,7 +107,12 @@ class Outputs:
         value = node.value.value if cast else node.value
 
         def put(lane: int, position: int, vector: Any, size: int) -> Any:
-            stored = tirx.Cast(f"{spec.dtype}x{size}" if size > 1 else spec.dtype, vector) if cast else vector
+            if not cast or str(vector.ty.dtype).startswith(spec.dtype):
+                stored = vector
+            elif self._narrows and size in LANES:
+                stored = narrow(vector, size)
+            else:
+                stored = tirx.Cast(f"{spec.dtype}x{size}" if size > 1 else spec.dtype, vector)
             statement = write(stored, first_lane + lane, ramp(first_column * stride_w + position, size))
             if not (filled and by_channels):
                 return statement
@@ -115,7 +121,8 @@ class Outputs:
         def tile(count: int) -> Any:
             column = qw - first_column
             if by_channels:
-                return _store_channels(inner, value, column * phases + pw, count, layout.column_block * phases, put)
+                position, positions = column * phases + pw, layout.column_block * phases
+                return _store_channels(inner, value, position, count, positions, put, pairs=self._narrows)
             shape = phases, layout.column_block
             loops = sorted(inner, key=lambda loop: not loop.loop_var.same_as(pw))
             return _store_columns(loops, value, (pw, column), count, shape, layout.vector_lanes, put)
@@ -128,6 +135,11 @@ class Outputs:
             narrower = tile(spec.ow - last * stride_w)
             body = tirx.IfThenElse(first_column < last, body, narrower) if last else narrower
         return nest(loops[:outside], body, rows if by_channels else [*filled, *rows])
+
+    @property
+    def _narrows(self) -> bool:
+        """Whether instructions round what is stored."""
+        return self.spec.dtype == "bfloat16" and self.target.multiplies_pairs
 
     def _row(self, band: Band, ph: Expr, qh: Expr) -> Expr:
         """The output row of position `qh` in phase `ph` of `band`."""
@@ -167,7 +179,9 @@ class Outputs:
         rows = min(spec.oh, max(layout.chunk(band) for band in bands(spec)) * spec.stride[0])
         channels = spec.co // spec.groups
 
-        buffer = tirx.decl_buffer((layout.co_block, rows, spec.ow), spec.dtype, name="gathered")
+        # TVM keeps buffers of bfloat16 in float32.
+        dtype = "uint16" if spec.dtype == "bfloat16" else spec.dtype
+        buffer = tirx.decl_buffer((layout.co_block, rows, spec.ow), dtype, name="gathered")
         self._gathered = _Gathered(buffer, starts)
         body = visit(loop.body)
         self._gathered = None
@@ -191,17 +205,31 @@ def _stage(loops: Sequence[Loop], value: Expr, indices: Sequence[Expr], shape: P
     return staged, [on_stack(tirx.AllocBuffer(staged)), nest]
 
 
-def _store_channels(loops: Sequence[Loop], value: Expr, position: Expr, count: int, positions: int, store: Put) -> Any:
+def _as_bits(value: Expr, dtype: str) -> Expr:
+    """`value`, for a buffer of `dtype` of the same size."""
+    lanes = int(DataType(str(value.ty.dtype)).lanes)
+    wanted = f"{dtype}x{lanes}" if lanes > 1 else dtype
+    return value if str(value.ty.dtype) == wanted else tirx.reinterpret(wanted, value)
+
+
+def _store_channels(
+    loops: Sequence[Loop], value: Expr, position: Expr, count: int, positions: int, store: Put, *, pairs: bool
+) -> Any:
     """Store the first `count` of the `positions` in a row, for as many channels as a vector has lanes.
 
-    `loops` are that over lanes and those that count the position.
+    `loops` are that over lanes and those that count the position. With `pairs`, two values next to each other are
+    rounded and then moved together.
     """
     lane, *others = loops
     lanes = int(lane.extent)
     staged, statements = _stage([*others, lane], value, [position, lane.loop_var], (positions, lanes))
-    for start, size in pieces(count, lanes):
+    pairs = pairs and lanes in LANES
+    for start, size in pieces(count, 2 * lanes if pairs else lanes):
         vectors = [tirx.BufferLoad(staged, [start + i, ramp(0, lanes)]) for i in range(size)]
-        columns = list(transpose(vectors, lanes, value.ty.dtype, statements))
+        if pairs and size > 1:
+            columns = list(transpose_pairs(vectors, lanes, statements))
+        else:
+            columns = list(transpose(vectors, lanes, value.ty.dtype, statements))
         statements += [store(channel, start, vector, size) for channel, vector in enumerate(columns)]
     return sequence(statements)
 

@@ -8,7 +8,8 @@ Measured in this process, on as many threads as the kernels get:
   (torch's ``copy_``, bytes read plus bytes written). A spec is bound by the one for the smallest of these working sets
   that holds its tensors, or by the largest.
 
-Half-width types are summed in float32, so float32's multiply-adds are their limit.
+Half-width types are summed in float32, so float32's multiply-adds are their limit; but for bfloat16 where a processor
+has dot products of it, two multiply-adds in each lane.
 """
 
 import functools
@@ -93,7 +94,7 @@ class Bound:
 
 
 def bound(spec: ConvTranspose2dSpec, limits: Limits) -> Bound:
-    """The roofline of `spec` under limits measured for its accumulator's dtype."""
+    """The roofline of `spec` under limits measured for it."""
     return Bound(2 * spec.multiply_adds, spec.size_bytes, limits.flops_per_sec, limits.bandwidth_for(spec.size_bytes))
 
 
@@ -106,22 +107,23 @@ def measure_limits(dtype: str, threads: int) -> Limits:
     Parameters
     ----------
     dtype
-        ``float32`` or ``float64``: a spec's ``accumulator_dtype``.
+        ``float32`` or ``float64``: a spec's ``accumulator_dtype``; or ``bfloat16``, for its dot products.
     """
     runtime.set_num_threads(threads)
     torch.set_num_threads(threads)
     library = _library(dtype, threads)
+    sums = _sums_dtype(dtype)
     # Configures this thread's pool, which a function that is not one of our kernels would not do.
     runtime.get_num_threads()
-    values = torch.ones((threads, ACCUMULATORS, _lanes(dtype)), dtype=getattr(torch, dtype))
+    values = torch.ones((threads, ACCUMULATORS, _lanes(sums)), dtype=getattr(torch, sums))
     steps = 100_000
     secs = _best_secs(lambda: library.multiply_add(values, steps))
-    flops = 2 * values.numel() * steps / secs
+    flops = (2 if sums == dtype else 4) * values.numel() * steps / secs
     return Limits(
         threads,
         dtype,
         flops,
-        tuple(Bandwidth(size, _bandwidth(library, dtype, threads, size)) for size in WORKING_SETS),
+        tuple(Bandwidth(size, _bandwidth(library, sums, threads, size)) for size in WORKING_SETS),
     )
 
 
@@ -156,6 +158,10 @@ def _best_secs(function: Callable[[], object]) -> float:
     return min(run(calls) for _ in range(_SAMPLES))
 
 
+def _sums_dtype(dtype: str) -> str:
+    return "float32" if dtype == "bfloat16" else dtype
+
+
 def _lanes(dtype: str) -> int:
     return Target.parse("llvm").vector_bytes // torch.finfo(getattr(torch, dtype)).bits * 8
 
@@ -176,6 +182,9 @@ def _compile(dtype: str, threads: int, path: Path) -> None:
     import tvm
     from tvm.script import tirx as T
 
+    from convt_tvm.bfloat16 import PAIR, add_products, define_functions
+
+    pairs, dtype = dtype == "bfloat16", _sums_dtype(dtype)
     lanes = _lanes(dtype)
     # The annotation keeps what is local on the stack, where constant indices turn it into registers.
     on_stack = {"disable_lower_builtin": T.bool(True)}
@@ -192,6 +201,24 @@ def _compile(dtype: str, threads: int, path: Path) -> None:
                 for j in T.unroll(ACCUMULATORS):
                     for lane in T.vectorized(lanes):
                         acc[j, lane] = acc[j, lane] * T.cast(0.5, dtype) + T.cast(0.5, dtype)
+            for j in T.unroll(ACCUMULATORS):
+                for lane in T.vectorized(lanes):
+                    values[t, j, lane] = acc[j, lane]
+
+    ones = T.Broadcast(T.Cast(PAIR, 0x3F803F80), lanes)
+    every_lane = T.Ramp(0, 1, lanes)
+
+    @T.prim_func  # type: ignore[untyped-decorator]
+    def multiply_add_pairs(values: T.Buffer((threads, ACCUMULATORS, lanes), dtype), steps: T.int64):  # type: ignore[no-untyped-def, valid-type]  # noqa: ANN202
+        T.func_attr({"global_symbol": "multiply_add"})
+        for t in T.parallel(threads):
+            acc = T.alloc_buffer((ACCUMULATORS, lanes), dtype, scope="local", annotations=on_stack)
+            for j in T.unroll(ACCUMULATORS):
+                for lane in T.vectorized(lanes):
+                    acc[j, lane] = values[t, j, lane]
+            for _ in T.serial(steps):
+                for j in T.unroll(ACCUMULATORS):
+                    acc[j, every_lane] = add_products(acc[j, every_lane], ones, ones, lanes)
             for j in T.unroll(ACCUMULATORS):
                 for lane in T.vectorized(lanes):
                     values[t, j, lane] = acc[j, lane]
@@ -218,5 +245,7 @@ def _compile(dtype: str, threads: int, path: Path) -> None:
     target = Target.parse("llvm").to_tvm()
     # As in `compiler.compile_module`.
     with target, tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):
+        if pairs:
+            multiply_add = multiply_add_pairs.with_body(define_functions(multiply_add_pairs.body))
         module = tvm.IRModule({"multiply_add": multiply_add, "read": read})
         tvm.compile(module, target=target).export_library(str(path))

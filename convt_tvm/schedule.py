@@ -7,13 +7,14 @@ from typing import Any
 from tvm.s_tir import Schedule
 
 from convt_tvm.compute import SKIPS_ROWS, SUMS, layout_of, spec_of
-from convt_tvm.layout import CACHE_LINE_BYTES, Band, collides, sums_taps_first
+from convt_tvm.layout import CACHE_LINE_BYTES, Band, collides, reaches, sums_taps_first
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 
 __all__ = [
     "accumulate",
     "copy_window",
     "find_window",
+    "in_parts",
     "parallelize",
     "share_pack",
     "spread_window",
@@ -43,10 +44,19 @@ def sum_loops(sch: Schedule, sums: SBlockRV) -> tuple[Sequence[LoopRV], Sequence
     """
     size = TILE_LOOPS[layout_of(sch.mod["main"]).lanes]
     loops = sch.get_loops(sums)
-    if sch.get(sums).iter_vars[-1].iter_type != REDUCED:
+    if not _is_reduced(sch, sums):
         return loops[-size:], []
     *_, th, ic, tw = loops
     return loops[-size - 3 : -3], [th, tw, ic]
+
+
+def in_parts(sch: Schedule, band: Band) -> bool:
+    """Whether the sums of `band` are sums of partial sums."""
+    return reaches(spec_of(sch.mod["main"]), band) and _is_reduced(sch, sch.get_sblock(f"{SUMS}{band.index}"))
+
+
+def _is_reduced(sch: Schedule, block: SBlockRV) -> bool:
+    return bool(sch.get(block).iter_vars[-1].iter_type == REDUCED)
 
 
 def accumulate(
@@ -138,7 +148,7 @@ def copy_window(sch: Schedule, spec: ConvTranspose2dSpec, window: SBlockRV) -> N
     spread_window(sch, spec, window)
     first, second, third, fourth = sch.get_loops(window)
     if layout_of(sch.mod["main"]).lanes == "co":
-        factor = max(size for size in (16, 8, 4, 2, 1) if spec.ci % size == 0)
+        factor = max(size for size in (16, 8, 4, 2, 1) if int(sch.get(fourth).extent) % size == 0)
         outer, inner = sch.split(fourth, [None, factor])
         sch.reorder(outer, third, inner)
         sch.vectorize(inner)

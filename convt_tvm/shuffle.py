@@ -16,7 +16,7 @@ from typing import Any
 
 from tvm import DataType, tirx
 
-__all__ = ["binary", "extract", "interleave", "pieces", "ramp", "transpose"]
+__all__ = ["binary", "define", "extract", "interleave", "pieces", "ramp", "transpose"]
 
 GROUP_BYTES = 16
 
@@ -65,11 +65,11 @@ def interleave(vectors: Sequence[Expr], lanes: int, dtype: str, statements: list
     if count & (count - 1):
         places = [(i % count) * lanes + i // count for i in range(count * lanes)]
         woven = [_shuffle(vectors, places[start : start + lanes]) for start in range(0, count * lanes, lanes)]
-        return [_define(vector, lanes, dtype, statements) for vector in woven]
+        return [define(vector, lanes, dtype, statements) for vector in woven]
     riffles = [[start + i // 2 + i % 2 * lanes for i in range(lanes)] for start in (0, lanes // 2)]
     for _ in range(count.bit_length() - 1):
         pairs = zip(vectors[: count // 2], vectors[count // 2 :], strict=True)
-        vectors = [_define(_shuffle(pair, picked), lanes, dtype, statements) for pair in pairs for picked in riffles]
+        vectors = [define(_shuffle(pair, picked), lanes, dtype, statements) for pair in pairs for picked in riffles]
     return list(vectors)
 
 
@@ -90,7 +90,7 @@ def transpose(rows: Sequence[Expr], lanes: int, dtype: str, statements: list[Sta
     """
 
     def shuffle(first: Expr, second: Expr, picked: Sequence[int]) -> Expr:
-        return _define(_shuffle([first, second], picked), lanes, dtype, statements)
+        return define(_shuffle([first, second], picked), lanes, dtype, statements)
 
     group = min(lanes, GROUP_BYTES // DataType(dtype).itemsize)
     firsts = range(0, lanes, group)
@@ -131,7 +131,7 @@ def transpose(rows: Sequence[Expr], lanes: int, dtype: str, statements: list[Sta
                 yield _shuffle(vectors, [j * lanes + start + i for j in range(len(blocks)) for i in range(block)])
 
 
-def _define(vector: Expr, lanes: int, dtype: str, statements: list[Statement]) -> Expr:
+def define(vector: Expr, lanes: int, dtype: str, statements: list[Statement]) -> Expr:
     """A name for `vector`, which `statements` come to define."""
     name = tirx.Var("shuffled", f"{dtype}x{lanes}")
     statements.append(tirx.Bind(name, vector))

@@ -325,6 +325,11 @@ class Target:
         return "avx512bf16" in self.features and "avx512fp16" not in self.features
 
     @property
+    def multiplies_pairs(self) -> bool:
+        """Whether an instruction multiplies and adds pairs of bfloat16, in vectors of any length (AVX-512 BF16)."""
+        return {"avx512bf16", "avx512vl"} <= set(self.features)
+
+    @property
     def vector_registers(self) -> int:
         """Number of vector registers: 32 with AVX-512 and on aarch64, otherwise 16."""
         return 32 if self.arch == "aarch64" or "avx512f" in self.features else 16

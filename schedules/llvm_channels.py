@@ -55,11 +55,12 @@ from tvm.s_tir import Schedule
 
 from convt_tvm.compute import GATHERS, IN_VECTORS, layout_of, spec_of
 from convt_tvm.cost import Costs, Tile, band_cycles, block_sizes, core_cycles, gathering, lane_counts, row_chunks
-from convt_tvm.layout import Layout, bands, reaches, sums_in_parts
+from convt_tvm.layout import Layout, bands, reaches
 from convt_tvm.schedule import (
     accumulate,
     copy_window,
     find_window,
+    in_parts,
     parallelize,
     sum_loops,
 )
@@ -134,7 +135,7 @@ def space(sch: Schedule) -> None:
         sch.reorder(n, g, chunk, b, ph, *tiles, row, vector, lane, column, pw)
         if reaches(spec, band) and 1 < layout.column_block * len(spec.axes[1].phases) <= MAX_TRANSPOSED:
             sch.annotate(lane, IN_VECTORS, True)
-        inner = layout.taps == "inner" or not sums_in_parts(spec, band)
+        inner = layout.taps == "inner" or not in_parts(sch, band)
         order = (
             (n, g, chunk, b) if layout.gathers else (n, g, chunk, b, ph, row_block) if inner else (n, g, chunk, b, ph)
         )

@@ -5,16 +5,16 @@ import sys
 
 from convt_tvm import compute, trials
 
-accumulate = compute._accumulate
+sum_products = compute.sum_products
 
 
 def plant(planted):
-    def off_by_one(spec, layout, band, window, packed, origin, columns):
+    def off_by_one(spec, layout, band, window, multiply, origin, columns):
         row, column = origin
         wrong = layout.to_json() == planted
-        return accumulate(spec, layout, band, window, packed, (row, column - 1) if wrong else origin, columns)
+        return sum_products(spec, layout, band, window, multiply, (row, column - 1) if wrong else origin, columns)
 
-    compute._accumulate = off_by_one
+    compute.sum_products = off_by_one
 
 
 if __name__ == "__main__":

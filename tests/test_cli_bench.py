@@ -12,6 +12,7 @@ from convt_tvm import roofline, terminal
 from convt_tvm.json_lines import append_lines
 from convt_tvm.roofline import Bandwidth, Limits
 from convt_tvm.rows import COPY, OURS, read_rows
+from convt_tvm.target import TILE_FEATURES, Target
 
 TINY = "n1_ci4_ih3_iw3_co2_k3x3_s2x2_p1x1_op1x1_d1x1_g1_bias_float32"
 
@@ -176,6 +177,31 @@ def test_bench_for_real(run):
     ours, copy, eager = map(json.loads, out.splitlines())
     assert [row["implementation"] for row in (ours, copy, eager)] == [OURS, COPY, "torch"]
     assert all(row["status"] == "ok" and row["median_us"] > 0 and row["spec"] == TINY for row in (ours, copy, eager))
+
+
+def test_bench_in_another_dtype(run, benching, limits):
+    calls = benching()
+    code, out, err = run(
+        "bench", "dcgan/2", "--dtype", "bfloat16", "--target", "llvm:x86-64-v3", "--threads", 1, "--json"
+    )
+    assert (code, err, len(calls)) == (0, "", 1)
+    assert all(json.loads(line)["spec"].endswith("_bfloat16") for line in out.splitlines())
+    # No target without dot products multiplies anything but float32.
+    assert limits == [("float32", 1)]
+    run("bench", "dcgan/2", "--dtype", "bfloat16", "--target", "llvm", "--threads", 1)
+    host = Target.parse("llvm")
+    if TILE_FEATURES.isdisjoint(host.features):
+        assert limits[1:] == [("bfloat16" if host.multiplies_pairs else "float32", 1)]
+    code, _, err = run("bench", "dcgan/2", "--dtype", "int8")
+    assert code != 0 and "int8" in err
+
+
+def test_peers_of_another_dtype_answer_or_refuse(run):
+    code, out, err = run("bench", TINY, "--dtype", "float16", "--peers", "torch,onnxruntime", "--rounds", 1, "--json")
+    assert (code, err) == (0, "")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert all(row["spec"] == TINY.replace("float32", "float16") for row in rows)
+    assert {row["status"] for row in rows} <= {"ok", "unavailable", "rejected"}
 
 
 def test_report_writes_everything_asked_for(run, tmp_path):

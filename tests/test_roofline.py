@@ -86,6 +86,23 @@ def test_this_machine_has_limits(monkeypatch, dtype):
     assert all(1e7 < each.bytes_per_sec < 1e13 for each in found.bandwidths)
 
 
+@pytest.mark.skipif(not Target.parse("llvm").multiplies_pairs, reason="looks for AVX-512 BF16")
+def test_dot_products_count_twice(monkeypatch, tmp_path):
+    monkeypatch.setattr(roofline, "WORKING_SETS", ())
+    monkeypatch.setattr(roofline, "_best_secs", lambda function: 2.0)
+    assert measure_limits("bfloat16", 1).flops_per_sec == 2 * measure_limits("float32", 1).flops_per_sec
+    if shutil.which("objdump") is None:
+        pytest.skip("needs objdump")
+    roofline._compile("bfloat16", 1, tmp_path / "limits.so")
+    command = ["objdump", "-d", "--no-show-raw-insn", str(tmp_path / "limits.so")]
+    body = loop_body(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout, "multiply_add", "vdpbf16ps"
+    )
+    products = [operands for name, operands in body if name == "vdpbf16ps"]
+    assert len({operands.split(",")[-1] for operands in products}) == ACCUMULATORS
+    assert len(body) - len(products) <= 3
+
+
 def test_the_peak_counts_both_operations_of_every_lane_and_thread(monkeypatch):
     monkeypatch.setattr(roofline, "WORKING_SETS", ())
     monkeypatch.setattr(roofline, "_best_secs", lambda function: 2.0)

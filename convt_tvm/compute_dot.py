@@ -1,0 +1,104 @@
+"""The phase form for dot products of pairs of bfloat16: the arithmetic of `convt_tvm.compute` on pairs of channels.
+
+A pair of input channels stands where a channel does there, as 32 bits, the first channel in the lower half:
+
+    partial += low(window) * packed[..., pair, 2*ob] + high(window) * packed[..., pair, 2*ob + 1]
+
+with products and sums in float32.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from tvm import te, tirx
+
+from convt_tvm.bfloat16 import PAIR
+from convt_tvm.compute import create_function, finish, sum_products, sums_of
+from convt_tvm.dot_layout import DotLayout, paired
+from convt_tvm.layout import Window, bands, reaches
+from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.target import Target
+
+__all__ = ["declare_dot_pack", "declare_dot_phases"]
+
+Expr = Any
+
+
+def declare_dot_phases(spec: ConvTranspose2dSpec, layout: DotLayout, target: Target) -> tirx.PrimFunc:
+    """The phase form of `spec` as a PrimFunc to schedule; parameters and blocks as of `compute.declare_phases`."""
+    batch, spec = te.var("n") if spec.n is None else spec.n, spec.sized
+    data = te.placeholder((batch, *spec.input_shape[1:]), spec.dtype, name="input")
+    packed = te.placeholder(layout.packed_shape(spec), layout.packed_dtype(spec), name="packed")
+    bias = te.placeholder(spec.bias_shape, spec.dtype, name="bias")
+    columns, extent = layout.columns(spec), Window.of(spec, layout)
+    window, origin = _window(spec, extent, data), (extent.first_row, extent.first_column)
+
+    def multiply(pair: Expr, place: Sequence[Expr]) -> Expr:
+        *lead, ob = place
+        halves = (tirx.shift_left(pair, _bits(16)), tirx.bitwise_and(pair, _bits(0xFFFF0000)))
+        low, high = (
+            tirx.reinterpret(spec.accumulator_dtype, half) * packed[(*lead, 2 * ob + j)].astype(spec.accumulator_dtype)
+            for j, half in enumerate(halves)
+        )
+        return low + high
+
+    outputs = []
+    for band in bands(spec):
+        sums = None
+        if reaches(spec, band):
+            sums = sums_of(layout, sum_products(paired(spec), layout, band, window, multiply, origin, columns))
+        outputs.append(finish(spec, layout, band, batch, sums, bias))
+    function = create_function([data, packed, *([bias] if spec.bias else []), *outputs])
+    return function.with_attrs({"convt.spec": spec.name, "convt.layout": layout.to_json(), "convt.target": target.name})
+
+
+def _bits(value: int) -> Expr:
+    return tirx.const(value, PAIR)
+
+
+def _window(spec: ConvTranspose2dSpec, extent: Window, data: Any) -> Any:
+    """What the taps read, in NHWC, by pairs of channels; zeros fill up the border and the last pair of a group."""
+    pairs = paired(spec).ci // spec.groups
+    odd = spec.ci // spec.groups % 2
+    (top, bottom), (left, right) = extent.rows_inside, extent.columns_inside
+
+    def read(n: Expr, h: Expr, w: Expr, c: Expr) -> Expr:
+        first = 2 * c - tirx.indexdiv(c, pairs) if odd else 2 * c
+
+        def bits(channel: Expr) -> Expr:
+            value = data[n, channel, h + extent.first_row, w + extent.first_column]
+            return tirx.reinterpret("uint16", value).astype(PAIR)
+
+        second = bits(first + 1)
+        if odd:
+            second = tirx.if_then_else(tirx.indexmod(c, pairs) < pairs - 1, second, _bits(0))
+        value = tirx.bitwise_or(bits(first), tirx.shift_left(second, _bits(16)))
+        if extent.is_inside:
+            return value
+        return tirx.if_then_else(tirx.all(h >= top, h < bottom, w >= left, w < right), value, _bits(0))
+
+    return te.compute((data.shape[0], extent.height, extent.width, spec.groups * pairs), read, name="window")
+
+
+def declare_dot_pack(spec: ConvTranspose2dSpec, layout: DotLayout, target: Target) -> tirx.PrimFunc:
+    """The packing of a plain weight: ``weight`` (ci, co/groups, kh, kw) to ``ordered``.
+
+    ``ordered[block, kh, kw, pair, k]`` is stored by `convt_tvm.lower` at the place of its kernel column; ``k = 2*ob +
+    j`` is input channel ``2*pair + j`` for output channel ``ob``, and what fills up a pair or a block is zero.
+    """
+    in_channels, out_channels = spec.ci // spec.groups, spec.co // spec.groups
+    weight = te.placeholder(spec.weight_shape, spec.dtype, name="weight")
+    blocks = layout.blocks(spec)
+
+    def order(block: Expr, y: Expr, x: Expr, pair: Expr, k: Expr) -> Expr:
+        group = tirx.indexdiv(block, blocks)
+        channel = tirx.indexmod(block, blocks) * layout.co_block + tirx.indexdiv(k, 2)
+        source = 2 * pair + tirx.indexmod(k, 2)
+        checks = [channel < out_channels] if out_channels % layout.co_block else []
+        if in_channels % 2:
+            checks.append(source < in_channels)
+        value = weight[group * in_channels + source, channel, y, x]
+        return tirx.if_then_else(tirx.all(*checks), value, tirx.const(0, spec.dtype)) if checks else value
+
+    function = create_function([weight, te.compute(layout.packed_shape(spec), order, name="ordered")])
+    return function.with_attrs({"convt.spec": spec.name, "convt.layout": layout.to_json()})

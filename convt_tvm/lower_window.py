@@ -1,0 +1,87 @@
+"""From NCHW to NHWC by vectors: reads them along the columns of channels, and writes their transposes."""
+
+from typing import Any
+
+from tvm import tirx
+
+from convt_tvm.compute import IN_VECTORS
+from convt_tvm.layout import Window
+from convt_tvm.rewrite import rewrite
+from convt_tvm.shuffle import pieces, ramp, transpose
+from convt_tvm.statements import at_start, on_stack, with_value
+
+__all__ = ["transpose_window"]
+
+LANES = 16
+"""Columns of a piece, and channels, whose transposes fill half the vector registers."""
+
+Expr = Any
+Statement = Any
+
+
+def transpose_window(body: Statement, window: Window) -> Statement:
+    """`body` with the loop over the window's columns that has `IN_VECTORS` replaced.
+
+    Inside is a loop over channels, a power of two and not more than `LANES`; around are others, over channels and rows.
+    """
+
+    def change(node: Any) -> Statement | None:
+        match node:
+            case tirx.For(body=tirx.For(body=tirx.BufferStore() as store)) if IN_VECTORS in node.annotations:
+                return _copy_rows(node, store, window) if store.buffer.name == "window" else None
+        return None
+
+    return rewrite(body, change)
+
+
+def _copy_rows(columns: Any, store: Any, window: Window) -> Statement:
+    """A row of some channels: zeros to the left and right of the image's, and transposes in between."""
+    channels = columns.body
+    n, row, _, first = (at_start(index, [columns, channels]) for index in store.indices)
+    count, dtype = int(channels.extent), str(store.buffer.dtype)
+    value = store.value if window.is_inside else store.value.args[1]
+
+    def put(column: Expr, channel: Expr, values: Expr, size: int) -> Statement:
+        return tirx.BufferStore(store.buffer, values, [n, row, column, ramp(channel, size)])
+
+    def clear(start: int, stop: int) -> list[Statement]:
+        zero, column = tirx.const(0, dtype), tirx.Var("w", "int32")
+        zeros = tirx.Broadcast(zero, count) if count > 1 else zero
+        return [_loop(column, stop - start, put(column + start, first, zeros, count))] if start < stop else []
+
+    def copy(start: Expr, size: int) -> list[Statement]:
+        """So many columns, by squares where they are fewer than the channels."""
+        statements: list[Statement] = []
+        side = min(size, count)
+        for offset in range(0, count, side):
+            staged = tirx.decl_buffer((side, size), dtype, name="staged")
+            statements.append(on_stack(tirx.AllocBuffer(staged)))
+            for i in range(side):
+                lane = tirx.Var("lane", "int32")
+                read = with_value(with_value(value, channels.loop_var, offset + i), columns.loop_var, start + lane)
+                vector = tirx.BufferStore(staged, read, [tirx.const(i, "int32"), lane])
+                statements.append(_loop(lane, size, vector, tirx.ForKind.VECTORIZED))
+            rows = [tirx.BufferLoad(staged, [i, ramp(0, size)]) for i in range(side)]
+            transposed = transpose(rows, size, dtype, statements)
+            statements += [put(start + j, first + offset, values, side) for j, values in enumerate(transposed)]
+        return statements
+
+    left, right = window.columns_inside
+    whole = (right - left) // LANES
+    statements = clear(0, left)
+    if whole:
+        block = tirx.Var("w", "int32")
+        statements.append(_loop(block, whole, tirx.SeqStmt(copy(block * LANES + left, LANES))))
+    if (right - left) % LANES:
+        for start, size in pieces(right - left, LANES)[whole:]:
+            statements += copy(tirx.const(left + start, "int32"), size)
+    statements += clear(right, window.width)
+    copied = tirx.SeqStmt(statements) if len(statements) > 1 else statements[0]
+    top, bottom = window.rows_inside
+    if (top, bottom) == (0, window.height):
+        return copied
+    return tirx.IfThenElse(tirx.all(row >= top, row < bottom), copied, clear(0, window.width)[0])
+
+
+def _loop(variable: Any, extent: int, body: Statement, kind: Any = tirx.ForKind.SERIAL) -> Statement:
+    return tirx.For(variable, tirx.const(0, "int32"), tirx.const(extent, "int32"), kind, body)
