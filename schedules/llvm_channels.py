@@ -31,7 +31,15 @@ or, with ``taps="outer"``, where a block's weights for one row phase do not fit 
 With ``gathers`` the parallel loop ends with b, the rows of all phases of the chunk go to a buffer, and from there past
 the caches to the output.
 
-What limits it, measured on one core of an Emerald Rapids server (175 GFLOP/s, L2 2 MiB, 18 GB/s from beyond it):
+What limits it on one core of a Zen 4 server (115 GFLOP/s; the share of that peak after the name; answers checked):
+
+- Nothing much: dcgan/3 97 %, dcgan/4 93 %, pose/2 92 %, pointpillars/up4 87 %, maskrcnn/mask 85 %, grouped/4 85 %.
+- Weights: dcgan/2 (83 %) and pose/1 (69 to 84 %) read 8 and 33 MB of them, once and for each of two tiles of rows.
+- Inputs: 24 positions of pose/1's 2,048 channels do not stay in the first cache; 24 by one vector took 12 % longer than
+  12 by two, in hifigan/up1 (82 %) 16 positions 6 % longer than 13.
+- Stores: asking for cache lines before the sums gained 5 % for maskrcnn/mask, 3 % for pointpillars/up4.
+
+And on one of an Emerald Rapids server (175 GFLOP/s, L2 2 MiB, 18 GB/s from beyond it):
 
 - Sums. maskrcnn/mask, 28 accumulators, ran at 131 GFLOP/s where the same machine, shared, did 150 to 168 in a loop of
   multiply-adds alone; with all stores to one place that stays in cache, at 139.
@@ -39,9 +47,7 @@ What limits it, measured on one core of an Emerald Rapids server (175 GFLOP/s, L
   unet/up1 from 47 to 29 ms, pointpillars/up4 from 26.7 to 25.1 with chunks of rows that stay in the second cache while
   all blocks pass (one noisy series each). dcgan/2 reads 8.4 MB once, at 15 GB/s, in 0.56 ms: nothing but fewer bytes
   would help.
-- Parts. Before there were any, hifigan/up1 and dilated/k3d2 took 4 % less time, at up to 5 times the error. Of six
-  layers with one tap, whose sums are of one part, five took the same to 2 % and kernelbench/81 6 % less (libraries of
-  before and after by turns, 11 rounds).
+- Parts. Before there were any, hifigan/up1 and dilated/k3d2 took 4 % less time, at up to 5 times the error.
 - The border. A 1 x 1 image (dcgan/1) meets one of 16 taps; without the 15 others 0.24 became 0.13 ms.
 - Stores. The transposes gained 5 % for dcgan/4, whose output stays in the second cache, and nothing where it does not:
   there a run of outputs waits for its cache lines, however it is stored.

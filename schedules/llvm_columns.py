@@ -26,14 +26,25 @@ the caches to the output.
 With few channels the column phases are worked on together, so that enough sums are under way to hide the latency of an
 addition.
 
-What limits it, measured on one core of an Emerald Rapids server:
+What limits it on one core of a Zen 4 server (115 GFLOP/s; shares of samples by ``perf``, share of that peak after the
+name; answers checked):
 
-- Stores. Interleaving in registers, with code of its own for the last tile of a row, against what LLVM made of a loop:
-  fcn8s/up8 (8 phases) 2.1 times as fast, kernelbench/75 1.29, kernelbench/81 1.20, seed/square 1.18, grouped/4 1.13,
-  dcgan/5 1.09; unet/up4 and sam/up1, whose rows are whole tiles, the same.
-- Memory. seed/square writes 53 MB, kernelbench/81 13 MB: at 9 to 12 GB/s. Non-temporal stores are untried.
-- Surplus columns: a row of 54 is computed as 64 (pointpillars/up4), 28 as 32. A shorter vector at the end is untried.
-- Loads. One channel has no other sum to share a vector of input with: fsrcnn/x3 loads 7 vectors for 12 multiply-adds.
+- Surplus columns: seed/square (56 %) computes 101 columns as 112, fcn8s/up8 (73 %) 29 as 32. One vector of columns, and
+  8 to 12 channels to hide an addition's latency, leaves the least; it took the place of two vectors by 11 to 14
+  channels, at 0.93 to 1.03 of the time where rows are whole vectors (unet/up1 93 %, dilated/k3d2 91 %, sam/up1 87 %).
+- Memory. kernelbench/75 (50 %) spends 53 % in multiply-adds, which is its bound, 30 % in copying 50 MB past the caches
+  and 9 % in rows of the bias alone; kernelbench/81 (40 %), which writes 51 MB, and seed/square likewise. Through the
+  caches seed/square took 22 ms, with lines asked for ahead 17, past the caches 14. The copy runs at 20 to
+  30 GB/s, and nothing overlaps it with sums.
+- Everything but sums, where there are few: bilinear/depthwise (43 %) spends 47 % in multiply-adds, 26 % in interleaving
+  and storing, 15 % in copying its window.
+- Parts. Sums of 8 to 14 accumulators stay in registers beside their parts; more go through the stack.
+- Loads. One channel has no other sum to share a vector of input with: fsrcnn/x3 (88 %) loads 7 vectors for 12
+  multiply-adds.
+
+On an Emerald Rapids server (two multiply-adds a cycle) interleaving in registers, with code of its own for the last
+tile of a row, made fcn8s/up8 (8 phases) 2.1 times as fast, kernelbench/75 1.29, kernelbench/81 1.20, seed/square 1.18,
+grouped/4 1.13, dcgan/5 1.09.
 """
 
 from collections.abc import Iterator
