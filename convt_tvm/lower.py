@@ -12,12 +12,13 @@ from functools import partial
 from typing import Any
 
 import tvm
-from tvm import ir, s_tir, tirx
+from tvm import s_tir, tirx
 
 from convt_tvm.bfloat16 import define_functions
 from convt_tvm.compute import GATHERS, SKIPS_ROWS, SUMS, layout_of, lookup, spec_of, target_of
 from convt_tvm.layout import CACHE_LINE_BYTES, Window, bands, kernel_columns
 from convt_tvm.outputs import Outputs
+from convt_tvm.rewrite import find_load
 from convt_tvm.spec import Pair
 from convt_tvm.statements import find_store, nest, on_stack, rebuild, sequence, tensor, with_value
 from convt_tvm.stream import define_copy
@@ -154,27 +155,18 @@ def _join_gathering(body: Any) -> Any:
     return sequence([*rest, rebuild(first, sequence(work))])
 
 
-def _find_load(node: Any, buffer: str) -> Any:
-    """A load from `buffer` in an expression or a nest of loops around a store; None if there is none."""
-    if isinstance(node, ir.TensorLoad):
-        return node if node.source.name == buffer else None
-    parts = [getattr(node, field, None) for field in ("body", "value", "a", "b")]
-    if isinstance(node, ir.Call):
-        parts += node.args
-    found = (_find_load(part, buffer) for part in parts if part is not None)
-    return next((load for load in found if load is not None), None)
-
-
 def _skip_rows(nest: Any, axis: int, inside: Pair) -> Any:
     """`nest`, if any row of the window that it reads is `inside`; `axis` is where the window's indices name the row."""
-    load = _find_load(nest, "window")
+    loops, store = [], nest
+    while isinstance(store, tirx.For):
+        loops.append(store)
+        store = store.body
+    load = find_load(store.value, "window")
     if load is None:
         return nest
     first = last = load.indices[axis]
-    loop = nest
-    while isinstance(loop, tirx.For):
+    for loop in loops:
         first, last = with_value(first, loop.loop_var, 0), with_value(last, loop.loop_var, loop.extent - 1)
-        loop = loop.body
     return tirx.IfThenElse(tirx.all(last >= inside[0], first < inside[1]), nest, None)
 
 
