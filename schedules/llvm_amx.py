@@ -48,7 +48,7 @@ What limits it:
   and as many for 1 row of channels as for 16; unet/up1 reaches 600, unet/up4 with 128 input channels and one tap 350.
 - Reading the image: a tile's 16 rows lie in two cache lines each wherever a tap shifts them. With one channel tile
   nothing hides that: fsrcnn/x3 (one output channel) took 0.70 ms where float32 takes 0.45, and goes the other way now.
-- Stores: 5 instructions turned 16 sums into bfloat16 when this was measured; where there is ``vcvtneps2bf16``, one does.
+- Stores: when this was measured 5 instructions turned 16 sums into bfloat16; with ``vcvtneps2bf16`` one does.
 - Weights, for few positions: dcgan/2 reads 4 MB, pose/1 17 MB.
 """
 

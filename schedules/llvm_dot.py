@@ -40,8 +40,8 @@ What limits it:
   took a tenth longer than with 16, a whole line.
 - Weights: dcgan/2 reads 4 MB, pose/1 17 MB. With ``taps="outer"`` and 32 channels in a block pose/1 took 3.6 ms; the
   cost rule holds the two for equal.
-- On a machine whose other core works hard all of it takes twice as long, with the same ratios to float32, and PyTorch
-  in channels_last, which writes less to memory, comes out ahead on unet/up1 and pointpillars/up4 as well.
+- In hours in which the same machine issued 2.2 G instead of 3.6 G multiply-adds a second, all of it took twice as long
+  at the same ratios to float32, and PyTorch in channels_last was ahead on pointpillars/up4 too.
 """
 
 from collections.abc import Iterator
@@ -91,7 +91,8 @@ def _split_cycles(spec: ConvTranspose2dSpec, layout: Layout) -> float:
     run = layout.column_block * len(spec.axes[1].phases)
     run_bytes = run * DTYPE_BYTES[spec.dtype]
     lines = (run_bytes + CACHE_LINE_BYTES - gcd(run_bytes, CACHE_LINE_BYTES)) / CACHE_LINE_BYTES
-    return llvm_channels.CYCLES_PER_RUN * max(0.0, lines - 1) / run
+    cycles: float = llvm_channels.CYCLES_PER_RUN * max(0.0, lines - 1) / run
+    return cycles
 
 
 def space(sch: Schedule) -> None:

@@ -39,6 +39,7 @@ def test_spaces_are_the_files_of_schedules():
         "llvm_amx",
         "llvm_channels",
         "llvm_columns",
+        "llvm_dot",
     ]
     assert all(space.name.startswith(f"{space.target_kind}_") for space in spaces())
 
