@@ -206,10 +206,32 @@ def _stage(loops: Sequence[Loop], value: Expr, indices: Sequence[Expr], shape: P
 
 
 def _as_bits(value: Expr, dtype: str) -> Expr:
-    """`value`, for a buffer of `dtype` of the same size."""
+    """`value`, for a buffer of `dtype`: that of the value, or unsigned integers of the same size."""
     lanes = int(DataType(str(value.ty.dtype)).lanes)
-    wanted = f"{dtype}x{lanes}" if lanes > 1 else dtype
-    return value if str(value.ty.dtype) == wanted else tirx.reinterpret(wanted, value)
+    if str(value.ty.dtype).startswith(dtype):
+        return value
+    if isinstance(value, tirx.Cast | tirx.FloatImm):
+        return _round_to_bfloat16(value.value if isinstance(value, tirx.Cast) else tirx.const(value.value), lanes)
+    return tirx.reinterpret(_vector(dtype, lanes), value)
+
+
+def _vector(dtype: str, lanes: int) -> str:
+    return f"{dtype}x{lanes}" if lanes > 1 else dtype
+
+
+def _round_to_bfloat16(value: Expr, lanes: int) -> Expr:
+    """The bits of float32 rounded to bfloat16, to even where it lies in the middle; no NaN becomes a number."""
+
+    def constant(number: int) -> Expr:
+        one = tirx.const(number, "uint32")
+        return tirx.Broadcast(one, lanes) if lanes > 1 else one
+
+    number = tirx.reinterpret(_vector("uint32", lanes), value)
+    last = tirx.bitwise_and(tirx.shift_right(number, constant(16)), constant(1))
+    rounded = tirx.shift_right(number + last + constant(0x7FFF), constant(16))
+    quiet = tirx.bitwise_or(tirx.shift_right(number, constant(16)), constant(0x40))
+    is_nan = tirx.bitwise_and(number, constant(0x7FFFFFFF)) > constant(0x7F800000)
+    return tirx.Cast(_vector("uint16", lanes), tirx.Select(is_nan, quiet, rounded))
 
 
 def _store_channels(

@@ -51,10 +51,13 @@ def define_copy(body: Statement, dtype: str, arch: str) -> Statement:
 def _copy_text(bits: int, *, fence: bool) -> str:
     """The copy in LLVM's language: elements up to a cache line's begin, whole lines, the elements that are left.
 
+    An address need not be a multiple of an element's size. Then the last element before the lines and the first one
+    behind them reach into a line, with the same bytes.
+
     The fence is what makes such stores visible to a thread that sees any later store of this one; Arm's need none,
     since whatever tells the other thread orders them.
     """
-    size, line = bits // 8, f"<{CACHE_LINE_BYTES} x i8>"
+    line = f"<{CACHE_LINE_BYTES} x i8>"
     return f"""
 declare void @llvm.x86.sse.sfence()
 
@@ -70,15 +73,7 @@ begin:
   %no_head = icmp eq i64 %head, 0
   br i1 %no_head, label %lines, label %head_element
 
-head_element:
-  %h = phi i64 [ 0, %begin ], [ %h_next, %head_element ]
-  %h_from = getelementptr i8, ptr %from, i64 %h
-  %h_to = getelementptr i8, ptr %to, i64 %h
-  %h_value = load i{bits}, ptr %h_from, align 1
-  store i{bits} %h_value, ptr %h_to, align 1
-  %h_next = add i64 %h, {size}
-  %h_more = icmp ult i64 %h_next, %head
-  br i1 %h_more, label %head_element, label %lines
+{_element_loop("head", "begin", "0", "%head", "lines", bits)}
 
 lines:
   %any_line = icmp ult i64 %head, %tail
@@ -95,18 +90,11 @@ line:
   br i1 %l_more, label %line, label %tail_begin
 
 tail_begin:
+  %whole = and i64 %tail, -{bits // 8}
   %any_tail = icmp ult i64 %tail, %bytes
   br i1 %any_tail, label %tail_element, label %end
 
-tail_element:
-  %t = phi i64 [ %tail, %tail_begin ], [ %t_next, %tail_element ]
-  %t_from = getelementptr i8, ptr %from, i64 %t
-  %t_to = getelementptr i8, ptr %to, i64 %t
-  %t_value = load i{bits}, ptr %t_from, align 1
-  store i{bits} %t_value, ptr %t_to, align 1
-  %t_next = add i64 %t, {size}
-  %t_more = icmp ult i64 %t_next, %bytes
-  br i1 %t_more, label %tail_element, label %end
+{_element_loop("tail", "tail_begin", "%whole", "%bytes", "end", bits)}
 
 end:
   {"call void @llvm.x86.sse.sfence()" if fence else ""}
@@ -117,3 +105,16 @@ declare i64 @llvm.umin.i64(i64, i64)
 
 !0 = !{{i32 1}}
 """
+
+
+def _element_loop(name: str, before: str, first: str, stop: str, after: str, bits: int) -> str:
+    """The block ``<name>_element``: copies elements from byte `first` to `stop`, of which there is one at least."""
+    return f"""{name}_element:
+  %{name}_at = phi i64 [ {first}, %{before} ], [ %{name}_next, %{name}_element ]
+  %{name}_from = getelementptr i8, ptr %from, i64 %{name}_at
+  %{name}_to = getelementptr i8, ptr %to, i64 %{name}_at
+  %{name}_value = load i{bits}, ptr %{name}_from, align 1
+  store i{bits} %{name}_value, ptr %{name}_to, align 1
+  %{name}_next = add i64 %{name}_at, {bits // 8}
+  %{name}_more = icmp ult i64 %{name}_next, {stop}
+  br i1 %{name}_more, label %{name}_element, label %{after}"""

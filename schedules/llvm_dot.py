@@ -40,8 +40,8 @@ What limits it:
   took a tenth longer than with 16, a whole line.
 - Weights: dcgan/2 reads 4 MB, pose/1 17 MB. With ``taps="outer"`` and 32 channels in a block pose/1 took 3.6 ms; the
   cost rule holds the two for equal.
-- In hours in which the same machine issued 2.2 G instead of 3.6 G multiply-adds a second, all of it took twice as long
-  at the same ratios to float32, and PyTorch in channels_last was ahead on pointpillars/up4 too.
+- Memory. In hours in which the same machine issued 2.2 G instead of 3.6 G multiply-adds a second, unet/up4 was at 1.48
+  of float32's speed, and behind PyTorch in channels_last were also pointpillars/up4 (0.89) and unet/up1 (0.97).
 """
 
 from collections.abc import Iterator

@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import hypothesis
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 
 from convt_tvm import cost
 from convt_tvm import space as space_module
+from convt_tvm.check import bits
 from convt_tvm.compiler import build, build_artifact
 from convt_tvm.errors import BuildError, SpecError
 from convt_tvm.fuzz import draw_spec
@@ -115,10 +117,31 @@ def test_outputs_for_memory_are_gathered():
     assert not any(choice.layout.gathers for choice in choices(resolve(["dcgan/4"])[0].spec, V4))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("offset", [0, 1, 2, 7, 60, 63])
+def test_gathered_rows_go_to_any_address_and_nowhere_else(dtype, offset, tmp_path):
+    spec = replace(ONE_ROW, dtype=dtype, iw=31)
+    first = next(choice for choice in choices(spec, HOST) if choice.layout.lanes == "ow" and choice.space.applies(spec))
+    layout = replace(first.layout, row_block=1, row_chunk=2, gathers=True)
+    inputs = integer_inputs(spec, seed=2)
+    size = math.prod(spec.output_shape) * inputs[0].element_size()
+    build_artifact(spec, HOST, tmp_path / "kernel", choice=replace(first, layout=layout))
+    around = np.full(size + 256, 77, np.uint8)
+    start = -around.ctypes.data % 64 + offset
+    output = torch.frombuffer(around, dtype=inputs[0].dtype, count=math.prod(spec.output_shape), offset=start)
+    load(tmp_path / "kernel")(*inputs, out=output.view(spec.output_shape))
+    assert torch.equal(output.view(spec.output_shape).double(), reference(spec, *inputs))
+    assert (around[:start] == 77).all()
+    assert (around[start + size :] == 77).all()
+
+
 @st.composite
 def specs(draw):
     try:
-        return draw_spec(lambda low, high: draw(st.integers(low, high)), dtypes=["float32"])
+        return draw_spec(
+            lambda low, high: draw(st.integers(low, high)),
+            dtypes=["float32", "float32", "float64", "float16", "bfloat16"],
+        )
     except SpecError:
         hypothesis.reject()
 
@@ -126,22 +149,24 @@ def specs(draw):
 @hypothesis.given(spec=specs(), numbers=st.tuples(st.integers(0, 999), st.integers(0, 999)), batch=st.integers(1, 3))
 @hypothesis.settings(max_examples=60, deadline=None)
 def test_every_schedule_and_batch_size_gives_the_same_bits(spec, numbers, batch):
-    """Also those that go past the caches, which otherwise larger outputs do."""
+    """Of one unit, that is; also those that go past the caches, which otherwise larger outputs do."""
     inputs = normal_inputs(spec.with_batch(3), seed=numbers[0])
-    outputs = []
+    outputs, units = [], set()
     for number, n in zip(numbers, (3, batch), strict=True):
         sized = spec.with_batch(n)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cost, "PAST_CACHES_BYTES", 0)
-            found = choices(sized, HOST)
-        kernel = build(sized, choice=found[number % len(found)])
-        whole = torch.full((3 * math.prod(sized.output_shape[1:]) + 256,), 77.0)
+            found = [choice for choice in choices(sized, HOST) if not units or type(choice.layout) in units]
+        choice = found[number % len(found)]
+        units.add(type(choice.layout))
+        kernel = build(sized, choice=choice)
+        whole = torch.full((3 * math.prod(sized.output_shape[1:]) + 256,), 77, dtype=inputs[0].dtype)
         output = whole[128 : 128 + math.prod(sized.output_shape)].view(sized.output_shape)
         kernel(inputs[0][:n], *inputs[1:], out=output)
         assert (whole[:128] == 77).all()
         assert (whole[128 + output.numel() :] == 77).all()
         outputs.append(output)
-    assert torch.equal(outputs[0][:batch].view(torch.int32), outputs[1].view(torch.int32))
+    assert torch.equal(bits(outputs[0][:batch]), bits(outputs[1]))
 
 
 def is_exact(spec, choice, directory):
