@@ -206,12 +206,12 @@ def expect(
       accumulator may have, plus half of the smallest subnormal of the output dtype;
     - where inputs and weights are rounded to a narrower type before they are multiplied, by ``operand_unit`` of their
       value at most (`TF32_UNIT` for tf32), that share of either;
-    - in bfloat16, what is lost where a subnormal input, weight, product or sum counts as zero, as in Intel's tile unit
-      (AMX) and in what PyTorch does with it: twice the smallest normal number times ``(|x| + 1)(|w| + 1)``;
+    - in bfloat16, what is lost where a subnormal input, weight, product or sum counts as zero, as in x86's instructions
+      for it and in what PyTorch does with them: twice the smallest normal number times ``(|x| + 1)(|w| + 1)``;
     - the oracle's own ``gamma_k`` with ``u = 2**-53``.
 
     ``k`` is each output's own count, smaller at the borders. Where no tap reaches an output it is exactly the bias
-    and its bound is 0.
+    and its bound is 0; but in bfloat16 it may be zero for a subnormal bias.
     """
     accumulator = torch.finfo(getattr(torch, spec.accumulator_dtype))
     output = torch.finfo(getattr(torch, spec.dtype))
@@ -228,6 +228,8 @@ def expect(
     bound = bound + products * (accumulator.smallest_normal * accumulator.eps)
     if spec.dtype == "bfloat16":
         bound = bound + 2 * accumulator.smallest_normal * reference(spec, input.abs() + 1, weight.abs() + 1, None)
+        subnormal = exact.abs() < accumulator.smallest_normal
+        bound = bound + torch.where((products == 0) & subnormal, exact.abs(), 0.0)
     if spec.dtype != spec.accumulator_dtype:
         rounding = (output.eps / 2) * (exact.abs() + bound) + output.smallest_normal * output.eps / 2
         bound = bound + torch.where(products > 0, rounding, 0.0)

@@ -239,7 +239,7 @@ FAULTS = {
     "bfloat16 products": (rounded_to(7), "rounding", SPEC),
     "bias added after rounding": (bias_after_rounding, "rounding", with_dtype(SPEC, "float16")),
     "subnormal weights flushed": (on_inputs(flushed), "rounding", SPEC),
-    "subnormal results flushed": (on_output(flushed_results), "rounding", with_dtype(SPEC, "bfloat16")),
+    "subnormal results flushed": (on_output(flushed_results), "rounding", SPEC),
     "zeros of the dilated input multiplied": (multiplied_zeros, "special", SPEC),
     "NaN spread over a vector": (on_output(spread_nan), "special", SPEC),
     "NaN lost": (on_output(nan_lost), "special", SPEC),

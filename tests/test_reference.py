@@ -180,3 +180,14 @@ def test_float32_sums_in_any_order_stay_within_the_bound_and_float16_sums_do_not
     assert 0.001 < worst(range(512)) < 1
     assert 0.001 < worst(reversed(range(512))) < 1
     assert worst(range(512), torch.float16) > 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_bias_alone_is_exact_but_for_subnormals_in_bfloat16(dtype):
+    spec = ConvTranspose2dSpec(n=1, ci=1, ih=1, iw=1, co=2, kernel_size=1, stride=2, output_padding=1, dtype=dtype)
+    of_dtype = getattr(torch, dtype)
+    tiny = torch.finfo(of_dtype).smallest_normal
+    bias = torch.tensor([tiny / 2, 1], dtype=of_dtype)
+    inputs = torch.ones(1, 1, 1, 1, dtype=of_dtype), torch.ones(1, 2, 1, 1, dtype=of_dtype), bias
+    bound = error_bound(spec, *inputs)[0, :, 1, 1]
+    assert bound.tolist() == [tiny / 2 if dtype == "bfloat16" else 0, 0]
