@@ -1,0 +1,61 @@
+"""Copies past the caches, and cache lines that are asked for."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+import tvm
+from tvm import tirx
+
+from convt_tvm.compiler import lower_choice
+from convt_tvm.cpu_code import compile_library
+from convt_tvm.space import default_choice
+from convt_tvm.stream import copy_past_caches, define_copy
+from convt_tvm.target import Target
+from convt_tvm.workloads import resolve
+
+HOST = Target.parse("llvm").for_dtype("float32")
+
+
+def copier(dtype, library):
+    """``copy(source, target)`` for 300 elements, compiled."""
+    source, target = (tirx.decl_buffer((300,), dtype, name=name, data_alignment=1) for name in ("source", "target"))
+    count = tirx.Var("count", "int32")
+    start = [tirx.address_of(tirx.BufferLoad(buffer, [0])) for buffer in (target, source)]
+    size = np.dtype(dtype).itemsize
+    body = define_copy(copy_past_caches(*start, count * size), dtype, HOST.arch)
+    function = tirx.PrimFunc([source, target, count], body, tvm.ir.TupleType([]))
+    compile_library(tvm.IRModule({"copy": function.with_attr("global_symbol", "copy")}), HOST, library)
+    return tvm.runtime.load_module(str(library))["copy"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+def test_a_copy_writes_every_byte_and_no_other(dtype, tmp_path):
+    copy, size = copier(dtype, tmp_path / "copy.so"), np.dtype(dtype).itemsize
+    source = torch.arange(1, 301).to(getattr(torch, dtype))
+    for count in (0, 1, 15, 16, 17, 64, 100, 250):
+        for offset in (0, 1, 3, size, 32, 63):
+            around = np.full(300 * size + 192, 77, np.uint8)
+            start = -around.ctypes.data % 64 + 64 + offset
+            target = torch.frombuffer(around, dtype=source.dtype, count=300, offset=start)
+            copy(source, target, count)
+            assert torch.equal(target[:count], source[:count])
+            assert (around[:start] == 77).all()
+            assert (around[start + count * size :] == 77).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "asks", "gathers"),
+    [
+        ("sam/up1", True, False),  # 4 MiB
+        ("seed/square", False, True),  # 53 MB
+        ("dcgan/4", False, False),  # fits the second cache
+        ("bilinear/depthwise", False, False),  # too few products to wait behind
+    ],
+)
+def test_outputs_go_by_their_size(name, asks, gathers):
+    spec = resolve([name])[0].spec
+    text = lower_choice(spec, HOST, default_choice(spec, HOST)).module.script()
+    assert bool(re.search(r"llvm\.prefetch", text)) == asks
+    assert bool(re.search(r"convt_copy_past_caches\"?,", text)) == gathers
