@@ -11,9 +11,10 @@ which LLVM puts in the place of their calls:
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from tvm import ir, tirx
+from tvm import tirx
 
 from convt_tvm.shuffle import define, transpose
+from convt_tvm.statements import import_llvm
 
 __all__ = [
     "LANES",
@@ -73,7 +74,7 @@ def define_functions(body: Statement) -> Statement:
     for n in LANES:
         riffle = ", ".join(f"i32 {i // 2 + i % 2 * n}" for i in range(2 * n))
         texts.append(_FUNCTIONS.format(n=n, m=2 * n, bits=32 * n, riffle=riffle))
-    return tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", ir.StringImm("".join(texts)), body)
+    return import_llvm(body, "".join(texts))
 
 
 def add_products(sums: Expr, first: Expr, second: Expr, lanes: int) -> Expr:

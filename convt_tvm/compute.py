@@ -51,6 +51,8 @@ __all__ = [
     "finish",
     "layout_of",
     "lookup",
+    "parameters",
+    "phase_function",
     "spec_of",
     "sum_products",
     "sums_of",
@@ -113,6 +115,21 @@ def create_function(arguments: list[Any]) -> tirx.PrimFunc:
     return aligned.with_attr("global_symbol", "main")
 
 
+def parameters(spec: ConvTranspose2dSpec, layout: Layout, batch: Expr) -> tuple[Any, Any, Any]:
+    """The placeholders ``input``, for so many images, ``packed`` and ``bias``."""
+    data = te.placeholder((batch, *spec.input_shape[1:]), spec.dtype, name="input")
+    packed = te.placeholder(layout.packed_shape(spec), layout.packed_dtype(spec), name="packed")
+    return data, packed, te.placeholder(spec.bias_shape, spec.dtype, name="bias")
+
+
+def phase_function(
+    spec: ConvTranspose2dSpec, layout: Layout, target: Target, inputs: Sequence[Any], outputs: Sequence[Any]
+) -> tirx.PrimFunc:
+    """The PrimFunc of a phase form for a processor; of the `inputs` the last is the bias, which not every spec has."""
+    function = create_function([*(inputs if spec.bias else inputs[:-1]), *outputs])
+    return function.with_attrs({"convt.spec": spec.name, "convt.layout": layout.to_json(), "convt.target": target.name})
+
+
 def declare_phases(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> tirx.PrimFunc:
     """The phase form of `spec` as a PrimFunc to schedule.
 
@@ -124,9 +141,7 @@ def declare_phases(spec: ConvTranspose2dSpec, layout: Layout, target: Target) ->
     """
     batch, spec = te.var("n") if spec.n is None else spec.n, spec.sized
     columns = layout.columns(spec)
-    data = te.placeholder((batch, *spec.input_shape[1:]), spec.dtype, name="input")
-    packed = te.placeholder(layout.packed_shape(spec), layout.packed_dtype(spec), name="packed")
-    bias = te.placeholder(spec.bias_shape, spec.dtype, name="bias")
+    data, packed, bias = parameters(spec, layout, batch)
 
     extent = Window.of(spec, layout)
     image_bytes = spec.ih * spec.iw * DTYPE_BYTES[spec.dtype]
@@ -146,8 +161,7 @@ def declare_phases(spec: ConvTranspose2dSpec, layout: Layout, target: Target) ->
             sums = sums_of(layout, sum_products(spec, layout, band, window, multiply, origin, columns))
         outputs.append(finish(spec, layout, band, batch, sums, bias))
 
-    function = create_function([data, packed, *([bias] if spec.bias else []), *outputs])
-    return function.with_attrs({"convt.spec": spec.name, "convt.layout": layout.to_json(), "convt.target": target.name})
+    return phase_function(spec, layout, target, [data, packed, bias], outputs)
 
 
 def _window(spec: ConvTranspose2dSpec, layout: Layout, extent: Window, data: Any) -> Any:

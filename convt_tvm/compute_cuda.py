@@ -20,7 +20,7 @@ from typing import Any
 
 from tvm import ir, te, tirx
 
-from convt_tvm.compute import lookup
+from convt_tvm.compute import lookup, parameters
 from convt_tvm.layout import Band, Layout, Window, bands, column_starts, reaches
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
@@ -37,9 +37,7 @@ def declare_thread_phases(spec: ConvTranspose2dSpec, layout: ThreadLayout, targe
     Parameters are ``input``, ``packed``, ``bias`` where the spec has one, and ``band0``, ``band1``, ... with the axes
     of the accumulators. Blocks are named ``window<k>``, ``acc<k>`` and ``band<k>``.
     """
-    data = te.placeholder(spec.input_shape, spec.dtype, name="input")
-    packed = te.placeholder(layout.packed_shape(spec), layout.packed_dtype(spec), name="packed")
-    bias = te.placeholder(spec.bias_shape, spec.dtype, name="bias")
+    data, packed, bias = parameters(spec, layout, spec.n)
     outputs = []
     for band in bands(spec):
         acc = _accumulate(spec, layout, band, data, packed) if reaches(spec, band) else None

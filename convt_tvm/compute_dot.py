@@ -13,7 +13,7 @@ from typing import Any
 from tvm import te, tirx
 
 from convt_tvm.bfloat16 import PAIR
-from convt_tvm.compute import create_function, finish, sum_products, sums_of
+from convt_tvm.compute import create_function, finish, parameters, phase_function, sum_products, sums_of
 from convt_tvm.dot_layout import DotLayout, paired
 from convt_tvm.layout import Window, bands, reaches
 from convt_tvm.spec import ConvTranspose2dSpec
@@ -27,9 +27,7 @@ Expr = Any
 def declare_dot_phases(spec: ConvTranspose2dSpec, layout: DotLayout, target: Target) -> tirx.PrimFunc:
     """The phase form of `spec` as a PrimFunc to schedule; parameters and blocks as of `compute.declare_phases`."""
     batch, spec = te.var("n") if spec.n is None else spec.n, spec.sized
-    data = te.placeholder((batch, *spec.input_shape[1:]), spec.dtype, name="input")
-    packed = te.placeholder(layout.packed_shape(spec), layout.packed_dtype(spec), name="packed")
-    bias = te.placeholder(spec.bias_shape, spec.dtype, name="bias")
+    data, packed, bias = parameters(spec, layout, batch)
     columns, extent = layout.columns(spec), Window.of(spec, layout)
     window, origin = _window(spec, extent, data), (extent.first_row, extent.first_column)
 
@@ -48,8 +46,7 @@ def declare_dot_phases(spec: ConvTranspose2dSpec, layout: DotLayout, target: Tar
         if reaches(spec, band):
             sums = sums_of(layout, sum_products(paired(spec), layout, band, window, multiply, origin, columns))
         outputs.append(finish(spec, layout, band, batch, sums, bias))
-    function = create_function([data, packed, *([bias] if spec.bias else []), *outputs])
-    return function.with_attrs({"convt.spec": spec.name, "convt.layout": layout.to_json(), "convt.target": target.name})
+    return phase_function(spec, layout, target, [data, packed, bias], outputs)
 
 
 def _bits(value: int) -> Expr:

@@ -16,7 +16,7 @@ from typing import Any
 
 from tvm import te, tirx
 
-from convt_tvm.compute import lookup
+from convt_tvm.compute import lookup, parameters
 from convt_tvm.compute_cuda import cuda_function, progression
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
@@ -36,9 +36,7 @@ def declare_tensor_phases(spec: ConvTranspose2dSpec, layout: TensorLayout, targe
     Parameters are ``input``, ``packed``, ``bias`` where the spec has one, and ``band0``, ``band1``, ... with the axes
     of the accumulators, one for each patch. Blocks are named ``gather<k>``, ``acc<k>`` and ``band<k>``.
     """
-    data = te.placeholder(spec.input_shape, spec.dtype, name="input")
-    packed = te.placeholder(layout.packed_shape(spec), layout.packed_dtype(spec), name="packed")
-    bias = te.placeholder(spec.bias_shape, spec.dtype, name="bias")
+    data, packed, bias = parameters(spec, layout, spec.n)
     outputs = []
     for patch in patches(spec):
         acc = _accumulate(spec, layout, patch, data, packed) if patch.taps else None

@@ -12,7 +12,7 @@ from typing import Any
 
 from tvm import ir, te, tirx
 
-from convt_tvm.compute import Sums, create_function, finish, lookup
+from convt_tvm.compute import Sums, create_function, finish, lookup, parameters, phase_function
 from convt_tvm.layout import Band, bands, column_starts, reaches
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
@@ -35,9 +35,7 @@ Expr = Any
 def declare_tile_phases(spec: ConvTranspose2dSpec, layout: TileLayout, target: Target) -> tirx.PrimFunc:
     """The phase form of `spec` as a PrimFunc to schedule; parameters and blocks as of `compute.declare_phases`."""
     batch, spec = te.var("n") if spec.n is None else spec.n, spec.sized
-    data = te.placeholder((batch, *spec.input_shape[1:]), spec.dtype, name="input")
-    packed = te.placeholder(layout.packed_shape(spec), layout.packed_dtype(spec), name="packed")
-    bias = te.placeholder(spec.bias_shape, spec.dtype, name="bias")
+    data, packed, bias = parameters(spec, layout, batch)
     window = None
     outputs = []
     for band in bands(spec):
@@ -46,8 +44,7 @@ def declare_tile_phases(spec: ConvTranspose2dSpec, layout: TileLayout, target: T
             window = _window(spec, layout, data) if window is None else window
             sums = _sums_of(spec, layout, band, _accumulate(spec, layout, band, window, packed))
         outputs.append(finish(spec, layout, band, batch, sums, bias))
-    function = create_function([data, packed, *([bias] if spec.bias else []), *outputs])
-    return function.with_attrs({"convt.spec": spec.name, "convt.layout": layout.to_json(), "convt.target": target.name})
+    return phase_function(spec, layout, target, [data, packed, bias], outputs)
 
 
 def _window(spec: ConvTranspose2dSpec, layout: TileLayout, data: Any) -> Any:

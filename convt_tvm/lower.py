@@ -18,9 +18,8 @@ from convt_tvm.bfloat16 import define_functions
 from convt_tvm.compute import GATHERS, SKIPS_ROWS, SUMS, layout_of, lookup, spec_of, target_of
 from convt_tvm.layout import CACHE_LINE_BYTES, Window, bands, kernel_columns
 from convt_tvm.outputs import Outputs
-from convt_tvm.rewrite import find_load
 from convt_tvm.spec import Pair
-from convt_tvm.statements import find_store, nest, on_stack, rebuild, sequence, tensor, with_value
+from convt_tvm.statements import find_load, find_store, inside, nest, on_stack, rebuild, sequence, tensor, with_value
 from convt_tvm.stream import define_copy
 
 __all__ = ["flatten_blocks", "lower_kernel", "lower_pack"]
@@ -94,15 +93,15 @@ def _rewrite(statement: Any, rules: Rules) -> Any:
     def visit(node: Any, loops: tuple[Loop, ...] = ()) -> Any:
         match node:
             case tirx.For() if GATHERS in node.annotations:
-                return _around(loops, rebuild(node, rules.gather(node, visit)))
+                return nest(loops, rebuild(node, rules.gather(node, visit)))
             case tirx.For() if SKIPS_ROWS in node.annotations:
-                return _around(loops, rules.skip(node))
+                return nest(loops, rules.skip(node))
             case tirx.For() if isinstance(node.body, tirx.For | tirx.BufferStore):
                 return visit(node.body, (*loops, node))
             case tirx.BufferStore() if str(node.buffer.name) in rules.stores:
                 return rules.stores[str(node.buffer.name)](loops, node)
             case _:
-                return _around(loops, visit_parts(node))
+                return nest(loops, visit_parts(node))
 
     def visit_parts(node: Any) -> Any:
         match node:
@@ -129,12 +128,6 @@ def _rewrite(statement: Any, rules: Rules) -> Any:
     return visit(statement)
 
 
-def _around(loops: Sequence[Loop], body: Any) -> Any:
-    for loop in reversed(loops):
-        body = rebuild(loop, body)
-    return body
-
-
 def _holds_sums(node: Any) -> bool:
     return isinstance(node, tirx.AllocBuffer) and str(node.buffer.name).startswith(SUMS)
 
@@ -155,19 +148,16 @@ def _join_gathering(body: Any) -> Any:
     return sequence([*rest, rebuild(first, sequence(work))])
 
 
-def _skip_rows(nest: Any, axis: int, inside: Pair) -> Any:
-    """`nest`, if any row of the window that it reads is `inside`; `axis` is where the window's indices name the row."""
-    loops, store = [], nest
-    while isinstance(store, tirx.For):
-        loops.append(store)
-        store = store.body
+def _skip_rows(nest: Any, axis: int, image: Pair) -> Any:
+    """`nest`, if any row of the window that it reads is of the `image`; the window's indices name the row at `axis`."""
+    loops, store = inside(nest)
     load = find_load(store.value, "window")
     if load is None:
         return nest
     first = last = load.indices[axis]
     for loop in loops:
         first, last = with_value(first, loop.loop_var, 0), with_value(last, loop.loop_var, loop.extent - 1)
-    return tirx.IfThenElse(tirx.all(last >= inside[0], first < inside[1]), nest, None)
+    return tirx.IfThenElse(tirx.all(last >= image[0], first < image[1]), nest, None)
 
 
 def _assemble(function: tirx.PrimFunc, name: str, inputs: Sequence[Any], output: Any, body: Any) -> tvm.IRModule:

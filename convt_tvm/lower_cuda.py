@@ -15,6 +15,7 @@ from convt_tvm.compute_cuda import thread_layout_of
 from convt_tvm.layout import Band, Layout, bands, kernel_columns
 from convt_tvm.lower import flatten_blocks
 from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.statements import rewrite
 from convt_tvm.thread_layout import kernel_rows
 
 __all__ = ["Store", "assemble", "lower_thread_kernel", "lower_thread_pack", "store_packed"]
@@ -23,31 +24,16 @@ Store = Callable[[Any], Any]
 """Makes the statement that replaces a store."""
 
 
-def _replace_stores(node: Any, stores: Mapping[str, Store]) -> Any:
-    """The statement `node` with each store to a buffer that `stores` names replaced."""
-    match node:
-        case tirx.BufferStore() if str(node.buffer.name) in stores:
-            return stores[str(node.buffer.name)](node)
-        case tirx.SeqStmt():
-            return tirx.SeqStmt([_replace_stores(part, stores) for part in node.seq])
-        case tirx.For():
-            body = _replace_stores(node.body, stores)
-            head = node.loop_var, node.min, node.extent, node.kind
-            return tirx.For(*head, body, node.thread_binding, node.annotations, node.step)
-        case tirx.IfThenElse():
-            other = None if node.else_case is None else _replace_stores(node.else_case, stores)
-            return tirx.IfThenElse(node.condition, _replace_stores(node.then_case, stores), other)
-        case tirx.AttrStmt():
-            return tirx.AttrStmt(node.node, node.attr_key, node.value, _replace_stores(node.body, stores))
-        case _:
-            return node
-
-
 def assemble(function: tirx.PrimFunc, name: str, output: Any, stores: Mapping[str, Store]) -> tvm.IRModule:
     """A module with `function` as `name`, its outputs joined in `output` by `stores`."""
     function = flatten_blocks(function)
     inputs = [buffer for buffer in function.params if str(buffer.name) not in stores]
-    joined = tirx.PrimFunc([*inputs, output], _replace_stores(function.body, stores), function.ret_type)
+
+    def change(node: Any) -> Any | None:
+        is_output = isinstance(node, tirx.BufferStore) and str(node.buffer.name) in stores
+        return stores[str(node.buffer.name)](node) if is_output else None
+
+    joined = tirx.PrimFunc([*inputs, output], rewrite(function.body, change), function.ret_type)
     return tvm.IRModule({name: joined.with_attrs({**function.attrs, "global_symbol": name})})
 
 

@@ -1,6 +1,5 @@
 """From scheduled phase forms on pairs of bfloat16 to the functions of a kernel library: sums become dot products."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import tvm
@@ -11,9 +10,8 @@ from convt_tvm.compute import PARTIAL, layout_of, spec_of
 from convt_tvm.layout import Window
 from convt_tvm.lower import lower_kernel
 from convt_tvm.lower_window import transpose_window
-from convt_tvm.rewrite import find_guard, find_load, rewrite
 from convt_tvm.shuffle import ramp
-from convt_tvm.statements import at_start, rebuild
+from convt_tvm.statements import at_start, element_number, find_guard, find_load, inside, nest, rewrite
 
 __all__ = ["lower_dot_kernel"]
 
@@ -30,10 +28,7 @@ def lower_dot_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
 
 def _multiply(node: Any) -> Statement | None:
     """What stands for a nest of loops that adds products of pairs to partial sums; None for any other statement."""
-    loops = []
-    while isinstance(node, tirx.For):
-        loops.append(node)
-        node = node.body
+    loops, node = inside(node)
     if not (loops and isinstance(node, tirx.BufferStore) and str(node.buffer.name).startswith(PARTIAL)):
         return None
     pair, weight = (find_load(node.value, name) for name in ("window", "packed"))
@@ -46,7 +41,7 @@ def _multiply(node: Any) -> Statement | None:
     # of 32 bits LLVM makes vectors of those, to take them apart again (dilated/k3d2, two thirds as fast).
     within = next((i for i in reversed(range(len(loops) - 1)) if loops[i].kind != tirx.ForKind.UNROLLED), 0)
     first = [at_start(index, loops[within:]) for index in pair.indices]
-    offset = tvm.sym.Analyzer().simplify(_number(pair.source, pair.indices) - _number(pair.source, first))
+    offset = tvm.sym.Analyzer().simplify(element_number(pair.source, pair.indices) - element_number(pair.source, first))
     value = pair_at(tirx.address_of(tirx.BufferLoad(pair.source, first)), offset)
 
     *place, start = (at_start(index, [lane]) for index in node.indices)
@@ -58,16 +53,4 @@ def _multiply(node: Any) -> Statement | None:
     guard = find_guard(node.value)
     if guard is not None:
         body = tirx.IfThenElse(guard, body, None)
-    for loop in reversed(loops[:-1]):
-        body = rebuild(loop, body)
-    return body
-
-
-def _number(buffer: Any, indices: Sequence[Expr]) -> Expr:
-    """The number of an element in memory."""
-    strides = [int(stride) for stride in buffer.ty.strides]
-    if not strides:
-        strides = [1]
-        for size in reversed(buffer.shape[1:]):
-            strides.insert(0, strides[0] * int(size))
-    return sum(index * stride for index, stride in zip(indices, strides, strict=True))
+    return nest(loops[:-1], body)

@@ -6,7 +6,6 @@ schedule says with `IN_TILES` which loops stand for them.
 """
 
 from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 import tvm
@@ -15,9 +14,18 @@ from tvm import tirx
 from convt_tvm.compute import spec_of
 from convt_tvm.compute_tiles import IN_TILES, tile_layout_of
 from convt_tvm.lower import lower_kernel
-from convt_tvm.rewrite import find_guard, find_load, rewrite
 from convt_tvm.spec import ConvTranspose2dSpec
-from convt_tvm.statements import at_start, on_stack
+from convt_tvm.statements import (
+    at_start,
+    element_number,
+    element_stride,
+    find_guard,
+    find_load,
+    inside,
+    on_stack,
+    rewrite,
+    sequence,
+)
 from convt_tvm.tile_layout import REGISTERS, TILE_POSITIONS, TileLayout
 
 __all__ = ["lower_tile_kernel"]
@@ -60,7 +68,7 @@ class _Tiles:
             case "configure":
                 return self._configure(loop)
             case "zero":
-                return _sequence([_call("tilezero", _byte(number)) for row in self.sums for number in row])
+                return sequence([_call("tilezero", _byte(number)) for row in self.sums for number in row])
             case "store":
                 return self._store(loop)
         return self._multiply(loop)
@@ -88,7 +96,7 @@ class _Tiles:
 
     def _multiply(self, loop: Any) -> Any:
         """One step: each tile of weights times each tile of the image, added to its sums."""
-        loops, store = _inside(loop)
+        loops, store = inside(loop)
         image, weight = (_first(find_load(store.value, name), loops) for name in ("window", "packed"))
         guard = find_guard(store.value)
         rows = self.layout.channel_rows
@@ -96,7 +104,7 @@ class _Tiles:
             _load(number, weight, {4: i * rows * 2 * self.pairs}, 4 * self.pairs)
             for i, number in enumerate(self.weights)
         ]
-        stride = 2 * _stride(image.source, 2)
+        stride = 2 * element_stride(image.source, 2)
         for j in range(len(self.sums[0])):
             number = self.images[j % len(self.images)]
             statements.append(_load(number, image, {3: j * TILE_POSITIONS}, stride))
@@ -107,46 +115,25 @@ class _Tiles:
 
     def _store(self, loop: Any) -> Any:
         """Sums to memory."""
-        loops, store = _inside(loop)
+        loops, store = inside(loop)
         place = _first(tirx.BufferLoad(store.buffer, store.indices), loops)
         axes = len(store.indices)
-        stride = 4 * _stride(store.buffer, axes - 2)
+        stride = 4 * element_stride(store.buffer, axes - 2)
         statements = []
         for i, row in enumerate(self.sums):
             for j, number in enumerate(row):
                 offsets = {axes - 2: i * self.layout.channel_rows, axes - 1: j * TILE_POSITIONS}
                 indices = _offset_by(place, offsets)
-                offset = sum(index * _stride(place.source, axis) for axis, index in enumerate(indices))
+                offset = element_number(place.source, indices)
                 # Not address_of: TVM takes it for an access to one element, and cuts off what it sees no access to.
                 address = place.source.access_ptr("w", offset=offset)
                 statements.append(_call("tilestored64", _byte(number), address, _long(stride)))
-        return _sequence(statements)
-
-
-def _sequence(statements: Sequence[Statement]) -> Statement:
-    """The statements one after the other."""
-    return statements[0] if len(statements) == 1 else tirx.SeqStmt(statements)
-
-
-def _inside(loop: Any) -> tuple[list[Any], Any]:
-    """Loops from `loop` inwards, and the store inside them."""
-    loops, node = [], loop
-    while isinstance(node, tirx.For):
-        loops.append(node)
-        node = node.body
-    return loops, node
+        return sequence(statements)
 
 
 def _first(load: Any, loops: Sequence[Any]) -> Any:
     """What `load` reads in the first iteration of `loops`."""
     return tirx.BufferLoad(load.source, [at_start(index, loops) for index in load.indices])
-
-
-def _stride(buffer: Any, axis: int) -> int:
-    """Elements from one index along `axis` to the next."""
-    if len(buffer.ty.strides):
-        return int(buffer.ty.strides[axis])
-    return prod(int(size) for size in buffer.shape[axis + 1 :])
 
 
 def _offset_by(load: Any, offsets: dict[int, int]) -> list[Expr]:

@@ -6,9 +6,8 @@ from tvm import tirx
 
 from convt_tvm.compute import IN_VECTORS
 from convt_tvm.layout import Window
-from convt_tvm.rewrite import rewrite
 from convt_tvm.shuffle import pieces, ramp, transpose
-from convt_tvm.statements import at_start, on_stack, with_value
+from convt_tvm.statements import at_start, on_stack, rewrite, sequence, with_value
 
 __all__ = ["transpose_window"]
 
@@ -76,7 +75,7 @@ def _copy_rows(columns: Any, store: Any, window: Window) -> Statement:
         for start, size in pieces(right - left, LANES)[whole:]:
             statements += copy(tirx.const(left + start, "int32"), size)
     statements += clear(right, window.width)
-    copied = tirx.SeqStmt(statements) if len(statements) > 1 else statements[0]
+    copied = sequence(statements)
     top, bottom = window.rows_inside
     if (top, bottom) == (0, window.height):
         return copied

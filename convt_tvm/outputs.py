@@ -83,9 +83,8 @@ class Outputs:
         if not reaches(spec, band):
             # The bias alone: whole rows.
             column = tirx.Var("column", "int32")
-            row_loops = [loop for loop in loops if not any(depends_on(index, loop.loop_var) for index in (qw, pw))]
-            row_loops.append(tirx.For(column, 0, spec.ow, tirx.ForKind.SERIAL, node))
-            return nest(row_loops, write(node.value, ob, column), [*filled, *rows])
+            whole_row = tirx.For(column, 0, spec.ow, tirx.ForKind.SERIAL, node)
+            return nest([*_outside_rows(loops, node), whole_row], write(node.value, ob, column), [*filled, *rows])
 
         # Columns in which every phase lies inside the output, and phases of the one column that may follow them.
         whole = (spec.ow - phases) // stride_w + 1
@@ -112,7 +111,7 @@ class Outputs:
             elif self._narrows and size in LANES:
                 stored = narrow(vector, size)
             else:
-                stored = tirx.Cast(f"{spec.dtype}x{size}" if size > 1 else spec.dtype, vector)
+                stored = tirx.Cast(_vector(spec.dtype, size), vector)
             statement = write(stored, first_lane + lane, ramp(first_column * stride_w + position, size))
             if not (filled and by_channels):
                 return statement
@@ -152,16 +151,15 @@ class Outputs:
         fits, waits = output_bytes <= self.target.cache_bytes, prod(partial_sum(spec, band)) >= MIN_PRODUCTS
         if self._gathered or layout.taps != "inner" or fits or not waits:
             return []
-        n, g, b, ob, ph, qh, qw, pw = node.indices
+        n, g, b, ob, ph, qh, qw, _ = node.indices
         channels, phases = spec.co // spec.groups, len(spec.axes[1].phases)
-        outer = [loop for loop in loops if not any(depends_on(index, loop.loop_var) for index in (qw, pw))]
         channel = tirx.min(g * channels + b * layout.co_block + ob, spec.co - 1)
         row, first = self._row(band, ph, tirx.min(qh, band.rows - 1)), at_start(qw, loops)
         size, line = layout.column_block * phases, CACHE_LINE_BYTES // DTYPE_BYTES[spec.dtype]
         offsets = [*range(0, size - 1, line), size - 1]
         places = [(n, channel, row, tirx.min(first * spec.stride[1] + offset, spec.ow - 1)) for offset in offsets]
         asked = sequence(ask_for(self.tensor, places))
-        for loop in reversed(outer):
+        for loop in reversed(_outside_rows(loops, node)):
             asked = tirx.For(loop.loop_var, loop.min, loop.extent, tirx.ForKind.SERIAL, asked)
         return [asked]
 
@@ -194,6 +192,11 @@ class Outputs:
         )
         copies = tirx.For(ob, 0, tirx.min(layout.co_block, channels - b * layout.co_block), tirx.ForKind.SERIAL, copied)
         return tirx.SeqStmt([on_stack(tirx.AllocBuffer(buffer)), body, copies])
+
+
+def _outside_rows(loops: Sequence[Loop], store: Any) -> list[Loop]:
+    """Those of `loops` that do not count columns or column phases of a `store` to a band."""
+    return [loop for loop in loops if not any(depends_on(index, loop.loop_var) for index in store.indices[6:])]
 
 
 def _stage(loops: Sequence[Loop], value: Expr, indices: Sequence[Expr], shape: Pair) -> tuple[Any, list[Any]]:

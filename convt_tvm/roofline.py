@@ -189,6 +189,16 @@ def _compile(dtype: str, threads: int, path: Path) -> None:
     # The annotation keeps what is local on the stack, where constant indices turn it into registers.
     on_stack = {"disable_lower_builtin": T.bool(True)}
 
+    every_lane = T.Ramp(0, 1, lanes)
+
+    def step(sums: Any) -> Any:
+        """What a multiply-add, or a dot product of pairs, makes of a vector of sums."""
+        if pairs:
+            ones = T.Broadcast(T.Cast(PAIR, 0x3F803F80), lanes)
+            return add_products(sums, ones, ones, lanes)
+        half = T.Broadcast(T.cast(0.5, dtype), lanes)
+        return sums * half + half
+
     @T.prim_func  # type: ignore[untyped-decorator]
     def multiply_add(values: T.Buffer((threads, ACCUMULATORS, lanes), dtype), steps: T.int64):  # type: ignore[no-untyped-def, valid-type]  # noqa: ANN202
         T.func_attr({"global_symbol": "multiply_add"})
@@ -199,26 +209,7 @@ def _compile(dtype: str, threads: int, path: Path) -> None:
                     acc[j, lane] = values[t, j, lane]
             for _ in T.serial(steps):
                 for j in T.unroll(ACCUMULATORS):
-                    for lane in T.vectorized(lanes):
-                        acc[j, lane] = acc[j, lane] * T.cast(0.5, dtype) + T.cast(0.5, dtype)
-            for j in T.unroll(ACCUMULATORS):
-                for lane in T.vectorized(lanes):
-                    values[t, j, lane] = acc[j, lane]
-
-    ones = T.Broadcast(T.Cast(PAIR, 0x3F803F80), lanes)
-    every_lane = T.Ramp(0, 1, lanes)
-
-    @T.prim_func  # type: ignore[untyped-decorator]
-    def multiply_add_pairs(values: T.Buffer((threads, ACCUMULATORS, lanes), dtype), steps: T.int64):  # type: ignore[no-untyped-def, valid-type]  # noqa: ANN202
-        T.func_attr({"global_symbol": "multiply_add"})
-        for t in T.parallel(threads):
-            acc = T.alloc_buffer((ACCUMULATORS, lanes), dtype, scope="local", annotations=on_stack)
-            for j in T.unroll(ACCUMULATORS):
-                for lane in T.vectorized(lanes):
-                    acc[j, lane] = values[t, j, lane]
-            for _ in T.serial(steps):
-                for j in T.unroll(ACCUMULATORS):
-                    acc[j, every_lane] = add_products(acc[j, every_lane], ones, ones, lanes)
+                    acc[j, every_lane] = step(acc[j, every_lane])
             for j in T.unroll(ACCUMULATORS):
                 for lane in T.vectorized(lanes):
                     values[t, j, lane] = acc[j, lane]
@@ -246,6 +237,6 @@ def _compile(dtype: str, threads: int, path: Path) -> None:
     # As in `compiler.compile_module`.
     with target, tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):
         if pairs:
-            multiply_add = multiply_add_pairs.with_body(define_functions(multiply_add_pairs.body))
+            multiply_add = multiply_add.with_body(define_functions(multiply_add.body))
         module = tvm.IRModule({"multiply_add": multiply_add, "read": read})
         tvm.compile(module, target=target).export_library(str(path))

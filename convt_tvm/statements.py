@@ -1,21 +1,28 @@
-"""Statements of TIR that have left their blocks: loops put around others, indices with loops at their start."""
+"""Statements of TIR that have left their blocks: what is in them, found, replaced, put into other loops."""
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import tvm
-from tvm import tirx
+from tvm import ir, tirx
 
 __all__ = [
     "Clip",
     "at_start",
     "depends_on",
+    "element_number",
+    "element_stride",
+    "find_guard",
+    "find_load",
     "find_store",
+    "import_llvm",
+    "inside",
     "nest",
     "on_stack",
     "rebuild",
+    "rewrite",
     "sequence",
     "tensor",
     "with_value",
@@ -36,6 +43,23 @@ def tensor(name: str, shape: Sequence[Expr], dtype: str) -> Any:
 def sequence(statements: Sequence[Any]) -> Any:
     """One or more statements, one after the other."""
     return statements[0] if len(statements) == 1 else tirx.SeqStmt(list(statements))
+
+
+def import_llvm(body: Any, text: str) -> Any:
+    """`body` with functions in LLVM's language to call, which TVM compiles along."""
+    return tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", ir.StringImm(text), body)
+
+
+def element_stride(buffer: Any, axis: int) -> int:
+    """Elements from one index along `axis` to the next."""
+    if len(buffer.ty.strides):
+        return int(buffer.ty.strides[axis])
+    return prod(int(size) for size in buffer.shape[axis + 1 :])
+
+
+def element_number(buffer: Any, indices: Sequence[Expr]) -> Expr:
+    """Which element in memory one is, counted from the first."""
+    return sum(index * element_stride(buffer, axis) for axis, index in enumerate(indices))
 
 
 def on_stack(node: Any) -> Any:
@@ -78,6 +102,15 @@ def depends_on(expression: Expr, variable: Any) -> bool:
     """Whether the value of `expression` changes with that of `variable`."""
     changed = with_value(expression, variable, 1)
     return not tvm.sym.Analyzer().can_prove_equal(with_value(expression, variable, 0), changed)
+
+
+def inside(node: Any) -> tuple[list[Loop], Any]:
+    """The loops of a nest, outermost first, and the statement inside them."""
+    loops = []
+    while isinstance(node, tirx.For):
+        loops.append(node)
+        node = node.body
+    return loops, node
 
 
 def find_store(node: Any, names: Container[str]) -> tuple[tuple[Loop, ...], Any] | None:
@@ -130,3 +163,42 @@ def nest(loops: Sequence[Loop], store: Any, clips: Sequence[Clip] = ()) -> Any:
     for loop in reversed(loops):
         body = rebuild(loop, body, *ranges.get(loop.loop_var, (None, None)))
     return body
+
+
+def rewrite(node: Any, change: Callable[[Any], Any | None]) -> Any:
+    """The statement `node`, with each statement for which `change` gives another replaced, outermost first."""
+    changed = change(node)
+    if changed is not None:
+        return changed
+    match node:
+        case tirx.For():
+            return rebuild(node, rewrite(node.body, change))
+        case tirx.SeqStmt():
+            return tirx.SeqStmt([rewrite(part, change) for part in node.seq])
+        case tirx.IfThenElse():
+            other = None if node.else_case is None else rewrite(node.else_case, change)
+            return tirx.IfThenElse(node.condition, rewrite(node.then_case, change), other)
+        case tirx.AttrStmt():
+            return tirx.AttrStmt(node.node, node.attr_key, node.value, rewrite(node.body, change))
+        case _:
+            return node
+
+
+def _parts(node: Expr) -> list[Expr]:
+    """The expressions that an expression is made of."""
+    parts = (*getattr(node, "args", ()), *(getattr(node, field, None) for field in ("value", "a", "b")))
+    return [part for part in parts if part is not None]
+
+
+def find_load(node: Expr, buffer: str) -> Expr | None:
+    """The first load from `buffer` in an expression; None if there is none."""
+    if isinstance(node, ir.TensorLoad):
+        return node if node.source.name == buffer else None
+    return next((found for part in _parts(node) if (found := find_load(part, buffer)) is not None), None)
+
+
+def find_guard(node: Expr) -> Expr | None:
+    """The condition of the first conditional expression in an expression; None if there is none."""
+    if isinstance(node, ir.Call) and node.op.same_as(ir.Op.get("prim.if_then_else")):
+        return node.args[0]
+    return next((found for part in _parts(node) if (found := find_guard(part)) is not None), None)

@@ -15,6 +15,7 @@ import tvm
 from tvm import tirx
 
 from convt_tvm.layout import CACHE_LINE_BYTES
+from convt_tvm.statements import import_llvm
 
 __all__ = ["ask_for", "copy_past_caches", "define_copy"]
 
@@ -22,7 +23,6 @@ Expr = Any
 Statement = Any
 
 _COPY = "convt_copy_past_caches"
-_IMPORT = "pragma_import_llvm"
 _WRITE, _SECOND_CACHE, _DATA = 1, 2, 1
 """Arguments of ``llvm.prefetch``: for writing, into the second cache (the first is left to inputs), of data."""
 
@@ -42,10 +42,10 @@ def copy_past_caches(target: Expr, source: Expr, size_bytes: Expr) -> Statement:
 def define_copy(body: Statement, dtype: str, arch: str) -> Statement:
     """`body` with what `copy_past_caches` calls, for elements of `dtype`.
 
-    TIR has no such stores. LLVM makes them of any store marked so, and TVM compiles text in LLVM's language along.
+    TIR has no such stores. LLVM makes them of any store marked so.
     """
     text = _copy_text(tvm.DataType(dtype).bits, fence=arch == "x86_64")
-    return tirx.AttrStmt(tirx.const(0, "int32"), _IMPORT, tvm.ir.StringImm(text), body)
+    return import_llvm(body, text)
 
 
 def _copy_text(bits: int, *, fence: bool) -> str:

@@ -11,14 +11,14 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from drawn_specs import drawn_specs
 from hypothesis import strategies as st
 
 import convt_tvm as ct
 import convt_tvm.compiler as build_module
 from convt_tvm.artifact import read_manifest
 from convt_tvm.compiler import build, build_artifact
-from convt_tvm.errors import BuildError, IncompatibleMachineError, SpecError, TargetError
-from convt_tvm.fuzz import draw_spec
+from convt_tvm.errors import BuildError, IncompatibleMachineError, TargetError
 from convt_tvm.reference import error_bound, integer_inputs, normal_inputs, reference
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
@@ -200,26 +200,18 @@ def assert_exact_and_within_bounds(spec, seed):
         assert (whole[-margin:] == 77).all()
 
 
-@st.composite
-def specs(draw, dtypes):
-    try:
-        return draw_spec(lambda low, high: draw(st.integers(low, high)), dtypes=dtypes)
-    except SpecError:
-        hypothesis.reject()
-
-
 # 250 of each half: two tests, so that two processes share them.
 HALF = hypothesis.settings(max_examples=max(250, hypothesis.settings.default.max_examples // 2), deadline=None)
 
 
-@hypothesis.given(spec=specs(["float32"]), seed=st.integers(0, 9))
+@hypothesis.given(spec=drawn_specs(dtypes=["float32"]), seed=st.integers(0, 9))
 @HALF
 def test_float32_kernels_agree_with_float64_on_drawn_configurations(spec, seed):
     """250 configurations; ``--hypothesis-profile=long`` draws 2,500."""
     assert_exact_and_within_bounds(spec, seed)
 
 
-@hypothesis.given(spec=specs(["float64", "float16", "bfloat16"]), seed=st.integers(0, 9))
+@hypothesis.given(spec=drawn_specs(dtypes=["float64", "float16", "bfloat16"]), seed=st.integers(0, 9))
 @HALF
 def test_kernels_of_other_dtypes_agree_with_float64_on_drawn_configurations(spec, seed):
     """250 configurations; ``--hypothesis-profile=long`` draws 2,500."""

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 import tvm
+from drawn_specs import drawn_specs
 from hypothesis import strategies as st
 
 from convt_tvm import compute
 from convt_tvm.compute import declare_pack, declare_phases, declare_reference
 from convt_tvm.errors import SpecError
-from convt_tvm.fuzz import Domain, draw_spec
+from convt_tvm.fuzz import Domain
 from convt_tvm.layout import Layout, bands, kernel_columns
 from convt_tvm.lower import lower_kernel, lower_pack
 from convt_tvm.reference import integer_inputs, reference
@@ -144,15 +145,7 @@ def test_parameters_may_start_at_any_address():
 SMALL = Domain(n=2, groups=3, ci=3, ih=6, iw=9, co=6, kernel_size=5, stride=5)
 
 
-@st.composite
-def specs(draw):
-    try:
-        return draw_spec(lambda low, high: draw(st.integers(low, high)), domain=SMALL)
-    except SpecError:
-        hypothesis.reject()
-
-
-@hypothesis.given(spec=specs(), seed=st.integers(0, 3))
+@hypothesis.given(spec=drawn_specs(domain=SMALL), seed=st.integers(0, 3))
 @hypothesis.settings(max_examples=60, deadline=None)
 def test_declarations_agree_with_torch_on_drawn_configurations(spec, seed):
     inputs = integer_inputs(spec, seed=seed)

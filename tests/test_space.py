@@ -8,13 +8,13 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from drawn_specs import drawn_specs
 
 from convt_tvm import cost
 from convt_tvm import space as space_module
 from convt_tvm.check import bits
 from convt_tvm.compiler import build, build_artifact
-from convt_tvm.errors import BuildError, SpecError
-from convt_tvm.fuzz import draw_spec
+from convt_tvm.errors import BuildError
 from convt_tvm.reference import integer_inputs, normal_inputs, reference
 from convt_tvm.runtime import load
 from convt_tvm.space import choices, default_choice, spaces
@@ -135,18 +135,11 @@ def test_gathered_rows_go_to_any_address_and_nowhere_else(dtype, offset, tmp_pat
     assert (around[start + size :] == 77).all()
 
 
-@st.composite
-def specs(draw):
-    try:
-        return draw_spec(
-            lambda low, high: draw(st.integers(low, high)),
-            dtypes=["float32", "float32", "float64", "float16", "bfloat16"],
-        )
-    except SpecError:
-        hypothesis.reject()
-
-
-@hypothesis.given(spec=specs(), numbers=st.tuples(st.integers(0, 999), st.integers(0, 999)), batch=st.integers(1, 3))
+@hypothesis.given(
+    spec=drawn_specs(dtypes=["float32", "float32", "float64", "float16", "bfloat16"]),
+    numbers=st.tuples(st.integers(0, 999), st.integers(0, 999)),
+    batch=st.integers(1, 3),
+)
 @hypothesis.settings(max_examples=60, deadline=None)
 def test_every_schedule_and_batch_size_gives_the_same_bits(spec, numbers, batch):
     """Of one unit, that is; also those that go past the caches, which otherwise larger outputs do."""
