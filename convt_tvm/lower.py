@@ -15,11 +15,23 @@ import tvm
 from tvm import s_tir, tirx
 
 from convt_tvm.bfloat16 import define_functions
-from convt_tvm.compute import GATHERS, SKIPS_ROWS, SUMS, layout_of, lookup, spec_of, target_of
+from convt_tvm.compute import GATHERS, PARTIAL, SKIPS_ROWS, SUMS, layout_of, lookup, spec_of, target_of
 from convt_tvm.layout import CACHE_LINE_BYTES, Window, bands, kernel_columns
 from convt_tvm.outputs import Outputs
 from convt_tvm.spec import Pair
-from convt_tvm.statements import find_load, find_store, inside, nest, on_stack, rebuild, sequence, tensor, with_value
+from convt_tvm.statements import (
+    find_guard,
+    find_load,
+    find_store,
+    inside,
+    nest,
+    on_stack,
+    rebuild,
+    rewrite,
+    sequence,
+    tensor,
+    with_value,
+)
 from convt_tvm.stream import define_copy
 
 __all__ = ["flatten_blocks", "lower_kernel", "lower_pack"]
@@ -160,6 +172,21 @@ def _skip_rows(nest: Any, axis: int, image: Pair) -> Any:
     return tirx.IfThenElse(tirx.all(last >= image[0], first < image[1]), nest, None)
 
 
+def _guard_sum(node: Any) -> Any | None:
+    """What stands for a store that adds a product to a partial sum under a condition; None for any other statement.
+
+    The condition goes around the store: between product and sum it would keep LLVM from fusing them to one instruction,
+    which rounds once. Where column phases are unrolled conditions are constants, and there is nothing between.
+    """
+    if not isinstance(node, tirx.BufferStore) or not str(node.buffer.name).startswith(PARTIAL):
+        return None
+    guard = find_guard(node.value)
+    if guard is None or not isinstance(node.value, tirx.Add):
+        return None
+    sums, product = node.value.a, node.value.b.args[1]
+    return tirx.IfThenElse(guard, tirx.BufferStore(node.buffer, sums + product, node.indices), None)
+
+
 def _assemble(function: tirx.PrimFunc, name: str, inputs: Sequence[Any], output: Any, body: Any) -> tvm.IRModule:
     """A module with `function` as `name`, of another `body` that writes `output`."""
     joined = tirx.PrimFunc([*inputs, output], body, function.ret_type)
@@ -187,6 +214,8 @@ def lower_kernel(function: tirx.PrimFunc, *, asks_ahead: bool = True) -> tvm.IRM
         ahead={name: partial(outputs.ahead, band) for name, band in named.items() if asks_ahead},
     )
     body = _rewrite(_join_gathering(function.body), rules)
+    if not layout.unrolls_phases(spec):
+        body = rewrite(body, _guard_sum)
     if spec.dtype == "bfloat16" and target.multiplies_pairs:
         body = define_functions(body)
     if layout.gathers:

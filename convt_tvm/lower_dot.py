@@ -29,6 +29,10 @@ def lower_dot_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
 def _multiply(node: Any) -> Statement | None:
     """What stands for a nest of loops that adds products of pairs to partial sums; None for any other statement."""
     loops, node = inside(node)
+    guard = None
+    if isinstance(node, tirx.IfThenElse):
+        # Where column phases are not unrolled `lower_kernel` has put it there.
+        guard, node = node.condition, node.then_case
     if not (loops and isinstance(node, tirx.BufferStore) and str(node.buffer.name).startswith(PARTIAL)):
         return None
     pair, weight = (find_load(node.value, name) for name in ("window", "packed"))
@@ -50,7 +54,7 @@ def _multiply(node: Any) -> Statement | None:
     weights = tirx.BufferLoad(weight.source, [*place_of_weight, ramp(first_weight, 2 * lanes)])
     added = add_products(sums, tirx.reinterpret(f"{PAIR}x{lanes}", weights), tirx.Broadcast(value, lanes), lanes)
     body = tirx.BufferStore(node.buffer, added, [*place, ramp(start, lanes)])
-    guard = find_guard(node.value)
+    guard = find_guard(node.value) if guard is None else guard
     if guard is not None:
         body = tirx.IfThenElse(guard, body, None)
     return nest(loops[:-1], body)

@@ -170,6 +170,8 @@ class Outputs:
         """
         spec, layout = self.spec, self.layout
         found = {band.index: place for band in bands(spec) if (place := find_store(loop.body, (f"band{band.index}",)))}
+        if len(found) < len(bands(spec)):
+            raise AssertionError(f"a task gathers bands {sorted(found)} of {len(bands(spec))}, and writes all rows")
         starts = {index: at_start(store.indices[5], loops) for index, (loops, store) in found.items()}
         loops, store = next(iter(found.values()))
         n, g, b = (at_start(index, loops) for index in store.indices[:3])

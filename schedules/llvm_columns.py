@@ -117,8 +117,11 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
 def copies_by_chunk(spec: ConvTranspose2dSpec, layout: Layout) -> bool:
     """Whether the window is copied chunk by chunk: where each of its rows serves the rows of one chunk only.
 
-    So it is with one tap for each row phase. There must be several chunks, for they are what threads share.
+    So it is with one tap for each row phase. There must be several chunks, for they are what threads share. Bands that
+    are gathered together share tasks for single blocks, and a window of a chunk would be copied in each.
     """
+    if layout.gathers and len(bands(spec)) > 1:
+        return False
     reached = [band for band in bands(spec) if reaches(spec, band)]
     if len(reached) != 1 or spec.groups != 1:
         return False
