@@ -29,13 +29,24 @@ in `ConvTranspose2dSpec.accumulator_dtype`; each output element is summed by one
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tvm import ir, te, tirx
 from tvm_ffi.serialization import from_json_graph_str, to_json_graph_str
 
-from convt_tvm.layout import Band, Layout, Window, bands, collides, column_starts, partial_sum, reaches
-from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
+from convt_tvm.layout import (
+    Band,
+    Layout,
+    Window,
+    bands,
+    collides,
+    column_starts,
+    partial_sum,
+    reaches,
+    window_axes,
+)
+from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec, Pair
 from convt_tvm.target import Target
 
 __all__ = [
@@ -44,6 +55,7 @@ __all__ = [
     "PARTIAL",
     "SKIPS_ROWS",
     "SUMS",
+    "Source",
     "create_function",
     "declare_pack",
     "declare_phases",
@@ -84,6 +96,20 @@ Sums = Callable[[Expr, Expr, Expr, Expr, Expr, Expr, Expr, Expr], Expr]
 """The sum for indices ``n, g, b, ob, ph, qh, qw, pw``."""
 Multiply = Callable[[Expr, Sequence[Expr]], Expr]
 """The product of a value of the window and the weight with indices ``block, kh, kw, ic, ob`` in packed order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A tensor to read the input from, its `axes` in some order of ``nchw``, its corner at ``origin`` of the input."""
+
+    tensor: Any
+    axes: str
+    origin: Pair = (0, 0)
+
+    def at(self, n: Expr, c: Expr, h: Expr, w: Expr) -> Expr:
+        """The value of image `n` and channel `c` at row `h` and column `w`, counted from the corner."""
+        place = {"n": n, "c": c, "h": h, "w": w}
+        return self.tensor[tuple(place[axis] for axis in self.axes)]
 
 
 def lookup(values: Sequence[int], index: Expr) -> Expr:
@@ -140,16 +166,12 @@ def declare_phases(spec: ConvTranspose2dSpec, layout: Layout, target: Target) ->
     and ``band<k>``.
     """
     batch, spec = te.var("n") if spec.n is None else spec.n, spec.sized
-    columns = layout.columns(spec)
     data, packed, bias = parameters(spec, layout, batch)
 
     extent = Window.of(spec, layout)
     image_bytes = spec.ih * spec.iw * DTYPE_BYTES[spec.dtype]
     direct = extent.is_inside and spec.dtype == spec.accumulator_dtype and not collides(image_bytes, spec.ci)
-    if layout.lanes == "ow" and direct:
-        window, origin = data, (0, 0)
-    else:
-        window, origin = _window(spec, layout, extent, data), (extent.first_row, extent.first_column)
+    source = Source(data, "nchw") if layout.lanes == "ow" and direct else _window(spec, layout, extent, data)
 
     def multiply(value: Expr, place: Sequence[Expr]) -> Expr:
         return value * packed[tuple(place)]
@@ -158,41 +180,35 @@ def declare_phases(spec: ConvTranspose2dSpec, layout: Layout, target: Target) ->
     for band in bands(spec):
         sums = None
         if reaches(spec, band):
-            sums = sums_of(layout, sum_products(spec, layout, band, window, multiply, origin, columns))
+            sums = sums_of(layout, sum_products(spec, layout, band, source, multiply))
         outputs.append(finish(spec, layout, band, batch, sums, bias))
 
     return phase_function(spec, layout, target, [data, packed, bias], outputs)
 
 
-def _window(spec: ConvTranspose2dSpec, layout: Layout, extent: Window, data: Any) -> Any:
-    """What the taps read, copied so that no read needs a check.
+def _window(spec: ConvTranspose2dSpec, layout: Layout, extent: Window, data: Any) -> Source:
+    """What the taps read, copied so that no read needs a check."""
+    zero, axes = tirx.const(0, spec.accumulator_dtype), window_axes(spec, layout)
 
-    NCHW where lanes run along columns; NHWC where one value at a time meets a vector of channels, so that the values
-    that follow each other in the reduction share a cache line.
-    """
-    zero = tirx.const(0, spec.accumulator_dtype)
-
-    def read(n: Expr, c: Expr, h: Expr, w: Expr) -> Expr:
+    def read(*place: Expr) -> Expr:
+        n, c, h, w = (place[axes.index(axis)] for axis in "nchw")
         value = data[n, c, h + extent.first_row, w + extent.first_column].astype(spec.accumulator_dtype)
         if extent.is_inside:
             return value
         (top, bottom), (left, right) = extent.rows_inside, extent.columns_inside
         return tirx.if_then_else(tirx.all(h >= top, h < bottom, w >= left, w < right), value, zero)
 
-    if layout.lanes == "ow":
-        return te.compute((data.shape[0], spec.ci, extent.height, extent.width), read, name="window")
-    shape = (data.shape[0], extent.height, extent.width, spec.ci)
-    return te.compute(shape, lambda n, h, w, c: read(n, c, h, w), name="window")
+    sizes = {"n": data.shape[0], "c": spec.ci, "h": extent.height, "w": extent.width}
+    window = te.compute([sizes[axis] for axis in axes], read, name="window")
+    return Source(window, axes, (extent.first_row, extent.first_column))
 
 
 def sum_products(
     spec: ConvTranspose2dSpec,
     layout: Layout,
     band: Band,
-    window: Any,
+    source: Source,
     multiply: Multiply,
-    origin: tuple[int, int],
-    columns: int,
 ) -> Any:
     """The gathered reduction of one band, lanes innermost."""
     in_channels = spec.ci // spec.groups
@@ -202,9 +218,9 @@ def sum_products(
     blocks = layout.blocks(spec)
     step_h, step_w = band.phases[0].input_step, column_phases[0].input_step
     tap_step = band.phases[0].tap_step
-    row_base = [phase.base - origin[0] for phase in band.phases]
+    row_base = [phase.base - source.origin[0] for phase in band.phases]
     row_tap = [phase.first_tap for phase in band.phases]
-    column_base = [phase.base - origin[1] if phase.taps else 0 for phase in column_phases]
+    column_base = [phase.base - source.origin[1] if phase.taps else 0 for phase in column_phases]
 
     def product(place: Sequence[Expr], th: Expr, ic: Expr, tw: Expr) -> Expr:
         n, g, b, ph, qh = place[:5]
@@ -212,18 +228,20 @@ def sum_products(
         taps = lookup(column_taps, pw)
         channel, row = g * in_channels + ic, qh + lookup(row_base, ph) - th * step_h
         column = qw + lookup(column_base, pw) - tw * step_w
-        value = window[n, channel, row, column] if layout.lanes == "ow" else window[n, row, column, channel]
+        value = source.at(n, channel, row, column)
         weight = g * blocks + b, lookup(row_tap, ph) + th * tap_step, lookup(column_start, pw) + tw, ic, ob
         checks = [] if min(column_taps) == max(column_taps) else [tw < taps]
         if layout.skips_columns(spec):
-            checks += [column >= -origin[1], column < spec.iw - origin[1]]
+            first = -source.origin[1]
+            checks += [column >= first, column < spec.iw + first]
         if not checks:
             return multiply(value, weight)
         return tirx.if_then_else(tirx.all(*checks), multiply(value, weight), tirx.const(0, spec.accumulator_dtype))
 
     phases = len(column_phases)
+    columns = layout.columns(spec)
     tile = (phases, columns, layout.co_block) if layout.lanes == "co" else (layout.co_block, phases, columns)
-    shape = (window.shape[0], spec.groups, blocks, len(band.phases), layout.rows(band), *tile)
+    shape = (source.tensor.shape[0], spec.groups, blocks, len(band.phases), layout.rows(band), *tile)
 
     names = ("th", "ic", "tw")
     whole = band.taps, in_channels, max(column_taps)

@@ -13,7 +13,7 @@ from typing import Any
 from tvm import te, tirx
 
 from convt_tvm.bfloat16 import PAIR
-from convt_tvm.compute import create_function, finish, parameters, phase_function, sum_products, sums_of
+from convt_tvm.compute import Source, create_function, finish, parameters, phase_function, sum_products, sums_of
 from convt_tvm.dot_layout import DotLayout, paired
 from convt_tvm.layout import Window, bands, reaches
 from convt_tvm.spec import ConvTranspose2dSpec
@@ -28,8 +28,8 @@ def declare_dot_phases(spec: ConvTranspose2dSpec, layout: DotLayout, target: Tar
     """The phase form of `spec` as a PrimFunc to schedule; parameters and blocks as of `compute.declare_phases`."""
     batch, spec = te.var("n") if spec.n is None else spec.n, spec.sized
     data, packed, bias = parameters(spec, layout, batch)
-    columns, extent = layout.columns(spec), Window.of(spec, layout)
-    window, origin = _window(spec, extent, data), (extent.first_row, extent.first_column)
+    extent = Window.of(spec, layout)
+    source = Source(_window(spec, extent, data), "nhwc", (extent.first_row, extent.first_column))
 
     def multiply(pair: Expr, place: Sequence[Expr]) -> Expr:
         *lead, ob = place
@@ -44,7 +44,7 @@ def declare_dot_phases(spec: ConvTranspose2dSpec, layout: DotLayout, target: Tar
     for band in bands(spec):
         sums = None
         if reaches(spec, band):
-            sums = sums_of(layout, sum_products(paired(spec), layout, band, window, multiply, origin, columns))
+            sums = sums_of(layout, sum_products(paired(spec), layout, band, source, multiply))
         outputs.append(finish(spec, layout, band, batch, sums, bias))
     return phase_function(spec, layout, target, [data, packed, bias], outputs)
 

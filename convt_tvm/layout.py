@@ -26,6 +26,7 @@ __all__ = [
     "reaches",
     "sums_in_parts",
     "sums_taps_first",
+    "window_axes",
 ]
 
 MAX_UNROLLED = 512
@@ -46,6 +47,12 @@ MANY_CHANNELS = 8
 
 On a core of a Zen 4 server taps last took 1.5 times as long as taps first with 1 channel (fsrcnn/x3), 1.11 with 3
 (dcgan/5), 1.04 with 16 (kernelbench/75), 0.99 with 21 (fcn8s/up8) and 32 (grouped/4), 0.88 with 33 (seed/square).
+"""
+MANY_INPUTS = 64
+"""Input channels of a group from which on a row of all of them is kept together: the pages of a step's rows are few.
+
+On a core of a Zen 4 server dilated/k3d2 (128) took 0.96 of the time, dcgan/5 (64) 0.97, fsrcnn/x3 (56) 0.99, but
+seed/square (16) 1.02, seed/rect (16) and kernelbench/75 (8) 1.05, bilinear/depthwise (1) 1.08.
 """
 CACHE_LINE_BYTES = 64
 CACHE_SET_BYTES = 4096
@@ -253,6 +260,17 @@ def sums_taps_first(spec: ConvTranspose2dSpec) -> bool:
     read the same vectors, then share them.
     """
     return spec.co // spec.groups < MANY_CHANNELS
+
+
+def window_axes(spec: ConvTranspose2dSpec, layout: Layout) -> str:
+    """The order in memory of a window's images, channels, rows and columns: what a sum reads in turn side by side.
+
+    One channel after the other with lanes along channels, where one value at a time meets a vector; a row of each
+    channel with lanes along columns, or where there are few channels all rows of each (see `MANY_INPUTS`).
+    """
+    if layout.lanes == "co":
+        return "nhwc"
+    return "nhcw" if spec.ci // spec.groups >= MANY_INPUTS else "nchw"
 
 
 @lru_cache(maxsize=256)

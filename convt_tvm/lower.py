@@ -16,7 +16,7 @@ from tvm import s_tir, tirx
 
 from convt_tvm.bfloat16 import define_functions
 from convt_tvm.compute import GATHERS, PARTIAL, SKIPS_ROWS, SUMS, layout_of, lookup, spec_of, target_of
-from convt_tvm.layout import CACHE_LINE_BYTES, Window, bands, kernel_columns
+from convt_tvm.layout import CACHE_LINE_BYTES, Window, bands, kernel_columns, window_axes
 from convt_tvm.outputs import Outputs
 from convt_tvm.spec import Pair
 from convt_tvm.statements import (
@@ -202,7 +202,7 @@ def lower_kernel(function: tirx.PrimFunc, *, asks_ahead: bool = True) -> tvm.IRM
     to pay.
     """
     spec, layout, target = spec_of(function), layout_of(function), target_of(function)
-    window, row_axis = Window.of(spec, layout), 2 if layout.lanes == "ow" else 1
+    window, row_axis = Window.of(spec, layout), window_axes(spec, layout).index("h")
     function = flatten_blocks(function)
     named = {f"band{band.index}": band for band in bands(spec)}
     inputs = [buffer for buffer in function.params if str(buffer.name) not in named]

@@ -7,7 +7,7 @@ from typing import Any
 from tvm.s_tir import Schedule
 
 from convt_tvm.compute import SKIPS_ROWS, SUMS, layout_of, spec_of
-from convt_tvm.layout import CACHE_LINE_BYTES, Band, collides, reaches, sums_taps_first
+from convt_tvm.layout import CACHE_LINE_BYTES, Band, collides, reaches, sums_taps_first, window_axes
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 
 __all__ = [
@@ -146,12 +146,17 @@ def copy_window(sch: Schedule, spec: ConvTranspose2dSpec, window: SBlockRV) -> N
     used up, and those written are written once.
     """
     spread_window(sch, spec, window)
+    axes = window_axes(spec, layout_of(sch.mod["main"]))
     first, second, third, fourth = sch.get_loops(window)
-    if layout_of(sch.mod["main"]).lanes == "co":
+    if axes == "nhwc":
         factor = max(size for size in (16, 8, 4, 2, 1) if int(sch.get(fourth).extent) % size == 0)
         outer, inner = sch.split(fourth, [None, factor])
         sch.reorder(outer, third, inner)
         sch.vectorize(inner)
+    elif axes == "nhcw":
+        # In the order in which the input is read.
+        sch.reorder(third, second)
+        second = third
     parallelize(sch, (first, second), prod(spec.input_shape))
 
 
@@ -163,8 +168,8 @@ def spread_window(sch: Schedule, spec: ConvTranspose2dSpec, window: SBlockRV) ->
     """
     itemsize = DTYPE_BYTES[spec.accumulator_dtype]
     line = CACHE_LINE_BYTES // itemsize
+    axes = window_axes(spec, layout_of(sch.mod["main"]))
     extents = [int(sch.get(loop).extent) for loop in sch.get_loops(window)[-3:]]
-    columns = layout_of(sch.mod["main"]).lanes == "ow"
-    stride, count = (extents[1] * extents[2], extents[0]) if columns else (extents[2], POSITION_STREAMS)
-    if collides(stride * itemsize, count):
-        sch.storage_align(window, 0, axis=1 if columns else 2, factor=2 * line, offset=line)
+    axis, count = (2, POSITION_STREAMS) if axes == "nhwc" else (axes.index("c"), spec.ci)
+    if collides(prod(extents[axis:]) * itemsize, count):
+        sch.storage_align(window, 0, axis=axis, factor=2 * line, offset=line)
