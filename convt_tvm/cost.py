@@ -54,7 +54,9 @@ WAIT_PER_OUTPUT = 0.5
 """Cycles for each output that goes to memory by way of the caches (Zen 4: seed/square 0.3, kernelbench/75 0.6)."""
 PAST_CACHES_BYTES = 16 << 20
 """Outputs from this size on may go past the caches: the next layer would find little of them there."""
-GATHERED_SHARES = 32, 8
+COPY_BYTES_PER_CYCLE = 7
+"""Of gathered rows copied past the caches after the last sums of a task, beside which the others are (25 GB/s)."""
+GATHERED_SHARES = 32, 8, 4
 """What parts of the second cache the rows that a task gathers may take."""
 
 
@@ -122,10 +124,13 @@ class Tile:
         )
         return limit + streamed_bytes / STALL_BYTES_PER_CYCLE
 
-    def part_cycles(self, target: Target) -> float:
-        """Cycles for adding a partial sum to a sum in each accumulator: in registers, if both fit, or in memory."""
+    def part_cycles(self, target: Target, phases: int) -> float:
+        """Cycles for adding a partial sum to a sum in each accumulator of one of `phases` column phases.
+
+        In registers, if both fit for all phases, or in memory.
+        """
         products = self.vectors * self.broadcasts
-        held = 2 * products + self.vectors + 1 <= target.vector_registers
+        held = 2 * products * phases + self.vectors + 1 <= target.vector_registers
         return products * (ADD_CYCLES if held else ADD_IN_MEMORY_CYCLES)
 
 
@@ -250,8 +255,12 @@ def core_cycles(
         * (spec.ci // spec.groups)
     )
     step = tile.step_cycles(target, layout.phases, reuse) + costs.cycles_per_step
-    sums = steps * step + _parts(spec, layout) * tile.part_cycles(target)
-    waits = not layout.gathers and is_for_memory(spec)
+    sums = steps * step + _parts(spec, layout) * tile.part_cycles(target, layout.phases)
+    outputs = prod(spec.output_shape)
+    after = WAIT_PER_OUTPUT if is_for_memory(spec) else 0.0
+    if layout.gathers:
+        last = layout.row_block / max(layout.chunk(band) for band in bands(spec))
+        after = last * DTYPE_BYTES[spec.dtype] / COPY_BYTES_PER_CYCLE
     weight_bytes, tiles = _weight_traffic(spec, layout, target)
     # Of the tiles that share a slice of weights the first waits for it while it computes.
     first, wait = sums / tiles, weight_bytes / MISS_BYTES_PER_CYCLE
@@ -262,7 +271,7 @@ def core_cycles(
         - first
         + _image_traffic(spec, layout, target) / MISS_BYTES_PER_CYCLE
         + prod(spec.input_shape) * costs.cycles_per_input
-        + prod(spec.output_shape) * (costs.cycles_per_output + (WAIT_PER_OUTPUT if waits else 0))
+        + outputs * (costs.cycles_per_output + after)
     )
 
 

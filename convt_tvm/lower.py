@@ -17,7 +17,7 @@ from tvm import s_tir, tirx
 from convt_tvm.bfloat16 import define_functions
 from convt_tvm.compute import GATHERS, PARTIAL, SKIPS_ROWS, SUMS, layout_of, lookup, spec_of, target_of
 from convt_tvm.layout import CACHE_LINE_BYTES, Window, bands, kernel_columns, window_axes
-from convt_tvm.outputs import Outputs
+from convt_tvm.outputs import Outputs, last_band
 from convt_tvm.spec import Pair
 from convt_tvm.statements import (
     find_guard,
@@ -144,10 +144,14 @@ def _holds_sums(node: Any) -> bool:
     return isinstance(node, tirx.AllocBuffer) and str(node.buffer.name).startswith(SUMS)
 
 
-def _join_gathering(body: Any) -> Any:
-    """`body` with the tasks of all bands that gather their outputs done one after the other, in one loop over tasks."""
+def _join_gathering(body: Any, last: str) -> Any:
+    """`body` with the tasks of all bands that gather their outputs done one after the other, in one loop over tasks.
+
+    The band of the name `last` comes last.
+    """
     parts = list(body.seq) if isinstance(body, tirx.SeqStmt) else [body]
     tasks = [part for part in parts if isinstance(part, tirx.For) and GATHERS in part.annotations]
+    tasks.sort(key=lambda task: find_store(task, (last,)) is not None)
     if len(tasks) < 2:
         return body
     first, *others = tasks
@@ -213,13 +217,13 @@ def lower_kernel(function: tirx.PrimFunc, *, asks_ahead: bool = True) -> tvm.IRM
         gather=outputs.gather,
         ahead={name: partial(outputs.ahead, band) for name, band in named.items() if asks_ahead},
     )
-    body = _rewrite(_join_gathering(function.body), rules)
+    body = _rewrite(_join_gathering(function.body, f"band{last_band(spec).index}"), rules)
     if not layout.unrolls_phases(spec):
         body = rewrite(body, _guard_sum)
     if spec.dtype == "bfloat16" and target.multiplies_pairs:
         body = define_functions(body)
     if layout.gathers:
-        body = define_copy(body, spec.dtype, target.arch)
+        body = define_copy(body, spec.dtype)
     return _assemble(function, "convt", inputs, outputs.tensor, body)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+import tvm
 from tvm import DataType, tirx
 
 from convt_tvm.bfloat16 import LANES, narrow, transpose_pairs
@@ -17,10 +18,10 @@ from convt_tvm.layout import CACHE_LINE_BYTES, Band, Layout, bands, partial_sum,
 from convt_tvm.shuffle import binary, extract, interleave, pieces, ramp, transpose
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec, Pair
 from convt_tvm.statements import Clip, at_start, depends_on, find_store, nest, on_stack, rebuild, sequence, tensor
-from convt_tvm.stream import ask_for, copy_past_caches
+from convt_tvm.stream import ask_for, copy_past_caches, end_copies
 from convt_tvm.target import Target
 
-__all__ = ["Outputs"]
+__all__ = ["Outputs", "last_band"]
 
 MIN_PRODUCTS = 16
 """Products in a partial sum that give cache lines the time to come (with 4, bilinear/depthwise took 4 % longer)."""
@@ -31,12 +32,29 @@ Put = Callable[[int, int, Any, int], Any]
 """The statement that stores a vector of so many values: at a channel and a place in the row, counted from a tile's."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Gathered:
-    """A buffer that the rows of a task are gathered in, and the first position of its rows in each band."""
+    """The rows of a task, gathered in a buffer.
+
+    Attributes
+    ----------
+    buffer
+        Of channels, rows and columns.
+    starts
+        The first position of the rows in each band.
+    copy
+        Makes the statement that copies a channel's rows from one byte to another.
+    size_bytes
+        Of a channel's rows.
+    copied_bytes
+        How many of them the tiles copy.
+    """
 
     buffer: Any
     starts: dict[int, Expr]
+    copy: Callable[[Expr, Expr, Expr], Any]
+    size_bytes: Expr
+    copied_bytes: Expr = field(default_factory=lambda: tirx.const(0, "int32"))
 
 
 @dataclass
@@ -145,11 +163,16 @@ class Outputs:
         return qh * self.spec.stride[0] + lookup([phase.residue for phase in band.phases], ph)
 
     def ahead(self, band: Band, loops: Sequence[Loop], node: Any) -> list[Any]:
-        """What to do before the sums of a tile that `node`, in `loops`, stores: ask for the lines it will write."""
+        """What to do before the sums of a tile that `node`, in `loops`, stores, and beside them.
+
+        To ask for the lines it will write, or to copy some of the rows that were gathered before.
+        """
+        if self._gathered is not None:
+            return self._copy_along(band, loops, node, self._gathered) if band == last_band(self.spec) else []
         spec, layout = self.spec, self.layout
         output_bytes = prod(spec.output_shape) * DTYPE_BYTES[spec.dtype]
         fits, waits = output_bytes <= self.target.cache_bytes, prod(partial_sum(spec, band)) >= MIN_PRODUCTS
-        if self._gathered or layout.taps != "inner" or fits or not waits:
+        if layout.taps != "inner" or fits or not waits:
             return []
         n, g, b, ob, ph, qh, qw, _ = node.indices
         channels, phases = spec.co // spec.groups, len(spec.axes[1].phases)
@@ -163,37 +186,77 @@ class Outputs:
             asked = tirx.For(loop.loop_var, loop.min, loop.extent, tirx.ForKind.SERIAL, asked)
         return [asked]
 
+    def _copy_along(self, band: Band, loops: Sequence[Loop], node: Any, gathered: _Gathered) -> list[Any]:
+        """Copy a part of the rows that are complete: those before a tile's, in equal shares for all tiles of its rows.
+
+        There are few lines in a share, so that the core takes on their stores and goes on with sums.
+        """
+        spec, layout = self.spec, self.layout
+        _, _, b, _, ph, qh, qw, _ = node.indices
+        tiles, channels = layout.columns(spec) // layout.column_block, layout.co_block
+        row, column = (at_start(index, loops) for index in (qh, qw))
+        row_bytes = spec.stride[0] * spec.ow * DTYPE_BYTES[spec.dtype]
+        run = layout.row_block * row_bytes
+        # Simplified: what cancels in a condition has the pass FlattenBuffer divide by zero.
+        simplify = tvm.sym.Analyzer().simplify
+        before = simplify(row - gathered.starts[band.index]) * row_bytes - run
+
+        shares = len(band.phases) * tiles
+        pieces = max(1, shares // channels)
+        size = -(-run // pieces)
+        each = -(-channels * pieces // shares)
+        piece = tirx.Var("piece", "int32")
+        share = ph * tiles + simplify(tirx.indexdiv(column, layout.column_block))
+        number = share * each + piece
+        ob, part = tirx.indexdiv(number, pieces), tirx.indexmod(number, pieces)
+        first, stop = (before + tirx.min(count * size, run) for count in (part, part + 1))
+        filled = tirx.min(channels, spec.co // spec.groups - b * channels)
+        copied = gathered.copy(ob, tirx.min(first, gathered.size_bytes), tirx.min(stop, gathered.size_bytes))
+        copied = tirx.IfThenElse(tirx.all(before >= 0, ob < filled), copied, None)
+        gathered.copied_bytes = tirx.min((layout.chunk(band) - layout.row_block) * row_bytes, gathered.size_bytes)
+        return [tirx.For(piece, 0, each, tirx.ForKind.SERIAL, copied)]
+
     def gather(self, loop: Loop, visit: Callable[[Any], Any]) -> Any:
         """The body of `loop`, one of whose iterations writes a run of rows of each channel of a block.
 
-        The rows are gathered in a buffer first, whose runs then go past the caches.
+        The rows are gathered in a buffer first, whose runs then go past the caches: most of them beside the sums of the
+        last band, the others after them.
         """
         spec, layout = self.spec, self.layout
         found = {band.index: place for band in bands(spec) if (place := find_store(loop.body, (f"band{band.index}",)))}
         if len(found) < len(bands(spec)):
             raise AssertionError(f"a task gathers bands {sorted(found)} of {len(bands(spec))}, and writes all rows")
         starts = {index: at_start(store.indices[5], loops) for index, (loops, store) in found.items()}
-        loops, store = next(iter(found.values()))
+        loops, store = min(found.items(), key=lambda item: item[0] == last_band(spec).index)[1]
         n, g, b = (at_start(index, loops) for index in store.indices[:3])
-        first = at_start(store.indices[5], loops) * spec.stride[0]
         rows = min(spec.oh, max(layout.chunk(band) for band in bands(spec)) * spec.stride[0])
         channels = spec.co // spec.groups
 
         # TVM keeps buffers of bfloat16 in float32.
         dtype = "uint16" if spec.dtype == "bfloat16" else spec.dtype
         buffer = tirx.decl_buffer((layout.co_block, rows, spec.ow), dtype, name="gathered")
-        self._gathered = _Gathered(buffer, starts)
+
+        first_row = at_start(store.indices[5], loops) * spec.stride[0]
+        run_bytes = tirx.min(rows, spec.oh - first_row) * (spec.ow * DTYPE_BYTES[spec.dtype])
+
+        def copy(ob: Expr, first_byte: Expr, stop_byte: Expr) -> Any:
+            target = tirx.BufferLoad(self.tensor, [n, g * channels + b * layout.co_block + ob, first_row, 0])
+            source = tirx.BufferLoad(buffer, [ob, 0, 0])
+            part = first_byte, stop_byte
+            return copy_past_caches(tirx.address_of(target), tirx.address_of(source), run_bytes, part)
+
+        self._gathered = gathered = _Gathered(buffer, starts, copy, run_bytes)
         body = visit(loop.body)
         self._gathered = None
         ob = tirx.Var("ob", "int32")
-        channel = b * layout.co_block + ob
-        copied = copy_past_caches(
-            tirx.address_of(tirx.BufferLoad(self.tensor, [n, g * channels + channel, first, 0])),
-            tirx.address_of(tirx.BufferLoad(buffer, [ob, 0, 0])),
-            tirx.min(rows, spec.oh - first) * (spec.ow * DTYPE_BYTES[spec.dtype]),
-        )
-        copies = tirx.For(ob, 0, tirx.min(layout.co_block, channels - b * layout.co_block), tirx.ForKind.SERIAL, copied)
-        return tirx.SeqStmt([on_stack(tirx.AllocBuffer(buffer)), body, copies])
+        rest = copy(ob, gathered.copied_bytes, run_bytes)
+        copies = tirx.For(ob, 0, tirx.min(layout.co_block, channels - b * layout.co_block), tirx.ForKind.SERIAL, rest)
+        return tirx.SeqStmt([on_stack(tirx.AllocBuffer(buffer)), body, copies, *end_copies(self.target.arch)])
+
+
+def last_band(spec: ConvTranspose2dSpec) -> Band:
+    """The band that a task gathers last: that with the most products, beside which there is time to copy."""
+    return max(bands(spec), key=lambda band: band.taps * len(band.phases) if reaches(spec, band) else 0)
 
 
 def _outside_rows(loops: Sequence[Loop], store: Any) -> list[Loop]:

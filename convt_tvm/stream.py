@@ -5,7 +5,8 @@ Where an output is too large for the caches anyway, a task gathers its rows on t
 that is contiguous in the output, and copies whole cache lines by stores that read nothing (``vmovntps``). For smaller
 ones, which the next layer will read from the cache, it asks for the lines of a tile before it sums.
 
-On one core of a Zen 4 server stores wrote 20 GB/s in order, those past the caches 50.
+On one core of a Zen 4 server stores wrote 20 GB/s in order, those past the caches 50. They take no time if there are
+but some dozens at once, for which the core has buffers, and sums between; the fence waits for all of them.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from tvm import tirx
 from convt_tvm.layout import CACHE_LINE_BYTES
 from convt_tvm.statements import import_llvm
 
-__all__ = ["ask_for", "copy_past_caches", "define_copy"]
+__all__ = ["ask_for", "copy_past_caches", "define_copy", "end_copies"]
 
 Expr = Any
 Statement = Any
@@ -34,35 +35,61 @@ def ask_for(buffer: Any, places: Sequence[Sequence[Expr]]) -> list[Statement]:
     return [tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", each, *constants)) for each in addresses]
 
 
-def copy_past_caches(target: Expr, source: Expr, size_bytes: Expr) -> Statement:
-    """A statement that copies so many bytes between addresses that share no memory; `define_copy` is around it."""
-    return tirx.Evaluate(tirx.call_extern("void", _COPY, target, source, tirx.Cast("int64", size_bytes)))
+def copy_past_caches(target: Expr, source: Expr, size_bytes: Expr, part: tuple[Expr, Expr] | None = None) -> Statement:
+    """A statement that copies so many bytes between addresses that share no memory; `define_copy` is around it.
+
+    Or a part of them, from one byte to another: whole cache lines of it, so that those parts that follow each other
+    from 0 to the whole size copy all bytes, and each line once. `end_copies` comes after the last.
+    """
+    first, stop = part or (0, size_bytes)
+    sizes = [tirx.Cast("int64", tirx.const(size, "int32") if isinstance(size, int) else size) for size in (first, stop)]
+    whole = tirx.Cast("int64", size_bytes)
+    return tirx.Evaluate(tirx.call_extern("void", _COPY, target, source, *sizes, whole))
 
 
-def define_copy(body: Statement, dtype: str, arch: str) -> Statement:
+def end_copies(arch: str) -> list[Statement]:
+    """What makes copies visible to a thread that sees any later store of this one.
+
+    Arm needs no statement: whatever tells the other thread orders them.
+    """
+    return [tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.x86.sse.sfence"))] if arch == "x86_64" else []
+
+
+def define_copy(body: Statement, dtype: str) -> Statement:
     """`body` with what `copy_past_caches` calls, for elements of `dtype`.
 
     TIR has no such stores. LLVM makes them of any store marked so.
     """
-    text = _copy_text(tvm.DataType(dtype).bits, fence=arch == "x86_64")
-    return import_llvm(body, text)
+    return import_llvm(body, _copy_text(tvm.DataType(dtype).bits))
 
 
-def _copy_text(bits: int, *, fence: bool) -> str:
+def _copy_text(bits: int) -> str:
     """The copy in LLVM's language: elements up to a cache line's begin, whole lines, the elements that are left.
 
     An address need not be a multiple of an element's size. Then the last element before the lines and the first one
-    behind them reach into a line, with the same bytes.
-
-    The fence is what makes such stores visible to a thread that sees any later store of this one; Arm's need none,
-    since whatever tells the other thread orders them.
+    behind them reach into a line, with the same bytes; and parts begin and end where they are asked to.
     """
     line = f"<{CACHE_LINE_BYTES} x i8>"
     return f"""
-declare void @llvm.x86.sse.sfence()
-
-define linkonce_odr hidden void @{_COPY}(ptr noalias %to, ptr noalias %from, i64 %bytes) alwaysinline {{
+define linkonce_odr hidden void @{_COPY}(
+  ptr noalias %whole_to, ptr noalias %whole_from, i64 %first, i64 %stop, i64 %size
+) alwaysinline {{
 begin:
+  %whole_address = ptrtoint ptr %whole_to to i64
+  %odd = and i64 %whole_address, {bits // 8 - 1}
+  %fits = icmp eq i64 %odd, 0
+  %mask = select i1 %fits, i64 {CACHE_LINE_BYTES - 1}, i64 0
+  %first_address = add i64 %whole_address, %first
+  %before_first = and i64 %first_address, %mask
+  %from_byte = call i64 @llvm.usub.sat.i64(i64 %first, i64 %before_first)
+  %stop_address = add i64 %whole_address, %stop
+  %before_stop = and i64 %stop_address, %mask
+  %stop_line = call i64 @llvm.usub.sat.i64(i64 %stop, i64 %before_stop)
+  %is_last = icmp eq i64 %stop, %size
+  %to_byte = select i1 %is_last, i64 %stop, i64 %stop_line
+  %to = getelementptr i8, ptr %whole_to, i64 %from_byte
+  %from = getelementptr i8, ptr %whole_from, i64 %from_byte
+  %bytes = sub i64 %to_byte, %from_byte
   %address = ptrtoint ptr %to to i64
   %behind = sub i64 0, %address
   %gap = and i64 %behind, {CACHE_LINE_BYTES - 1}
@@ -97,11 +124,11 @@ tail_begin:
 {_element_loop("tail", "tail_begin", "%whole", "%bytes", "end", bits)}
 
 end:
-  {"call void @llvm.x86.sse.sfence()" if fence else ""}
   ret void
 }}
 
 declare i64 @llvm.umin.i64(i64, i64)
+declare i64 @llvm.usub.sat.i64(i64, i64)
 
 !0 = !{{i32 1}}
 """

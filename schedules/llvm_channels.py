@@ -137,8 +137,9 @@ def space(sch: Schedule) -> None:
         chunk, row_block, row = sch.split(qh, [None, layout.chunk(band) // layout.row_block, layout.row_block])
         column_block, column = sch.split(qw, [None, layout.column_block])
         vector, lane = sch.split(ob, [None, layout.vector_lanes])
-        tiles = (row_block, column_block)
-        sch.reorder(n, g, chunk, b, ph, *tiles, row, vector, lane, column, pw)
+        # Where rows are gathered, all phases of one come before the next: some are complete, and copied, early on.
+        phased = (row_block, ph) if layout.gathers else (ph, row_block)
+        sch.reorder(n, g, chunk, b, *phased, column_block, row, vector, lane, column, pw)
         if reaches(spec, band) and 1 < layout.column_block * len(spec.axes[1].phases) <= MAX_TRANSPOSED:
             sch.annotate(lane, IN_VECTORS, True)
         inner = layout.taps == "inner" or not in_parts(sch, band)

@@ -1,6 +1,7 @@
 """Copies past the caches, and cache lines that are asked for."""
 
 import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from tvm import tirx
 from convt_tvm.compiler import lower_choice
 from convt_tvm.cpu_code import compile_library
 from convt_tvm.space import default_choice
-from convt_tvm.stream import copy_past_caches, define_copy
+from convt_tvm.stream import copy_past_caches, define_copy, end_copies
 from convt_tvm.target import Target
 from convt_tvm.workloads import resolve
 
@@ -19,19 +20,21 @@ HOST = Target.parse("llvm").for_dtype("float32")
 
 
 def copier(dtype, library):
-    """``copy(source, target)`` for 300 elements, compiled."""
+    """``copy(source, target, first, stop, count)`` for a part of up to 300 elements, compiled."""
     source, target = (tirx.decl_buffer((300,), dtype, name=name, data_alignment=1) for name in ("source", "target"))
-    count = tirx.Var("count", "int32")
+    first, stop, count = (tirx.Var(name, "int32") for name in ("first", "stop", "count"))
     start = [tirx.address_of(tirx.BufferLoad(buffer, [0])) for buffer in (target, source)]
     size = np.dtype(dtype).itemsize
-    body = define_copy(copy_past_caches(*start, count * size), dtype, HOST.arch)
-    function = tirx.PrimFunc([source, target, count], body, tvm.ir.TupleType([]))
+    copied = copy_past_caches(*start, count * size, (first * size, stop * size))
+    body = define_copy(tirx.SeqStmt([copied, *end_copies(HOST.arch)]), dtype)
+    function = tirx.PrimFunc([source, target, first, stop, count], body, tvm.ir.TupleType([]))
     compile_library(tvm.IRModule({"copy": function.with_attr("global_symbol", "copy")}), HOST, library)
     return tvm.runtime.load_module(str(library))["copy"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
-def test_a_copy_writes_every_byte_and_no_other(dtype, tmp_path):
+@pytest.mark.parametrize("parts", [1, 2, 3, 10])
+def test_parts_write_every_byte_and_no_other(dtype, parts, tmp_path):
     copy, size = copier(dtype, tmp_path / "copy.so"), np.dtype(dtype).itemsize
     source = torch.arange(1, 301).to(getattr(torch, dtype))
     for count in (0, 1, 15, 16, 17, 64, 100, 250):
@@ -39,10 +42,24 @@ def test_a_copy_writes_every_byte_and_no_other(dtype, tmp_path):
             around = np.full(300 * size + 192, 77, np.uint8)
             start = -around.ctypes.data % 64 + 64 + offset
             target = torch.frombuffer(around, dtype=source.dtype, count=300, offset=start)
-            copy(source, target, count)
+            bounds = [count * i // parts for i in range(parts + 1)]
+            for first, stop in pairwise(bounds):
+                copy(source, target, first, stop, count)
             assert torch.equal(target[:count], source[:count])
             assert (around[:start] == 77).all()
             assert (around[start + count * size :] == 77).all()
+
+
+def test_parts_before_the_last_end_with_a_line(tmp_path):
+    copy, source = copier("float32", tmp_path / "copy.so"), torch.arange(1.0, 301)
+    around = np.zeros(400, np.float32)
+    start = -around.ctypes.data // 4 % 16 + 16 + 5
+    target = torch.from_numpy(around[start : start + 300])
+    copy(source, target, 0, 100, 300)
+    # Lines end 5 + 91 and 5 + 107 elements from one that begins before.
+    assert int((target != 0).sum()) == 91
+    copy(source, target, 100, 110, 300)
+    assert int((target != 0).sum()) == 107
 
 
 @pytest.mark.parametrize(
