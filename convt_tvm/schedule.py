@@ -30,10 +30,12 @@ REDUCED = 2
 """Of the kinds of a block's variables, that of a reduction."""
 POSITION_STREAMS = 8
 """Positions read side by side, one channel after the other, for which the 8 to 12 ways of one cache set are too few."""
-PARALLEL_CYCLES = 250_000
-"""Cycles of one core below which it does a loop alone: another, if it sleeps, takes 20 to 60 us to begin.
+PARALLEL_CYCLES = 60_000
+"""Cycles of one core below which it does a loop alone: another takes 5 to 10 us to begin, and 60 if it sleeps.
 
-On a two-core Emerald Rapids dcgan/5 took 57 us on one thread and 83 on two, dcgan/1 214 and 97.
+On two cores of a Zen 4 server dcgan/5 took 62 us on one thread and 46 on two in a loop of calls, 162 and 120 two
+milliseconds after the last call, 225 and 285 after half a second; bilinear/depthwise 105 and 69, 200 and 147, 460 and
+483. On an Emerald Rapids, whose two CPUs may share a core, dcgan/5 took 57 and 83.
 """
 
 

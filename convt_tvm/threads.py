@@ -10,6 +10,8 @@ from convt_tvm.errors import ArgumentError
 __all__ = ["adopted", "configure", "get_num_threads", "required", "set_num_threads"]
 
 _CPU = Path("/sys/devices/system/cpu")
+_SPINS = "TVM_THREAD_POOL_SPIN_COUNT", "20000"
+"""How often a worker without work looks for some before it sleeps: 10 ms of CPU time. TVM's default is 150 ms."""
 _SHARE_ALL_CPUS = -3  # ThreadGroup::kSpecifyThreadShareAllCore in TVM's threading_backend.h
 
 
@@ -69,12 +71,14 @@ def configure() -> None:
 
     TVM's own default is half as many threads as there are CPUs on x86, and it binds the calling thread and each worker
     to CPUs counted from 0, wherever they were allowed before. Here all of them may run where the calling thread may.
-    A pool never grows, so it gets a thread for each CPU, and is told how many to use; the others sleep. Needs
+    A pool never grows, so it gets a thread for each CPU, and is told how many to use; the others sleep. Workers look
+    out for work for as long as ``TVM_THREAD_POOL_SPIN_COUNT`` says, by default for less than in TVM. Needs
     libtvm_runtime.so to be open.
     """
     import tvm_ffi
 
     _guard_forks()
+    os.environ.setdefault(*_SPINS)
     setting, cpus = required.setting, _usable_cpus()
     n = 1 if adopted.forked else required.num_threads or _default(cpus)
     tvm_ffi.get_global_func("runtime.config_threadpool")(_SHARE_ALL_CPUS, n, [str(cpu) for cpu in cpus])
