@@ -21,7 +21,7 @@ to
         for ob:                               qw and pw: interleaved in registers
 
 With ``gathers`` the parallel loop ends with b, the rows of all phases of the chunk go to a buffer, and from there past
-the caches to the output.
+the caches to the output, most of them beside the sums of the rows that follow.
 
 With few channels the column phases are worked on together, so that enough sums are under way to hide the latency of an
 addition.
@@ -29,13 +29,15 @@ addition.
 What limits it on one core of a Zen 4 server (115 GFLOP/s; shares of samples by ``perf``, share of that peak after the
 name; answers checked):
 
-- Surplus columns: seed/square (56 %) computes 101 columns as 112, fcn8s/up8 (73 %) 29 as 32. One vector of columns, and
+- Surplus columns: seed/square (61 %) computes 101 columns as 112, fcn8s/up8 (75 %) 29 as 32. One vector of columns, and
   8 to 12 channels to hide an addition's latency, leaves the least; it took the place of two vectors by 11 to 14
-  channels, at 0.93 to 1.03 of the time where rows are whole vectors (unet/up1 93 %, dilated/k3d2 91 %, sam/up1 87 %).
-- Memory. kernelbench/75 (50 %) spends 53 % in multiply-adds, which is its bound, 30 % in copying 50 MB past the caches
-  and 9 % in rows of the bias alone; kernelbench/81 (40 %), which writes 51 MB, and seed/square likewise. Through the
-  caches seed/square took 22 ms, with lines asked for ahead 17, past the caches 14. The copy runs at 20 to
-  30 GB/s, and nothing overlaps it with sums.
+  channels, at 0.93 to 1.03 of the time where rows are whole vectors (unet/up1 95 %, dilated/k3d2 93 %, sam/up1 90 %).
+- Pages. With rows of one channel together each of dilated/k3d2's 128 channels is in a page of its own; with all
+  channels of a row together it took 0.96 of the time (`convt_tvm.layout.MANY_INPUTS`).
+- Memory. kernelbench/75 (57 %) and kernelbench/81 (48 %) write 50 MB, of which 7 and 9 % is time spent on rows of the
+  bias alone. Through the caches seed/square took 22 ms, with lines asked for ahead 17, past the caches 14 where all
+  rows of a task were copied in the end, and 13 beside the sums of the next rows: kernelbench/75 went from 8.6 to 7.9 ms
+  and kernelbench/81 from 5.6 to 5.0 by this. The copies still take 10 to 20 % of the samples, 6 cycles a line.
 - Everything but sums, where there are few: bilinear/depthwise (43 %) spends 47 % in multiply-adds, 26 % in interleaving
   and storing, 15 % in copying its window.
 - Parts. Sums of 8 to 14 accumulators stay in registers beside their parts; more go through the stack.
