@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 from convt_tvm import compute, trials
 
@@ -9,10 +10,11 @@ sum_products = compute.sum_products
 
 
 def plant(planted):
-    def off_by_one(spec, layout, band, window, multiply, origin, columns):
-        row, column = origin
-        wrong = layout.to_json() == planted
-        return sum_products(spec, layout, band, window, multiply, (row, column - 1) if wrong else origin, columns)
+    def off_by_one(spec, layout, band, source, multiply):
+        row, column = source.origin
+        if layout.to_json() == planted:
+            source = replace(source, origin=(row, column - 1))
+        return sum_products(spec, layout, band, source, multiply)
 
     compute.sum_products = off_by_one
 
