@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -161,9 +162,18 @@ _compared: list[Implementation] = []
 
 
 def _begin(target: Target, peers: bool, emulate: bool) -> None:
-    """Prepare a worker process: one thread, and the implementations it compares."""
+    """Prepare a worker process: one thread, and the implementations it compares. It ends with its parent."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _compared[:] = _implementations(target, peers, emulate)
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed tells its workers nothing: they would wait for more blocks for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _implementations(target: Target, peers: bool, emulate: bool) -> list[Implementation]:
