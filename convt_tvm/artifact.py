@@ -8,257 +8,27 @@ rename it. Neither TVM nor torch is imported.
 import contextlib
 import ctypes
 import errno
-import functools
-import hashlib
-import importlib.util
 import json
 import os
 import shutil
 import sys
 import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
-from convt_tvm.errors import (
-    ArtifactCorruptError,
-    ArtifactError,
-    ArtifactNotFoundError,
-    SpecError,
-    TargetError,
-)
-from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
-from convt_tvm.target import Target, package_versions
+from convt_tvm.digests import sha256
+from convt_tvm.errors import ArtifactCorruptError, ArtifactError, ArtifactNotFoundError
+from convt_tvm.manifest import KERNEL_FILE, MANIFEST_FILE, REBUILD, RUNTIME_FILE, Manifest
+from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.target import Target
 
-__all__ = [
-    "FORMAT",
-    "KERNEL_FILE",
-    "MANIFEST_FILE",
-    "RUNTIME_FILE",
-    "Manifest",
-    "copy",
-    "publish",
-    "read",
-    "read_manifest",
-    "source_fingerprint",
-    "verify",
-]
-
-FORMAT = 2
-"""Version of the manifest's fields and of the kernel's calling convention."""
-
-KERNEL_FILE = "kernel.so"
-MANIFEST_FILE = "manifest.json"
-RUNTIME_FILE = "libtvm_runtime.so"
+__all__ = ["copy", "publish", "read", "read_manifest", "verify"]
 
 _FILES = (KERNEL_FILE, MANIFEST_FILE, RUNTIME_FILE)
-_REBUILD = "build it again with `convt-tvm build`, or copy the whole directory again"
-_SOURCES = (
-    *("phases", "spec", "gpu", "target", "layout", "dot_layout", "thread_layout", "tile_layout", "tensor_layout"),
-    *("tensor_intrinsics", "bfloat16", "compute", "compute_dot", "compute_tiles", "compute_cuda", "compute_tensor"),
-    *("cost", "cost_cuda", "cost_tensor", "schedule", "schedule_cuda", "schedule_tensor", "space", "shuffle"),
-    *("statements", "stream", "outputs", "lower", "lower_window", "lower_dot", "lower_tiles", "lower_cuda"),
-    *("lower_tensor", "cuda_toolkit", "emulator", "cuda_device_code", "cpu_code", "backends", "entry", "compiler"),
-)
-_COMPILERS = ("apache-tvm", "apache-tvm-ffi")
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
-
-
-def _canonical(values: Any) -> bytes:
-    return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _is_file_name(name: object) -> bool:
-    return isinstance(name, str) and Path(name).name == name and name not in ("", ".", "..", MANIFEST_FILE)
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """What an artifact holds; every field but ``digest`` is under the digest.
-
-    Parameters
-    ----------
-    spec, target
-        What is computed, and the CPU features needed to run it.
-    schedule
-        Name of the schedule space.
-    layout
-        The packed weight's layout in the words of the schedule; JSON values.
-    trace
-        The schedule's instructions and decisions; JSON values.
-    packed_shape, packed_dtype
-        Of the weight that the kernel reads; always 5-D.
-    versions
-        Distribution name to version, of what compiled it.
-    fingerprint
-        `source_fingerprint` when it was compiled.
-    files
-        File name to SHA-256 digest in hexadecimal; has ``kernel.so``.
-    tuning
-        ``code``, a digest of the lowered code; ``result``, the stored tuning result that chose the schedule;
-        ``ignored``, why others did not. JSON values, each left out where there is none.
-    resources
-        What each function takes of each GPU architecture: registers, shared memory, spills. JSON values; none for CPUs.
-    tested
-        What `convt_tvm.determinism.confirm_repeats` found to give the same bits; empty if that was not tried.
-    format
-        `FORMAT`.
-    digest
-        SHA-256 over the canonical JSON of the others; computed if left out.
-
-    Raises
-    ------
-    ArtifactCorruptError
-        If a value has the wrong type, or the digest given is not the digest of the others.
-    """
-
-    spec: ConvTranspose2dSpec
-    target: Target
-    schedule: str
-    layout: dict[str, Any]
-    trace: list[Any]
-    packed_shape: tuple[int, ...]
-    packed_dtype: str
-    versions: dict[str, str | None]
-    fingerprint: str
-    files: dict[str, str]
-    tuning: dict[str, Any] = field(default_factory=dict)
-    resources: list[dict[str, Any]] = field(default_factory=list)
-    tested: dict[str, Any] = field(default_factory=dict)
-    format: int = FORMAT
-    digest: str = field(default="")
-
-    def __post_init__(self) -> None:
-        """Check the types and the digest, or compute it."""
-        shape = self.packed_shape
-        problems = {
-            "schedule": not isinstance(self.schedule, str),
-            "layout": not isinstance(self.layout, dict),
-            "trace": not isinstance(self.trace, list),
-            "packed_shape": len(shape) != 5 or not all(type(size) is int and size > 0 for size in shape),
-            "packed_dtype": self.packed_dtype not in tuple(DTYPE_BYTES),
-            "versions": not _is_text_map(self.versions, (str, type(None))),
-            "fingerprint": not isinstance(self.fingerprint, str),
-            "tuning": not isinstance(self.tuning, dict),
-            "tested": not isinstance(self.tested, dict),
-            "files": not _is_text_map(self.files, (str,)) or KERNEL_FILE not in self.files,
-            "resources": not isinstance(self.resources, list),
-            "format": self.format != FORMAT,
-        }
-        for name, wrong in problems.items():
-            if wrong:
-                raise ArtifactCorruptError(f"a manifest's {name} cannot be {getattr(self, name)!r}; {_REBUILD}.")
-        for name in self.files:
-            if not _is_file_name(name):
-                raise ArtifactCorruptError(f"a manifest cannot list the file {name!r}; {_REBUILD}.")
-        digest = _sha256(_canonical(self._content()))
-        if not self.digest:
-            object.__setattr__(self, "digest", digest)
-        elif self.digest != digest:
-            raise ArtifactCorruptError(
-                f"the manifest was changed after it was written: its digest is {str(self.digest)[:12]}, its content's "
-                f"{digest[:12]}; {_REBUILD}."
-            )
-
-    def _content(self) -> dict[str, Any]:
-        return {
-            "format": self.format,
-            "spec": self.spec.to_json(),
-            "target": self.target.to_json(),
-            "schedule": self.schedule,
-            "layout": self.layout,
-            "trace": self.trace,
-            "packed_shape": list(self.packed_shape),
-            "packed_dtype": self.packed_dtype,
-            "versions": self.versions,
-            "fingerprint": self.fingerprint,
-            "files": self.files,
-            "tuning": self.tuning,
-            "resources": self.resources,
-            "tested": self.tested,
-        }
-
-    @property
-    def name(self) -> str:
-        """``<spec name>-<first 12 digits of the digest>``."""
-        return f"{self.spec.name}-{self.digest[:12]}"
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return {**self._content(), "digest": self.digest}
-
-    @classmethod
-    def from_json(cls, values: object) -> Self:
-        """The manifest that `to_json` wrote.
-
-        Raises
-        ------
-        ArtifactCorruptError
-            For missing, unknown or ill-typed fields, and if the digest is not that of the other fields.
-        ArtifactError
-            If the format is another version's.
-        """
-        if not isinstance(values, dict):
-            raise ArtifactCorruptError(f"a manifest is a JSON object; found {type(values).__name__}; {_REBUILD}.")
-        version = values.get("format", FORMAT)
-        if type(version) is not int or version != FORMAT:
-            raise ArtifactError(
-                f"the artifact has format {version!r}, this convt_tvm reads format {FORMAT}; build it again with this "
-                "version, or install the one that wrote it."
-            )
-        known = {item.name for item in fields(cls)}
-        if set(values) != known:
-            raise ArtifactCorruptError(
-                f"a manifest lacks the fields {sorted(known - set(values))} and has the unknown fields "
-                f"{sorted(set(values) - known)}; {_REBUILD}."
-            )
-        if not isinstance(values["digest"], str) or not values["digest"]:
-            raise ArtifactCorruptError(f"a manifest's digest cannot be {values['digest']!r}; {_REBUILD}.")
-        if not isinstance(values["packed_shape"], list):
-            raise ArtifactCorruptError(f"a manifest's packed_shape cannot be {values['packed_shape']!r}; {_REBUILD}.")
-        try:
-            spec = ConvTranspose2dSpec.from_json(values["spec"])
-            target = Target.from_json(values["target"])
-        except (SpecError, TargetError, TypeError) as error:
-            raise ArtifactCorruptError(f"the manifest's spec or target is not valid: {error} {_REBUILD}.") from error
-        given = {**values, "spec": spec, "target": target, "packed_shape": tuple(values["packed_shape"])}
-        return cls(**given)
-
-
-def _is_text_map(values: object, types: tuple[type, ...]) -> bool:
-    return isinstance(values, dict) and all(isinstance(k, str) and isinstance(v, types) for k, v in values.items())
-
-
-def _fingerprint(sources: Iterable[tuple[str, bytes]], versions: Mapping[str, str | None]) -> str:
-    digests = {name: _sha256(text.replace(b"\r\n", b"\n")) for name, text in sources}
-    return _sha256(_canonical([digests, dict(versions)]))
-
-
-def _schedule_directory() -> Path:
-    """Where ``convt_tvm.schedules`` is, installed or in a checkout that is only on the path."""
-    found = importlib.util.find_spec("convt_tvm.schedules")
-    if found is not None and found.submodule_search_locations:
-        return Path(next(iter(found.submodule_search_locations)))
-    return Path(__file__).parent.parent / "schedules"
-
-
-@functools.cache
-def source_fingerprint() -> str:
-    """SHA-256 over everything outside spec and target that changes generated code.
-
-    That is the text of `build` and of all that it compiles with, every schedule included, and the versions of
-    apache-tvm and apache-tvm-ffi. The same in a checkout, an editable install and a wheel. Computed once a process.
-    """
-    package = Path(__file__).parent
-    paths = {f"{name}.py": package / f"{name}.py" for name in _SOURCES}
-    paths |= {f"schedules/{path.name}": path for path in sorted(_schedule_directory().glob("*.py"))}
-    return _fingerprint([(name, path.read_bytes()) for name, path in paths.items()], package_versions(_COMPILERS))
 
 
 def _sync_directory(directory: Path) -> None:
@@ -399,7 +169,7 @@ def publish(
 
 
 def _publish(directory: Path, content: Mapping[str, bytes], *, lasting: bool = True, **described: Any) -> Manifest:
-    manifest = Manifest(**described, files={name: _sha256(data) for name, data in sorted(content.items())})
+    manifest = Manifest(**described, files={name: sha256(data) for name, data in sorted(content.items())})
     foreign = sorted(set(content) - set(_FILES))
     if foreign:
         raise ArtifactError(f"an artifact holds {KERNEL_FILE} and {RUNTIME_FILE}; cannot publish {', '.join(foreign)}.")
@@ -430,9 +200,9 @@ def _not_found(directory: Path, name: str) -> NoReturn:
     if name == MANIFEST_FILE:
         held = sorted(entry.name for entry in directory.iterdir())[:5]
         raise ArtifactNotFoundError(
-            f"{directory} is no artifact: it holds {', '.join(held) or 'nothing'} and no {MANIFEST_FILE}; {_REBUILD}."
+            f"{directory} is no artifact: it holds {', '.join(held) or 'nothing'} and no {MANIFEST_FILE}; {REBUILD}."
         )
-    raise ArtifactNotFoundError(f"the artifact {directory} lacks {name}, which its manifest lists; {_REBUILD}.")
+    raise ArtifactNotFoundError(f"the artifact {directory} lacks {name}, which its manifest lists; {REBUILD}.")
 
 
 def _read(directory: Path, name: str) -> bytes:
@@ -462,7 +232,7 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         values = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise ArtifactCorruptError(f"{path} is not JSON ({error}; {len(data)} bytes); {_REBUILD}.") from error
+        raise ArtifactCorruptError(f"{path} is not JSON ({error}; {len(data)} bytes); {REBUILD}.") from error
     try:
         return Manifest.from_json(values)
     except ArtifactError as error:
@@ -475,11 +245,11 @@ def read(directory: Path) -> tuple[Manifest, dict[str, bytes]]:
     manifest = read_manifest(directory)
     content = {name: _read(directory, name) for name in manifest.files}
     for name, wanted in manifest.files.items():
-        found = _sha256(content[name])
+        found = sha256(content[name])
         if found != wanted:
             raise ArtifactCorruptError(
                 f"{directory / name} ({len(content[name])} bytes) is not the file that was published: its SHA-256 is "
-                f"{found[:12]}, the manifest says {wanted[:12]}; {_REBUILD}."
+                f"{found[:12]}, the manifest says {wanted[:12]}; {REBUILD}."
             )
     return manifest, content
 

@@ -21,11 +21,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
 
-from convt_tvm.artifact import RUNTIME_FILE, source_fingerprint
 from convt_tvm.bench import current_commit
 from convt_tvm.emulator import shows_gpu
 from convt_tvm.errors import BuildError, BundleError
+from convt_tvm.fingerprint import source_fingerprint
 from convt_tvm.libraries import CUDA_RUNTIME_FILE, find_runtime
+from convt_tvm.manifest import RUNTIME_FILE
 from convt_tvm.records import Candidate
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target

@@ -12,9 +12,10 @@ from pathlib import Path
 from filelock import FileLock
 from platformdirs import user_cache_path
 
-from convt_tvm.artifact import FORMAT, source_fingerprint
 from convt_tvm.database import find_result
 from convt_tvm.errors import ArtifactCorruptError, ArtifactNotFoundError
+from convt_tvm.fingerprint import source_fingerprint
+from convt_tvm.manifest import FORMAT
 from convt_tvm.runtime import Kernel, load
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
@@ -40,7 +41,7 @@ def cached_kernel(spec: ConvTranspose2dSpec, target: str | Target | None = None)
     """Compiled kernel of a spec: this process's, or the one on disk, or else a newly built one.
 
     The entry on disk is keyed by the spec, the target, the stored tuning result that chooses its schedule and
-    `artifact.source_fingerprint`: a kernel compiled by other code, by another TVM or for another machine is never
+    `source_fingerprint`: a kernel compiled by other code, by another TVM or for another machine is never
     found. A miss imports the compiler; a hit does not.
 
     Threads that ask for one kernel at the same time wait for a single build; so do processes, on a lock file beside

@@ -146,13 +146,14 @@ def _build_one(spec: Any, target: Any, output: Path, *, with_runtime: bool, tune
     """Publish one artifact, which need not run here unless it is tested; returns what is printed about it."""
     from convt_tvm import artifact, runtime
     from convt_tvm.compiler import build_artifact
+    from convt_tvm.manifest import RUNTIME_FILE
 
     with TemporaryDirectory(prefix="convt-tvm-build-") as temporary:
         built, final = Path(temporary) / "built", Path(temporary) / "final"
         start = perf_counter()
         build_artifact(spec, target, built, tuned=tuned)
         build_secs = perf_counter() - start
-        extra = {artifact.RUNTIME_FILE: runtime.find_runtime(built)} if with_runtime else {}
+        extra = {RUNTIME_FILE: runtime.find_runtime(built)} if with_runtime else {}
         # The runtime library and what was tested change the digest, and with it the name.
         tested = _test_repeats(built, tuned) if test else None
         directory = output / artifact.copy(built, final, extra=extra, tested=tested).name
@@ -191,10 +192,11 @@ def inspect(
 ) -> None:
     """Show an artifact's manifest, after verifying every file against it."""
     from convt_tvm import artifact
+    from convt_tvm.manifest import MANIFEST_FILE
     from convt_tvm.terminal import print_facts
 
     manifest = artifact.verify(directory)
-    sizes = {name: (directory / name).stat().st_size for name in (*manifest.files, artifact.MANIFEST_FILE)}
+    sizes = {name: (directory / name).stat().st_size for name in (*manifest.files, MANIFEST_FILE)}
     try:
         manifest.target.require_host()
         obstacle = ""

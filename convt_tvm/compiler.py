@@ -15,13 +15,15 @@ from tvm.s_tir import Schedule
 from tvm.support import cc
 from tvm_ffi import structural_hash
 
-from convt_tvm.artifact import KERNEL_FILE, Manifest, publish, source_fingerprint
+from convt_tvm.artifact import publish
 from convt_tvm.backends import code_generator, get_backend
 from convt_tvm.cpu_code import compile_library
 from convt_tvm.database import find_result
 from convt_tvm.entry import guard_arguments
 from convt_tvm.errors import BuildError
+from convt_tvm.fingerprint import source_fingerprint
 from convt_tvm.layout import Layout
+from convt_tvm.manifest import KERNEL_FILE, Manifest
 from convt_tvm.records import Candidate
 from convt_tvm.runtime import Kernel, load
 from convt_tvm.space import Choice, default_choice, find_choice

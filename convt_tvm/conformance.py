@@ -11,11 +11,11 @@ from typing import Any, Self
 
 import torch
 
-from convt_tvm.artifact import source_fingerprint
 from convt_tvm.cases import FAMILIES, FUZZ, sampled_cases
 from convt_tvm.distributions import DISTRIBUTIONS
 from convt_tvm.examine import examine
 from convt_tvm.findings import Finding
+from convt_tvm.fingerprint import source_fingerprint
 from convt_tvm.implementations import Implementation, emulated_implementation, implementations, our_implementations
 from convt_tvm.json_lines import read_lines, require_fields
 from convt_tvm.replay import Reproducer

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from convt_tvm.arguments import NUMPY, Kind, torch_kind
-from convt_tvm.artifact import Manifest
 from convt_tvm.errors import ArgumentError, ArgumentTypeError, ArtifactError, IncompatibleMachineError
 from convt_tvm.gpu import Gpu
 from convt_tvm.kernel import Kernel
+from convt_tvm.manifest import Manifest
 from convt_tvm.spec import DTYPE_BYTES
 
 __all__ = ["GpuKernel"]

@@ -9,9 +9,9 @@ import numpy as np
 
 from convt_tvm import artifact
 from convt_tvm.arguments import NUMPY, Kind, torch_kind
-from convt_tvm.artifact import KERNEL_FILE, RUNTIME_FILE, Manifest
 from convt_tvm.errors import ArgumentError, ArgumentTypeError, ArtifactCorruptError
 from convt_tvm.libraries import find_runtime
+from convt_tvm.manifest import KERNEL_FILE, RUNTIME_FILE, Manifest
 from convt_tvm.threads import adopted, configure, required
 
 __all__ = ["Kernel"]

@@ -10,8 +10,8 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from convt_tvm.artifact import RUNTIME_FILE
 from convt_tvm.errors import ArtifactError, ArtifactNotFoundError
+from convt_tvm.manifest import RUNTIME_FILE
 
 __all__ = ["CUDA_RUNTIME_FILE", "carried", "find_runtime", "open_cuda", "open_runtime"]
 

@@ -34,7 +34,7 @@ Status: TypeAlias = Literal["ok", "wrong", "build_failed", "run_failed", "crashe
 
 
 SOURCE_DIGITS = 12
-"""Of `convt_tvm.artifact.source_fingerprint`, those that records keep."""
+"""Of `convt_tvm.fingerprint.source_fingerprint`, those that records keep."""
 OWN, GENERIC = "own", "generic"
 """What a session searches: the files of ``schedules/``, or, as a baseline, TVM's own post-order-apply."""
 
@@ -124,7 +124,7 @@ class Record:
     context
         Target, machine and threads.
     source
-        First digits of `convt_tvm.artifact.source_fingerprint`, the fingerprint of all schedule spaces and of what
+        First digits of `convt_tvm.fingerprint.source_fingerprint`, the fingerprint of all schedule spaces and of what
         compiles them.
     session
         Of the run that wrote it.

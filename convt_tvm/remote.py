@@ -14,8 +14,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from convt_tvm.artifact import KERNEL_FILE, read_manifest
+from convt_tvm.artifact import read_manifest
 from convt_tvm.errors import IncompatibleMachineError, TuningError
+from convt_tvm.manifest import KERNEL_FILE
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Machine, Target, host_architecture, machine
 from convt_tvm.trials import (

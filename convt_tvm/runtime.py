@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from convt_tvm import artifact
-from convt_tvm.artifact import KERNEL_FILE, Manifest
 from convt_tvm.errors import ArtifactError, IncompatibleMachineError
 from convt_tvm.gpu_kernel import GpuKernel
 from convt_tvm.kernel import Kernel
 from convt_tvm.libraries import find_runtime, open_cuda, open_runtime
+from convt_tvm.manifest import KERNEL_FILE, Manifest
 from convt_tvm.target import TILE_FEATURES
 from convt_tvm.threads import get_num_threads, set_num_threads
 from convt_tvm.tile_unit import require_tiles

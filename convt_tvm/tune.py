@@ -14,10 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
 
-from convt_tvm.artifact import source_fingerprint
 from convt_tvm.bench import current_commit, measure_target_limits
 from convt_tvm.database import log_directory, relatives
 from convt_tvm.errors import BuildError, TuningError
+from convt_tvm.fingerprint import source_fingerprint
 from convt_tvm.measure import interleaved
 from convt_tvm.place import Place
 from convt_tvm.records import GENERIC, OWN, SOURCE_DIGITS, Context, SessionInfo, Trial

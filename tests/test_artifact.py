@@ -1,6 +1,5 @@
 """Artifacts on disk: what is written is what is read, whole or not at all."""
 
-import ast
 import json
 import multiprocessing
 import os
@@ -13,20 +12,10 @@ from pathlib import Path
 import pytest
 
 from convt_tvm import artifact
-from convt_tvm.artifact import (
-    FORMAT,
-    KERNEL_FILE,
-    MANIFEST_FILE,
-    RUNTIME_FILE,
-    Manifest,
-    copy,
-    publish,
-    read,
-    read_manifest,
-    source_fingerprint,
-    verify,
-)
+from convt_tvm.artifact import copy, publish, read, read_manifest, verify
+from convt_tvm.digests import canonical, sha256
 from convt_tvm.errors import ArtifactCorruptError, ArtifactError, ArtifactNotFoundError
+from convt_tvm.manifest import FORMAT, KERNEL_FILE, MANIFEST_FILE, RUNTIME_FILE, Manifest
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
 
@@ -66,7 +55,7 @@ def edit(directory, change):
     values = json.loads(path.read_text())
     change(values)
     values.pop("digest", None)
-    values["digest"] = artifact._sha256(artifact._canonical(values))
+    values["digest"] = sha256(canonical(values))
     path.write_text(json.dumps(values))
 
 
@@ -455,48 +444,6 @@ def test_what_cannot_be_read_is_an_artifact_error(published):
     (published / KERNEL_FILE).mkdir()
     with pytest.raises(ArtifactError, match=r"cannot read .*kernel\.so: Is a directory"):
         verify(published)
-
-
-def test_the_fingerprint_covers_sources_and_compilers():
-    base = artifact._fingerprint([("a.py", b"x\n"), ("b.py", b"y\n")], {"apache-tvm": "1"})
-    assert base == artifact._fingerprint([("b.py", b"y\r\n"), ("a.py", b"x\n")], {"apache-tvm": "1"})
-    others = [
-        ([("a.py", b"x\n"), ("b.py", b"z\n")], {"apache-tvm": "1"}),
-        ([("a.py", b"x\n"), ("c.py", b"y\n")], {"apache-tvm": "1"}),
-        ([("a.py", b"x\n")], {"apache-tvm": "1"}),
-        ([("a.py", b"x\n"), ("b.py", b"y\n")], {"apache-tvm": "2"}),
-        ([("a.py", b"x\n"), ("b.py", b"y\n")], {"apache-tvm": None}),
-    ]
-    assert base not in {artifact._fingerprint(*other) for other in others}
-
-
-def test_the_fingerprint_covers_every_module_that_a_build_compiles_with():
-    package = Path(artifact.__file__).parent
-    # The tuning logs choose a schedule and change none; what they chose is part of a cached kernel's key.
-    apart = {"errors", "artifact", "arguments", "threads", "runtime", "records", "store", "database"}
-    schedules = sorted(artifact._schedule_directory().glob("*.py"))
-    assert any(path.name.startswith("llvm_") for path in schedules)
-    reached, pending = set(), [*schedules, package / "compiler.py"]
-    while pending:
-        path = pending.pop()
-        if path.parent == package:
-            reached.add(path.stem)
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("convt_tvm."):
-                name = node.module.split(".")[1]
-                if name not in {"schedules", *apart, *reached}:
-                    pending.append(package / f"{name}.py")
-    assert set(artifact._SOURCES) == reached
-
-
-def test_the_fingerprint_needs_neither_tvm_nor_torch_and_is_the_same_elsewhere():
-    code = (
-        "import sys; from convt_tvm.artifact import source_fingerprint; print(source_fingerprint());"
-        "print([m for m in ('tvm', 'torch', 'numpy', 'tvm_ffi') if m in sys.modules])"
-    )
-    root = Path(artifact.__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
-    assert done.stdout.split("\n")[:2] == [source_fingerprint(), "[]"]
 
 
 def test_what_was_tested_is_in_the_copy_and_under_its_digest(tmp_path, published):

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from convt_tvm import artifact, cache
-from convt_tvm.artifact import Manifest, publish, source_fingerprint
+from convt_tvm.artifact import publish
 from convt_tvm.errors import BuildError, IncompatibleMachineError, TargetError
+from convt_tvm.fingerprint import source_fingerprint
+from convt_tvm.manifest import Manifest
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
 

@@ -11,11 +11,12 @@ import torch
 
 import convt_tvm as ct
 from convt_tvm import gpu_kernel
-from convt_tvm.artifact import publish, source_fingerprint
+from convt_tvm.artifact import publish
 from convt_tvm.compiler import build_artifact
 from convt_tvm.cuda_toolkit import find_toolkit
 from convt_tvm.emulated_torch import emulated_gpu, last_stream, launches
 from convt_tvm.errors import ArgumentError, ArgumentTypeError, BuildError, IncompatibleMachineError
+from convt_tvm.fingerprint import source_fingerprint
 from convt_tvm.gpu import Driver, Gpu, find_driver, newest_architecture
 from convt_tvm.reference import integer_inputs, reference
 from convt_tvm.spec import ConvTranspose2dSpec

@@ -19,14 +19,17 @@ MAY_IMPORT = {
     "workloads": "errors spec",
     "gpu": "",
     "target": "errors gpu",
-    "artifact": "errors spec target",
+    "digests": "",
+    "fingerprint": "digests target",
+    "manifest": "digests errors spec target",
+    "artifact": "digests errors spec target manifest",
     "arguments": "errors spec",
     "threads": "errors",
     "tile_unit": "errors",
-    "libraries": "errors artifact",
-    "kernel": "errors spec target artifact arguments threads libraries",
-    "gpu_kernel": "errors gpu spec artifact arguments kernel",
-    "runtime": "errors target artifact threads tile_unit libraries kernel gpu_kernel",
+    "libraries": "errors manifest",
+    "kernel": "errors spec target manifest artifact arguments threads libraries",
+    "gpu_kernel": "errors gpu spec manifest arguments kernel",
+    "runtime": "errors target manifest artifact threads tile_unit libraries kernel gpu_kernel",
     "layout": "phases spec",
     "shuffle": "",
     "statements": "",
@@ -70,8 +73,9 @@ MAY_IMPORT = {
     "lower_tensor cuda_toolkit cuda_device_code",
     "entry": "",
     "cpu_code": "target",
-    "compiler": "errors spec target layout artifact runtime records database space entry backends cpu_code",
-    "cache": "errors spec target artifact runtime database compiler",
+    "compiler": "errors spec target layout fingerprint manifest artifact runtime records database space entry backends "
+    "cpu_code",
+    "cache": "errors spec target fingerprint manifest runtime database compiler",
     "plan": "errors gpu phases spec runtime cache",
     "functional": "errors plan",
     "packed": "plan",
@@ -97,14 +101,14 @@ MAY_IMPORT = {
     "workers": "",
     "trials": "errors spec target runtime records space emulator emulated_torch compiler reference measure place "
     "workers",
-    "remote": "errors spec target artifact trials workers",
+    "remote": "errors spec target manifest artifact trials workers",
     "search": "spec records",
     "session": "errors records store measure trials search",
     "metaschedule": "spec target compute records store space",
     "generic": "spec target layout compute records space compiler search",
-    "tune": "errors spec workloads target artifact compute records store database space compiler reference measure "
+    "tune": "errors spec workloads target fingerprint compute records store database space compiler reference measure "
     "place check bench trials remote search session metaschedule generic",
-    "bundle": "errors spec workloads target artifact libraries records space emulator compiler bench",
+    "bundle": "errors spec workloads target fingerprint manifest libraries records space emulator compiler bench",
     "bundle_run": "errors target artifact runtime cuda_toolkit emulated_torch place check bench peers workloads "
     "json_lines records store search session workers trials tune bundle",
     "explain": "spec workloads target records database space roofline",
@@ -117,7 +121,7 @@ MAY_IMPORT = {
     "check_report": "errors findings rounding json_lines check_plots",
     "replay": "errors spec target runtime findings examine implementations",
     "cases": "errors spec fuzz",
-    "conformance": "artifact target distributions findings implementations json_lines examine replay cases",
+    "conformance": "fingerprint target distributions findings implementations json_lines examine replay cases",
     "doctor": "errors gpu cuda_toolkit target runtime",
     "__init__": "errors spec target runtime compiler functional nn",
     "terminal": "check doctor rows explain",
@@ -132,8 +136,8 @@ MAY_IMPORT = {
     "cli_bundle": "workloads target emulated_torch terminal bundle cli_options",
     "cli_check": "errors workloads target check emulate bench findings implementations examine json_lines pictures "
     "check_report replay cases conformance terminal terminal_numerics cli_options",
-    "cli": "__init__ errors workloads target artifact runtime compiler cache check determinism doctor terminal "
-    "cli_options cli_bench cli_bundle cli_check cli_tune",
+    "cli": "__init__ errors workloads target manifest artifact runtime compiler cache check determinism doctor "
+    "terminal cli_options cli_bench cli_bundle cli_check cli_tune",
     "__main__": "cli",
 }
 

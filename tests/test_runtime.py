@@ -18,7 +18,7 @@ import torch
 import convt_tvm
 from convt_tvm import artifact, runtime, threads
 from convt_tvm.arguments import NUMPY
-from convt_tvm.artifact import KERNEL_FILE, RUNTIME_FILE, publish, read_manifest
+from convt_tvm.artifact import publish, read_manifest
 from convt_tvm.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -27,6 +27,7 @@ from convt_tvm.errors import (
     ArtifactNotFoundError,
     IncompatibleMachineError,
 )
+from convt_tvm.manifest import KERNEL_FILE, RUNTIME_FILE
 from convt_tvm.runtime import Kernel, get_num_threads, load, set_num_threads
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target, host_features
