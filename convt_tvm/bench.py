@@ -16,15 +16,17 @@ import torch
 
 from convt_tvm import roofline, roofline_torch, runtime
 from convt_tvm.check import operand_unit, thread_count
+from convt_tvm.machine import machine, package_versions
 from convt_tvm.measure import interleaved, noise_floor
 from convt_tvm.peers import DISTRIBUTIONS, Contender, Refusal, prepare
 from convt_tvm.place import Place
+from convt_tvm.processor import TILE_FEATURES
 from convt_tvm.reference import Inputs, error_bound, normal_inputs, reference
 from convt_tvm.roofline import Limits, bound
 from convt_tvm.rows import COPY, OURS, Row
 from convt_tvm.runtime import Kernel
 from convt_tvm.spec import ConvTranspose2dSpec
-from convt_tvm.target import TILE_FEATURES, Target, machine, package_versions
+from convt_tvm.target import Target
 from convt_tvm.workloads import Workload
 
 __all__ = ["Tolerance", "bench", "current_commit", "measure_target_limits"]

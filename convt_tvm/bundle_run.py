@@ -34,11 +34,11 @@ from typing import Any
 from convt_tvm.bundle import Bundle, Carried, Entry
 from convt_tvm.errors import ConvTError, IncompatibleMachineError
 from convt_tvm.json_lines import append_values, read_lines
+from convt_tvm.machine import machine, machine_key
 from convt_tvm.records import OWN, SOURCE_DIGITS, Candidate, Context, SessionInfo
 from convt_tvm.search import Proposal
 from convt_tvm.session import Outcome, run_session
 from convt_tvm.store import Store
-from convt_tvm.target import machine, machine_key
 from convt_tvm.trials import Built, LocalRunner
 from convt_tvm.workers import Worker, serve
 

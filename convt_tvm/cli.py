@@ -69,7 +69,7 @@ def _complain(message: str) -> None:
 def _show_version(wanted: bool) -> None:
     if not wanted:
         return
-    from convt_tvm.target import package_versions
+    from convt_tvm.machine import package_versions
 
     versions = package_versions(["convt-tvm", "apache-tvm", "apache-tvm-ffi", "torch", "numpy"])
     own = versions.pop("convt-tvm") or "(not installed)"
@@ -169,7 +169,7 @@ def _test_repeats(directory: Path, tuned: bool) -> dict[str, Any]:
     from convt_tvm import runtime
     from convt_tvm.compiler import build as build_kernel
     from convt_tvm.determinism import confirm_repeats
-    from convt_tvm.target import machine
+    from convt_tvm.machine import machine
 
     kernel = runtime.load(directory)
     make = partial(build_kernel, target=kernel.target, tuned=tuned)

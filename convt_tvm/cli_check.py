@@ -193,9 +193,9 @@ def _report(
     from convt_tvm.errors import RowsError
     from convt_tvm.examine import examine_emulated, examine_workload
     from convt_tvm.implementations import emulated_implementation, implementations
+    from convt_tvm.machine import machine
     from convt_tvm.pictures import require_matplotlib
     from convt_tvm.replay import Reproducer, write_reproducer
-    from convt_tvm.target import machine
     from convt_tvm.terminal_numerics import print_examinations
 
     commit = current_commit()

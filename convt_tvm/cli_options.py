@@ -79,7 +79,7 @@ def stop_if_interrupted(finished: bool, done: int, total: int, what: str = "work
 
 def require_cores(threads: int | None) -> None:
     """Raise BadParameter for more threads than this process may run on."""
-    from convt_tvm.target import machine
+    from convt_tvm.machine import machine
 
     cores = machine().cores
     if threads is not None and threads > cores:

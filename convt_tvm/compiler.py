@@ -23,12 +23,13 @@ from convt_tvm.entry import guard_arguments
 from convt_tvm.errors import BuildError
 from convt_tvm.fingerprint import source_fingerprint
 from convt_tvm.layout import Layout
+from convt_tvm.machine import package_versions
 from convt_tvm.manifest import KERNEL_FILE, Manifest
 from convt_tvm.records import Candidate
 from convt_tvm.runtime import Kernel, load
 from convt_tvm.space import Choice, default_choice, find_choice
 from convt_tvm.spec import ConvTranspose2dSpec
-from convt_tvm.target import Target, package_versions
+from convt_tvm.target import Target
 
 __all__ = [
     "Lowered",

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from convt_tvm.errors import TuningLogError
 from convt_tvm.gpu import EMULATED
+from convt_tvm.machine import machine_key
 from convt_tvm.records import OWN, Context, Result, Trial
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.store import DATABASE_FILES, RESULTS, SESSIONS, TRIALS, Store, read_records
-from convt_tvm.target import Target, machine_key
+from convt_tvm.target import Target
 
 __all__ = ["Found", "Merged", "find_result", "log_directory", "logs_directory", "merge", "relatives"]
 

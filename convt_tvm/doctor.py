@@ -17,7 +17,8 @@ from typing import Any, Literal, TypeAlias
 from convt_tvm.cuda_toolkit import find_toolkit
 from convt_tvm.errors import BuildError, TargetError
 from convt_tvm.gpu import OLDEST_CUDA_DRIVER, find_driver
-from convt_tvm.target import Target, machine
+from convt_tvm.machine import machine
+from convt_tvm.target import Target
 
 __all__ = ["PINS", "Finding", "Status", "diagnose"]
 

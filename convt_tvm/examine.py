@@ -26,12 +26,13 @@ from convt_tvm.errormap import find_worst, phase_map
 from convt_tvm.errors import ConvTError
 from convt_tvm.findings import STAGES, Examination, Finding, Stage, Status
 from convt_tvm.implementations import Implementation, RefusedError
+from convt_tvm.machine import machine, package_versions
 from convt_tvm.peers import DISTRIBUTIONS as PACKAGES
 from convt_tvm.reference import expect, integer_reference
 from convt_tvm.rounding import measure_rounding
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.special import judge_special, special_inputs
-from convt_tvm.target import Target, machine, package_versions
+from convt_tvm.target import Target
 from convt_tvm.workloads import Workload
 
 __all__ = ["ANY_BATCH", "examine", "examine_emulated", "examine_workload", "first_failure"]

@@ -6,13 +6,22 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from convt_tvm.digests import canonical, sha256
-from convt_tvm.target import package_versions
+from convt_tvm.machine import package_versions
 
 __all__ = ["source_fingerprint"]
 
 _SOURCES = (
-    *("phases", "spec", "gpu", "target", "layout", "dot_layout", "thread_layout", "tile_layout", "tensor_layout"),
-    *("tensor_intrinsics", "bfloat16", "compute", "compute_dot", "compute_tiles", "compute_cuda", "compute_tensor"),
+    *("phases", "spec", "gpu", "processor", "target", "layout", "dot_layout", "thread_layout", "tile_layout"),
+    *(
+        "tensor_layout",
+        "tensor_intrinsics",
+        "bfloat16",
+        "compute",
+        "compute_dot",
+        "compute_tiles",
+        "compute_cuda",
+        "compute_tensor",
+    ),
     *("cost", "cost_cuda", "cost_tensor", "schedule", "schedule_cuda", "schedule_tensor", "space", "shuffle"),
     *("statements", "stream", "outputs", "lower", "lower_window", "lower_dot", "lower_tiles", "lower_cuda"),
     *("lower_tensor", "cuda_toolkit", "emulator", "cuda_device_code", "cpu_code", "backends", "entry", "compiler"),

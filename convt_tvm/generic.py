@@ -17,11 +17,12 @@ from tvm.s_tir import meta_schedule as ms
 from convt_tvm.compiler import schedule_choice, trace_json
 from convt_tvm.compute import declare_phases
 from convt_tvm.layout import Layout
+from convt_tvm.machine import machine
 from convt_tvm.records import GENERIC, Candidate
 from convt_tvm.search import Proposal
 from convt_tvm.space import find_choice
 from convt_tvm.spec import ConvTranspose2dSpec
-from convt_tvm.target import Target, machine
+from convt_tvm.target import Target
 
 __all__ = ["GenericSearch", "plain_layout"]
 

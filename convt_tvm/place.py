@@ -69,7 +69,7 @@ class Place:
         return processor if self.device == "cpu" else 0.0
 
     def describe(self) -> dict[str, Any]:
-        """What rows say about the place besides `convt_tvm.target.Machine`: the GPU, its driver and its clocks now."""
+        """What rows say about the place besides `convt_tvm.machine.Machine`: the GPU, its driver and its clocks now."""
         return {"gpu": describe_gpu()} if self.device == "cuda" else {}
 
 

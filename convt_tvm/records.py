@@ -105,7 +105,7 @@ class Context:
     target
         `convt_tvm.target.Target.name`.
     machine
-        `convt_tvm.target.Machine.key` of where it ran.
+        `convt_tvm.machine.Machine.key` of where it ran.
     threads
         Threads of the kernel.
     """

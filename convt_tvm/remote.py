@@ -16,9 +16,11 @@ from typing import Any
 
 from convt_tvm.artifact import read_manifest
 from convt_tvm.errors import IncompatibleMachineError, TuningError
+from convt_tvm.machine import Machine, machine
 from convt_tvm.manifest import KERNEL_FILE
+from convt_tvm.processor import host_architecture
 from convt_tvm.spec import ConvTranspose2dSpec
-from convt_tvm.target import Machine, Target, host_architecture, machine
+from convt_tvm.target import Target
 from convt_tvm.trials import (
     HOPELESS,
     INPUTS_FILE,

@@ -10,9 +10,10 @@ from convt_tvm.errors import RowsError
 from convt_tvm.examine import examine
 from convt_tvm.findings import Finding, Stage
 from convt_tvm.implementations import Implementation, find_implementation
+from convt_tvm.machine import package_versions
 from convt_tvm.runtime import Kernel
 from convt_tvm.spec import ConvTranspose2dSpec
-from convt_tvm.target import Target, package_versions
+from convt_tvm.target import Target
 
 __all__ = ["Replay", "Reproducer", "read_reproducer", "replay", "write_reproducer"]
 

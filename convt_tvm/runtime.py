@@ -16,7 +16,7 @@ from convt_tvm.gpu_kernel import GpuKernel
 from convt_tvm.kernel import Kernel
 from convt_tvm.libraries import find_runtime, open_cuda, open_runtime
 from convt_tvm.manifest import KERNEL_FILE, Manifest
-from convt_tvm.target import TILE_FEATURES
+from convt_tvm.processor import TILE_FEATURES
 from convt_tvm.threads import get_num_threads, set_num_threads
 from convt_tvm.tile_unit import require_tiles
 

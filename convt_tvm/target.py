@@ -1,169 +1,27 @@
-"""What code is compiled for, and which machine this is.
+"""What code is compiled for. Neither TVM nor torch is imported, except by `Target.to_tvm`."""
 
-Neither TVM nor torch is imported, except by `Target.to_tvm`.
-"""
-
-import functools
-import hashlib
-import importlib.metadata
-import os
-import platform
-import re
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Self
 
+from convt_tvm.digests import sha256
 from convt_tvm.errors import IncompatibleMachineError, TargetError
 from convt_tvm.gpu import ARCHITECTURES, DEFAULT_ARCHITECTURES, OLDEST_CUDA_DRIVER, find_driver, newest_architecture
+from convt_tvm.processor import IMPLIES, LEVELS, TILE_FEATURES, host_architecture, host_features, with_implied
 
 if TYPE_CHECKING:
     import tvm.target
 
-__all__ = [
-    "LEVELS",
-    "TILE_FEATURES",
-    "Machine",
-    "Target",
-    "host_architecture",
-    "host_features",
-    "machine",
-    "machine_key",
-    "package_versions",
-]
-
-# What each LLVM feature implies, so that a target names everything that its code may use.
-_IMPLIES: dict[str, dict[str, tuple[str, ...]]] = {
-    "x86_64": {
-        "popcnt": (),
-        "sse4.2": (),
-        "lzcnt": (),
-        "movbe": (),
-        "bmi": (),
-        "bmi2": (),
-        "avx": ("sse4.2",),
-        "avx2": ("avx",),
-        "f16c": ("avx",),
-        "fma": ("avx",),
-        "avx512f": ("avx2", "f16c", "fma"),
-        "avx512bw": ("avx512f",),
-        "avx512cd": ("avx512f",),
-        "avx512dq": ("avx512f",),
-        "avx512vl": ("avx512f",),
-        "avx512vnni": ("avx512f",),
-        "avx512bf16": ("avx512bw",),
-        "avx512fp16": ("avx512bw", "avx512dq", "avx512vl"),
-        "amx-tile": (),
-        "amx-bf16": ("amx-tile", "avx512bw"),
-    },
-    "aarch64": {
-        "fp-armv8": (),
-        "neon": ("fp-armv8",),
-        "fullfp16": ("fp-armv8",),
-        "dotprod": ("neon",),
-        "bf16": ("neon",),
-    },
-}
-
-# What Linux calls them in /proc/cpuinfo, where that is another name.
-_LINUX_FLAGS = {
-    "sse4.2": "sse4_2",
-    "lzcnt": "abm",
-    "bmi": "bmi1",
-    "avx512vnni": "avx512_vnni",
-    "avx512bf16": "avx512_bf16",
-    "avx512fp16": "avx512_fp16",
-    "amx-tile": "amx_tile",
-    "amx-bf16": "amx_bf16",
-    "fp-armv8": "fp",
-    "neon": "asimd",
-    "fullfp16": "asimdhp",
-    "dotprod": "asimddp",
-}
-
-TILE_FEATURES = frozenset({"amx-tile", "amx-bf16"})
-"""Features that only kernels in bfloat16 use."""
-
-_V2 = ("popcnt", "sse4.2")
-_V3 = (*_V2, "avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe")
-_V4 = (*_V3, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl")
-
-LEVELS: dict[str, tuple[str, ...]] = {
-    "x86-64-v2": tuple(sorted(_V2)),
-    "x86-64-v3": tuple(sorted(_V3)),
-    "x86-64-v4": tuple(sorted(_V4)),
-}
-"""The micro-architecture levels of the x86-64 psABI, by the features that generated code uses."""
+__all__ = ["Target"]
 
 TF32 = "tf32"
 """The feature of a target for GPUs that lets float32 be multiplied as tf32."""
 
-_CPUINFO = Path("/proc/cpuinfo")
-_PACKAGES = ("apache-tvm", "apache-tvm-ffi", "torch", "numpy")
 _FORMS = (
     "write llvm, llvm:x86-64-v2, llvm:x86-64-v3, llvm:x86-64-v4, llvm:ARCH+FEATURE+FEATURE, cuda, cuda:sm_90, "
     "cuda:sm_80+sm_90 or cuda:sm_90+tf32"
 )
-
-
-def _with_implied(features: Iterable[str], arch: str) -> tuple[str, ...]:
-    known = _IMPLIES[arch]
-    closed: set[str] = set()
-    pending = list(features)
-    while pending:
-        feature = pending.pop()
-        if feature not in known:
-            raise TargetError(f"{feature!r} is not a known feature of {arch}; use any of {', '.join(sorted(known))}.")
-        if feature not in closed:
-            closed.add(feature)
-            pending.extend(known[feature])
-    return tuple(sorted(closed))
-
-
-def _cpuinfo() -> dict[str, str]:
-    """The first value of each key of /proc/cpuinfo; empty where there is no such file."""
-    try:
-        return _parse_cpuinfo(_CPUINFO.read_text(encoding="utf-8", errors="replace"))
-    except OSError:
-        return {}
-
-
-def _parse_cpuinfo(text: str) -> dict[str, str]:
-    values: dict[str, str] = {}
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        values.setdefault(key.strip(), value.strip())
-    return values
-
-
-def host_architecture() -> str:
-    """``x86_64`` or ``aarch64``; raises TargetError on any other processor."""
-    name = platform.machine().lower()
-    arch = {"amd64": "x86_64", "x86_64": "x86_64", "arm64": "aarch64", "aarch64": "aarch64"}.get(name)
-    if arch is None:
-        raise TargetError(f"this machine's processor, {name!r}, is not supported; use an x86_64 or aarch64 one.")
-    return arch
-
-
-@functools.cache
-def host_features() -> frozenset[str]:
-    """LLVM names of the features that this processor and its kernel offer, of those that a `Target` can name.
-
-    Read once, from /proc/cpuinfo. A virtual machine that masks a feature is taken at its word. Elsewhere than on Linux
-    the set is empty, which makes a host target the architecture's baseline.
-    """
-    return _features_in(_cpuinfo())
-
-
-def _features_in(values: Mapping[str, str]) -> frozenset[str]:
-    flags = set(values.get("flags", values.get("Features", "")).split())
-    known = _IMPLIES[host_architecture()]
-    found = {feature for feature in known if _LINUX_FLAGS.get(feature, feature) in flags}
-    # A feature whose prerequisite is masked cannot be used: generated code would use the prerequisite as well.
-    while incomplete := {feature for feature in found if not found.issuperset(known[feature])}:
-        found -= incomplete
-    return frozenset(found)
 
 
 def _visible_architectures() -> tuple[str, ...]:
@@ -225,9 +83,9 @@ class Target:
             return
         if self.kind != "llvm":
             raise TargetError(f"target kind {self.kind!r} is not supported; {_FORMS}.")
-        if self.arch not in _IMPLIES:
-            raise TargetError(f"architecture {self.arch!r} is not supported; use one of {', '.join(sorted(_IMPLIES))}.")
-        object.__setattr__(self, "features", _with_implied(self.features, self.arch))
+        if self.arch not in IMPLIES:
+            raise TargetError(f"architecture {self.arch!r} is not supported; use one of {', '.join(sorted(IMPLIES))}.")
+        object.__setattr__(self, "features", with_implied(self.features, self.arch))
 
     @classmethod
     def parse(cls, text: "str | Target") -> "Target":
@@ -258,7 +116,7 @@ class Target:
         if rest in LEVELS:
             return cls(kind, "x86_64", LEVELS[rest])
         arch, *features = rest.split("+")
-        if arch not in _IMPLIES:
+        if arch not in IMPLIES:
             raise TargetError(f"target {text!r} is not understood; {_FORMS}.")
         return cls(kind, arch, tuple(features))
 
@@ -296,7 +154,7 @@ class Target:
             return base
         if self.level is not None and self.features == LEVELS[self.level]:
             return base
-        return f"{base}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}"
+        return f"{base}-{sha256(self.name.encode())[:8]}"
 
     @property
     def gpu_archs(self) -> tuple[str, ...]:
@@ -428,87 +286,3 @@ class Target:
         if self.features:
             config["mattr"] = [f"+{feature}" for feature in self.features]
         return tvm.target.Target(config)
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """The machine and the library versions that a measurement or an artifact comes from.
-
-    ``model`` tells apart processors that call themselves the same, as virtual ones do: family, model and stepping.
-    """
-
-    cpu: str
-    model: str
-    cores: int
-    features: tuple[str, ...]
-    os: str
-    python: str
-    versions: dict[str, str | None]
-
-    @property
-    def key(self) -> str:
-        """Eight digits that are equal where the same code takes the same time: of processor and features.
-
-        Without `TILE_FEATURES`: code that uses them is for another target.
-        """
-        named = "\n".join((self.cpu, self.model, *(name for name in self.features if name not in TILE_FEATURES)))
-        return hashlib.sha256(named.encode()).hexdigest()[:8]
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return {**asdict(self), "features": list(self.features)}
-
-
-def package_versions(names: Iterable[str] = _PACKAGES) -> dict[str, str | None]:
-    """Installed versions by distribution name, None where there is none; imports nothing of them."""
-    return {name: _version(name) for name in names}
-
-
-@functools.cache
-def _version(distribution: str) -> str | None:
-    """Read once: a process keeps what it has imported."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def machine(cpuinfo: str | None = None) -> Machine:
-    """Describe this machine: processor, cores this process may use, features, system and library versions.
-
-    With the text of another machine's /proc/cpuinfo, describe that one; its system and versions are not known.
-    """
-    if cpuinfo is not None:
-        values = _parse_cpuinfo(cpuinfo)
-        cores = sum(line.startswith("processor") for line in cpuinfo.splitlines())
-        features, system, python, versions = _features_in(values), "", "", {}
-    else:
-        values, cores, features = _cpuinfo(), _usable_cores(), host_features()
-        system, python, versions = platform.platform(), platform.python_version(), package_versions()
-    cpu = values.get("model name") or values.get("CPU part") or platform.processor() or platform.machine()
-    return Machine(
-        cpu=re.sub(r"\s+", " ", cpu),
-        model="/".join(values[name] for name in ("cpu family", "model", "stepping") if name in values),
-        cores=cores,
-        features=tuple(sorted(features)),
-        os=system,
-        python=python,
-        versions=versions,
-    )
-
-
-def machine_key(target: Target) -> str | None:
-    """What tuning records name the machine that runs `target` by: `Machine.key`, or the name of its first GPU.
-
-    None for GPUs where there is none: whatever is known of their architecture is worth using there.
-    """
-    if target.kind != "cuda":
-        return machine().key
-    driver = find_driver()
-    return re.sub(r"\W+", "-", driver.gpus[0].name).strip("-") if driver and driver.gpus else None

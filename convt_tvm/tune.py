@@ -18,6 +18,7 @@ from convt_tvm.bench import current_commit, measure_target_limits
 from convt_tvm.database import log_directory, relatives
 from convt_tvm.errors import BuildError, TuningError
 from convt_tvm.fingerprint import source_fingerprint
+from convt_tvm.machine import machine, machine_key
 from convt_tvm.measure import interleaved
 from convt_tvm.place import Place
 from convt_tvm.records import GENERIC, OWN, SOURCE_DIGITS, Context, SessionInfo, Trial
@@ -25,7 +26,7 @@ from convt_tvm.search import Known, Search
 from convt_tvm.session import Outcome, Progress, Proposer, run_session
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.store import Store
-from convt_tvm.target import Target, machine, machine_key
+from convt_tvm.target import Target
 from convt_tvm.trials import Builders, LocalRunner, Runner
 from convt_tvm.workloads import Workload
 

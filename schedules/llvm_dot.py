@@ -52,10 +52,11 @@ from tvm.s_tir import Schedule
 from convt_tvm.compute import IN_VECTORS
 from convt_tvm.dot_layout import DotLayout, paired
 from convt_tvm.layout import CACHE_LINE_BYTES, Layout, bands, reaches
+from convt_tvm.processor import TILE_FEATURES
 from convt_tvm.schedule import find_window
 from convt_tvm.schedules import llvm_channels
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
-from convt_tvm.target import TILE_FEATURES, Target
+from convt_tvm.target import Target
 
 NAME = "llvm_dot"
 TARGET_KIND = "llvm"

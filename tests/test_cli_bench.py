@@ -10,9 +10,10 @@ from test_rows import BASE, run_of
 from convt_tvm import bench as bench_module
 from convt_tvm import roofline, terminal
 from convt_tvm.json_lines import append_lines
+from convt_tvm.processor import TILE_FEATURES
 from convt_tvm.roofline import Bandwidth, Limits
 from convt_tvm.rows import COPY, OURS, read_rows
-from convt_tvm.target import TILE_FEATURES, Target
+from convt_tvm.target import Target
 
 TINY = "n1_ci4_ih3_iw3_co2_k3x3_s2x2_p1x1_op1x1_d1x1_g1_bias_float32"
 

@@ -8,11 +8,12 @@ from stub_session import SPEC, make_info, run_stub
 from convt_tvm import compiler
 from convt_tvm.database import find_result, log_directory, logs_directory, merge, relatives
 from convt_tvm.errors import TuningError, TuningLogError
+from convt_tvm.machine import machine
 from convt_tvm.records import Candidate, Context, Result, SessionInfo, Trial
 from convt_tvm.space import choices
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.store import DATABASE_FILES, RESULTS, TRIALS, Store, read_records
-from convt_tvm.target import Target, machine
+from convt_tvm.target import Target
 
 HOST = Target.parse("llvm").for_dtype("float32")
 HERE = Context(HOST.name, machine().key, 1)

@@ -10,10 +10,11 @@ from convt_tvm.compiler import lower_choice
 from convt_tvm.compute_dot import declare_dot_phases
 from convt_tvm.dot_layout import DotLayout, paired
 from convt_tvm.fuzz import fuzzed_specs
+from convt_tvm.processor import LEVELS, TILE_FEATURES
 from convt_tvm.reference import expect, integer_inputs, integer_reference, normal_inputs
 from convt_tvm.space import choices
 from convt_tvm.spec import ConvTranspose2dSpec
-from convt_tvm.target import LEVELS, TILE_FEATURES, Target
+from convt_tvm.target import Target
 from convt_tvm.workloads import resolve
 
 DOTS = Target("llvm", "x86_64", (*LEVELS["x86-64-v4"], "avx512bf16"))

@@ -18,18 +18,20 @@ MAY_IMPORT = {
     "spec": "errors phases",
     "workloads": "errors spec",
     "gpu": "",
-    "target": "errors gpu",
     "digests": "",
-    "fingerprint": "digests target",
+    "processor": "errors",
+    "target": "errors gpu digests processor",
+    "machine": "gpu digests processor target",
+    "fingerprint": "digests machine",
     "manifest": "digests errors spec target",
     "artifact": "digests errors spec target manifest",
     "arguments": "errors spec",
     "threads": "errors",
     "tile_unit": "errors",
     "libraries": "errors manifest",
-    "kernel": "errors spec target manifest artifact arguments threads libraries",
+    "kernel": "errors spec manifest artifact arguments threads libraries",
     "gpu_kernel": "errors gpu spec manifest arguments kernel",
-    "runtime": "errors target manifest artifact threads tile_unit libraries kernel gpu_kernel",
+    "runtime": "errors processor manifest artifact threads tile_unit libraries kernel gpu_kernel",
     "layout": "phases spec",
     "shuffle": "",
     "statements": "",
@@ -50,11 +52,11 @@ MAY_IMPORT = {
     "schedule": "spec layout compute",
     "schedule_cuda": "thread_layout",
     "schedule_tensor": "spec compute tensor_layout tensor_intrinsics compute_tensor",
-    "schedules": "spec target layout dot_layout tile_layout tensor_layout compute compute_tiles compute_cuda "
+    "schedules": "spec processor target layout dot_layout tile_layout tensor_layout compute compute_tiles compute_cuda "
     "compute_tensor cost cost_cuda cost_tensor schedule schedule_cuda schedule_tensor",
     "records": "errors",
     "store": "errors records",
-    "database": "errors gpu spec target threads records store",
+    "database": "errors gpu spec target machine threads records store",
     "space": "errors spec target layout schedules records",
     "stream": "layout statements",
     "outputs": "spec target layout bfloat16 compute shuffle statements stream",
@@ -73,8 +75,8 @@ MAY_IMPORT = {
     "lower_tensor cuda_toolkit cuda_device_code",
     "entry": "",
     "cpu_code": "target",
-    "compiler": "errors spec target layout fingerprint manifest artifact runtime records database space entry backends "
-    "cpu_code",
+    "compiler": "errors spec target machine layout fingerprint manifest artifact runtime records database space "
+    "entry backends cpu_code",
     "cache": "errors spec target fingerprint manifest runtime database compiler",
     "plan": "errors gpu phases spec runtime cache",
     "functional": "errors plan",
@@ -97,46 +99,47 @@ MAY_IMPORT = {
     "peers": "spec reference",
     "roofline": "spec target bfloat16 runtime",
     "roofline_torch": "measure place roofline",
-    "bench": "spec workloads target runtime compiler reference measure place check rows peers roofline roofline_torch",
+    "bench": "spec workloads processor target machine runtime compiler reference measure place check rows peers "
+    "roofline roofline_torch",
     "workers": "",
     "trials": "errors spec target runtime records space emulator emulated_torch compiler reference measure place "
     "workers",
-    "remote": "errors spec target manifest artifact trials workers",
+    "remote": "errors spec processor target machine manifest artifact trials workers",
     "search": "spec records",
     "session": "errors records store measure trials search",
     "metaschedule": "spec target compute records store space",
-    "generic": "spec target layout compute records space compiler search",
-    "tune": "errors spec workloads target fingerprint compute records store database space compiler reference measure "
-    "place check bench trials remote search session metaschedule generic",
+    "generic": "spec target machine layout compute records space compiler search",
+    "tune": "errors spec workloads target machine fingerprint compute records store database space compiler "
+    "reference measure place check bench trials remote search session metaschedule generic",
     "bundle": "errors spec workloads target fingerprint manifest libraries records space emulator compiler bench",
-    "bundle_run": "errors target artifact runtime cuda_toolkit emulated_torch place check bench peers workloads "
+    "bundle_run": "errors machine artifact runtime cuda_toolkit emulated_torch place check bench peers workloads "
     "json_lines records store search session workers trials tune bundle",
     "explain": "spec workloads target records database space roofline",
     "pictures": "errors",
     "report": "errors rows pictures",
     "implementations": "errors spec target space compiler check emulate peers",
     "examine": "errors spec reference check distributions errormap findings rounding special determinism "
-    "implementations peers target workloads",
+    "implementations peers target machine workloads",
     "check_plots": "errors findings rounding pictures",
     "check_report": "errors findings rounding json_lines check_plots",
-    "replay": "errors spec target runtime findings examine implementations",
+    "replay": "errors spec target machine runtime findings examine implementations",
     "cases": "errors spec fuzz",
     "conformance": "fingerprint target distributions findings implementations json_lines examine replay cases",
-    "doctor": "errors gpu cuda_toolkit target runtime",
+    "doctor": "errors gpu cuda_toolkit target machine runtime",
     "__init__": "errors spec target runtime compiler functional nn",
     "terminal": "check doctor rows explain",
     "terminal_numerics": "findings implementations conformance terminal",
     "session_report": "errors spec target records store compiler search pictures",
     "terminal_tune": "spec records session session_report terminal",
-    "cli_options": "target terminal",
+    "cli_options": "machine terminal",
     "cli_tune": "errors workloads target threads records database session tune session_report terminal_tune "
     "cli_options",
     "cli_bench": "workloads target json_lines rows peers roofline place bench explain report findings check_report "
     "terminal cli_options cli_tune",
     "cli_bundle": "workloads target emulated_torch terminal bundle cli_options",
-    "cli_check": "errors workloads target check emulate bench findings implementations examine json_lines pictures "
-    "check_report replay cases conformance terminal terminal_numerics cli_options",
-    "cli": "__init__ errors workloads target manifest artifact runtime compiler cache check determinism doctor "
+    "cli_check": "errors workloads target machine check emulate bench findings implementations examine json_lines "
+    "pictures check_report replay cases conformance terminal terminal_numerics cli_options",
+    "cli": "__init__ errors workloads target machine manifest artifact runtime compiler cache check determinism doctor "
     "terminal cli_options cli_bench cli_bundle cli_check cli_tune",
     "__main__": "cli",
 }

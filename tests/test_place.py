@@ -16,6 +16,7 @@ from convt_tvm.database import find_result
 from convt_tvm.emulated_torch import emulated_gpu, launches
 from convt_tvm.errors import TargetError
 from convt_tvm.gpu import Driver, Gpu, describe_gpu
+from convt_tvm.machine import machine_key
 from convt_tvm.measure import interleaved
 from convt_tvm.peers import GPU_PEERS, PEERS
 from convt_tvm.place import GRAPH_CALLS, GpuStopwatch, Place
@@ -25,7 +26,7 @@ from convt_tvm.roofline import Bandwidth, Limits
 from convt_tvm.rows import COPY, OURS, Row, latest_runs
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.store import Store
-from convt_tvm.target import Target, machine_key
+from convt_tvm.target import Target
 from convt_tvm.trials import Built, LocalRunner
 from convt_tvm.workloads import Workload
 

@@ -13,11 +13,11 @@ import psutil
 import pytest
 
 from convt_tvm.errors import TuningError
+from convt_tvm.machine import machine
 from convt_tvm.records import Candidate, Result, SessionInfo, Trial
 from convt_tvm.remote import RemoteRunner
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.store import RESULTS, SESSIONS, TRIALS, read_records
-from convt_tvm.target import machine
 from convt_tvm.trials import Built
 from convt_tvm.tune import Budget, tune
 from convt_tvm.workers import Answer

@@ -28,9 +28,10 @@ from convt_tvm.errors import (
     IncompatibleMachineError,
 )
 from convt_tvm.manifest import KERNEL_FILE, RUNTIME_FILE
+from convt_tvm.processor import host_features
 from convt_tvm.runtime import Kernel, get_num_threads, load, set_num_threads
 from convt_tvm.spec import ConvTranspose2dSpec
-from convt_tvm.target import Target, host_features
+from convt_tvm.target import Target
 
 ROOT = Path(convt_tvm.__file__).parent.parent
 SIZES = dict(n=2, ci=4, ih=3, iw=5, co=6, kernel_size=3, stride=2, padding=1, output_padding=1)

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from convt_tvm import target as target_module
+from convt_tvm import processor
 from convt_tvm.errors import IncompatibleMachineError, TargetError
-from convt_tvm.target import LEVELS, Target, host_features, machine
+from convt_tvm.machine import machine
+from convt_tvm.processor import LEVELS, host_features
+from convt_tvm.target import Target
 
 _SPR = """processor\t: 0
 model name\t: Some   Processor
@@ -28,8 +30,8 @@ def cpuinfo(tmp_path, monkeypatch):
     def set_text(text, arch="x86_64"):
         path = tmp_path / "cpuinfo"
         path.write_text(text)
-        monkeypatch.setattr(target_module, "_CPUINFO", path)
-        monkeypatch.setattr(target_module.platform, "machine", lambda: arch)
+        monkeypatch.setattr(processor, "_CPUINFO", path)
+        monkeypatch.setattr(processor.platform, "machine", lambda: arch)
         host_features.cache_clear()
 
     yield set_text
@@ -57,7 +59,7 @@ def test_host_features_on_arm_and_without_cpuinfo(cpuinfo, monkeypatch, tmp_path
     assert host_features() == {"fp-armv8", "neon", "fullfp16", "dotprod", "bf16"}
     assert Target.parse("llvm").vector_registers == 32
     assert Target.parse("llvm").level is None
-    monkeypatch.setattr(target_module, "_CPUINFO", tmp_path / "absent")
+    monkeypatch.setattr(processor, "_CPUINFO", tmp_path / "absent")
     host_features.cache_clear()
     assert host_features() == frozenset()
     assert Target.parse("llvm").name == "llvm:aarch64"
@@ -189,15 +191,16 @@ def test_machine_describes_this_one_and_is_json():
 
 
 def test_absent_packages_have_no_version():
-    assert target_module.package_versions(["no-such-package"]) == {"no-such-package": None}
+    assert processor.package_versions(["no-such-package"]) == {"no-such-package": None}
 
 
 def test_importing_and_describing_needs_neither_tvm_nor_torch():
     code = (
-        "import sys; from convt_tvm.target import machine, Target; machine(); Target.parse('llvm');"
+        "import sys; from convt_tvm.machine import machine; from convt_tvm.target import Target;"
+        "machine(); Target.parse('llvm');"
         "print([m for m in ('tvm', 'torch', 'numpy') if m in sys.modules])"
     )
-    root = Path(target_module.__file__).parent.parent
+    root = Path(processor.__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -222,7 +225,7 @@ for text, path in zip(sys.argv[1::2], sys.argv[2::2]):
 
 
 @pytest.mark.skipif(
-    target_module.host_architecture() != "x86_64" or shutil.which("objdump") is None,
+    processor.host_architecture() != "x86_64" or shutil.which("objdump") is None,
     reason="needs an x86_64 with objdump",
 )
 def test_llvm_uses_the_vectors_and_fused_multiply_adds_named_and_warns_of_nothing(tmp_path):
@@ -232,7 +235,7 @@ def test_llvm_uses_the_vectors_and_fused_multiply_adds_named_and_warns_of_nothin
     arguments = [str(part) for pair in zip(texts, paths, strict=True) for part in pair]
     done = subprocess.run(
         [sys.executable, "-c", _DISASSEMBLE, *arguments],
-        cwd=Path(target_module.__file__).parent.parent,
+        cwd=Path(processor.__file__).parent.parent,
         capture_output=True,
         text=True,
     )

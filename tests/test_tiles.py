@@ -12,11 +12,13 @@ from convt_tvm import tile_unit
 from convt_tvm.compiler import lower_choice
 from convt_tvm.errors import IncompatibleMachineError
 from convt_tvm.layout import bands
+from convt_tvm.machine import Machine, machine
+from convt_tvm.processor import LEVELS, TILE_FEATURES, host_features
 from convt_tvm.reference import integer_inputs, reference
 from convt_tvm.runtime import load
 from convt_tvm.space import choices
 from convt_tvm.spec import ConvTranspose2dSpec
-from convt_tvm.target import LEVELS, TILE_FEATURES, Machine, Target, host_features, machine
+from convt_tvm.target import Target
 from convt_tvm.tile_layout import TileLayout
 
 TILES = Target("llvm", "x86_64", (*LEVELS["x86-64-v4"], *TILE_FEATURES))
