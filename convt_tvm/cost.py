@@ -30,6 +30,7 @@ __all__ = [
     "block_sizes",
     "core_cycles",
     "gathering",
+    "is_for_memory",
     "lane_counts",
     "phase_blocks",
     "row_chunks",
@@ -174,12 +175,10 @@ def is_for_memory(spec: ConvTranspose2dSpec) -> bool:
 
 
 def gathering(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> Iterator[Layout]:
-    """`layout` with chunks of rows to gather, where the output is too large to stay in a cache.
+    """`layout` with chunks of rows to gather, which pays where the output `is_for_memory`.
 
     A chunk's rows of a block of channels fit a part of the second cache, and there are several tasks.
     """
-    if not is_for_memory(spec):
-        return
     rows = max(band.rows for band in bands(spec))
     row_bytes = layout.co_block * spec.stride[0] * spec.ow * DTYPE_BYTES[spec.dtype]
     seen = set()

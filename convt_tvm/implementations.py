@@ -1,17 +1,22 @@
 """What the numerics lab compares: our kernels by schedule space, torch by back end, other libraries."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TYPE_CHECKING
 from zlib import crc32
 
 import torch
 
 from convt_tvm.check import Operator, torch_eager
 from convt_tvm.errors import RowsError, TargetError
+from convt_tvm.layout import Layout
 from convt_tvm.peers import PEERS, Refusal, prepare
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
+
+if TYPE_CHECKING:
+    from convt_tvm.space import Choice
 
 __all__ = [
     "OURS",
@@ -114,8 +119,23 @@ def _build(target: Target, schedule: str | None, spec: ConvTranspose2dSpec) -> O
         found = choices(declared, target, schedule)
         if not found:
             raise RefusedError(Refusal("rejected", f"the schedule space {schedule} does not apply"))
-        choice = found[crc32(declared.name.encode()) % len(found)]
+        choice = _drawn(found, declared, target)
     return build(spec, target, choice=choice)
+
+
+def _drawn(found: Sequence["Choice"], spec: ConvTranspose2dSpec, target: Target) -> "Choice":
+    """One of the choices, the same for a spec every time.
+
+    Half of those that can gather rows do, as only outputs far larger than a case's would be worth it.
+    """
+    from convt_tvm.cost import gathering
+
+    gathers, number = divmod(crc32(spec.name.encode()), len(found))
+    choice = found[number]
+    if gathers % 2 and isinstance(choice.layout, Layout) and choice.layout.taps == "inner":
+        gathered = next(gathering(spec, choice.layout, target), choice.layout)
+        return replace(choice, layout=gathered)
+    return choice
 
 
 def _native(spec: ConvTranspose2dSpec) -> Operator:

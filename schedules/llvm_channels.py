@@ -60,7 +60,17 @@ from dataclasses import replace
 from tvm.s_tir import Schedule
 
 from convt_tvm.compute import GATHERS, IN_VECTORS, layout_of, spec_of
-from convt_tvm.cost import Costs, Tile, band_cycles, block_sizes, core_cycles, gathering, lane_counts, row_chunks
+from convt_tvm.cost import (
+    Costs,
+    Tile,
+    band_cycles,
+    block_sizes,
+    core_cycles,
+    gathering,
+    is_for_memory,
+    lane_counts,
+    row_chunks,
+)
 from convt_tvm.layout import Layout, bands, reaches
 from convt_tvm.schedule import (
     accumulate,
@@ -115,9 +125,8 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
                             if layout.slice_bytes(spec) > target.cache_bytes // 2:
                                 layout = replace(layout, taps="outer")
                                 yield layout, core_cycles(spec, layout, tile, target, reuse=1, costs=costs)
-                        for layout in gathering(
-                            spec, Layout("co", vectors * lanes, rows, columns, lanes, rows), target
-                        ):
+                        plain = Layout("co", vectors * lanes, rows, columns, lanes, rows)
+                        for layout in gathering(spec, plain, target) if is_for_memory(spec) else ():
                             yield layout, core_cycles(spec, layout, tile, target, reuse=1, costs=costs)
 
 

@@ -62,6 +62,7 @@ from convt_tvm.cost import (
     block_sizes,
     core_cycles,
     gathering,
+    is_for_memory,
     lane_counts,
     phase_blocks,
     row_chunks,
@@ -109,7 +110,7 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
                         reuse = phases * max(1, *(phase.taps for phase in spec.axes[1].phases))
                         plain = Layout("ow", co_block, 1, vectors * lanes, lanes, 1, phases)
                         chunked = [replace(plain, row_chunk=chunk) for chunk in row_chunks(spec, 1, target)]
-                        for layout in (*chunked, *gathering(spec, plain, target)):
+                        for layout in (*chunked, *(gathering(spec, plain, target) if is_for_memory(spec) else ())):
                             chunk = layout.row_chunk
                             run = chunk * spec.iw if copies_by_chunk(spec, layout) else spec.ih * spec.iw
                             costs = Costs(CYCLES_PER_INPUT + CYCLES_PER_RUN / run, CYCLES_PER_OUTPUT)

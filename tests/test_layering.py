@@ -117,7 +117,7 @@ MAY_IMPORT = {
     "explain": "spec workloads target records database space roofline",
     "pictures": "errors",
     "report": "errors rows pictures",
-    "implementations": "errors spec target space compiler check emulate peers",
+    "implementations": "errors spec target layout cost space compiler check emulate peers",
     "examine": "errors spec reference check distributions errormap findings rounding special determinism "
     "implementations peers target machine workloads",
     "check_plots": "errors findings rounding pictures",
