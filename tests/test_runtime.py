@@ -707,6 +707,21 @@ def test_a_forked_child_computes_too(directory):
     assert run_python(code, directory) == "0 True"
 
 
+@pytest.mark.skipif(len(threads._usable_cpus()) < 2, reason="needs two CPUs")
+def test_idle_workers_soon_sleep(directory):
+    code = """
+        import sys, time, numpy as np
+        from convt_tvm.runtime import load, set_num_threads
+        set_num_threads(2)
+        kernel = load(sys.argv[1])
+        kernel.pack(np.ones(kernel.spec.weight_shape, "f4"))  # on all threads, whatever its size
+        before = time.process_time()
+        time.sleep(0.3)
+        print(time.process_time() - before < 0.05)
+    """
+    assert run_python(code, directory) == "True"
+
+
 CALL = """
     import sys, numpy as np
     {before}
