@@ -193,8 +193,11 @@ def inspect(
     """Show an artifact's manifest, after verifying every file against it."""
     from convt_tvm import artifact
     from convt_tvm.manifest import MANIFEST_FILE
+    from convt_tvm.store import SESSIONS
     from convt_tvm.terminal import print_facts
 
+    if (directory / SESSIONS).is_file():
+        raise typer.BadParameter(f"{directory} is a tuning log; `convt-tvm report --session {directory}` shows it.")
     manifest = artifact.verify(directory)
     sizes = {name: (directory / name).stat().st_size for name in (*manifest.files, MANIFEST_FILE)}
     try:

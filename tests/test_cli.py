@@ -311,6 +311,13 @@ def test_inspect_of_nothing(run, tmp_path):
     assert err.startswith(f"error: there is no artifact at {tmp_path / 'absent'}")
 
 
+def test_inspect_of_a_tuning_log_says_what_shows_it(run, tmp_path):
+    (tmp_path / "sessions.jsonl").touch()
+    code, out, err = run("inspect", tmp_path)
+    assert (code, out) == (2, "")
+    assert "is a tuning log" in err and "report --session" in err
+
+
 @pytest.mark.parametrize("options", [[], ["--json"]])
 def test_one_failed_build_does_not_stop_the_others(run, tmp_path, monkeypatch, options):
     import convt_tvm.compiler

@@ -140,7 +140,7 @@ MAY_IMPORT = {
     "cli_check": "errors workloads target machine check emulate bench findings implementations examine json_lines "
     "pictures check_report replay cases conformance terminal terminal_numerics cli_options",
     "cli": "__init__ errors workloads target machine manifest artifact runtime compiler cache check determinism doctor "
-    "terminal cli_options cli_bench cli_bundle cli_check cli_tune",
+    "store terminal cli_options cli_bench cli_bundle cli_check cli_tune",
     "__main__": "cli",
 }
 
