@@ -181,12 +181,12 @@ def test_results_of_a_gpu_count_there_and_where_there_is_none(monkeypatch, tmp_p
         (Driver((13, 0), (Gpu("NVIDIA H200", (9, 0)),)), result),
         (Driver((13, 0), (Gpu("NVIDIA H100 80GB HBM3", (9, 0)),)), None),
     ):
-        monkeypatch.setattr("convt_tvm.target.find_driver", lambda driver=driver: driver)
+        monkeypatch.setattr("convt_tvm.machine.find_driver", lambda driver=driver: driver)
         assert find_result(SPEC, target, threads=1, logs=tmp_path).result == found
     assert machine_key(target) == "NVIDIA-H100-80GB-HBM3"
     rehearsed = replace(result, context=Context(target.name, "emulated", 1), date="2026-02-02T00:00:00+00:00")
     with Store.open(tmp_path / target.key / SPEC.name) as store:
         store.append(rehearsed)
-    monkeypatch.setattr("convt_tvm.target.find_driver", lambda: None)
+    monkeypatch.setattr("convt_tvm.machine.find_driver", lambda: None)
     found = find_result(SPEC, target, threads=1, logs=tmp_path)
     assert found.result == result and "is a rehearsal's, on an emulated GPU" in found.ignored[-1]

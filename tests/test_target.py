@@ -10,7 +10,7 @@ import pytest
 
 from convt_tvm import processor
 from convt_tvm.errors import IncompatibleMachineError, TargetError
-from convt_tvm.machine import machine
+from convt_tvm.machine import machine, package_versions
 from convt_tvm.processor import LEVELS, host_features
 from convt_tvm.target import Target
 
@@ -191,7 +191,7 @@ def test_machine_describes_this_one_and_is_json():
 
 
 def test_absent_packages_have_no_version():
-    assert processor.package_versions(["no-such-package"]) == {"no-such-package": None}
+    assert package_versions(["no-such-package"]) == {"no-such-package": None}
 
 
 def test_importing_and_describing_needs_neither_tvm_nor_torch():
