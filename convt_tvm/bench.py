@@ -34,6 +34,9 @@ __all__ = ["Tolerance", "bench", "current_commit", "measure_target_limits"]
 PEER_SLACK = 4
 """Peers may be this many times farther from float64 than a plain sum can be: their algorithms are not known here."""
 
+_NOT_ROWS = "--", ":/", *(f":(top,exclude)tuning_logs/{kind}" for kind in ("bench", "numerics"))
+"""Arguments for git: all of a checkout but stored rows."""
+
 SETTLE_SECS = {False: 0.005, True: 0.15}
 """How long each contender runs untimed before each sample, with one thread and with several. The workers of another
 library's pool spin after its last call and would take CPUs from the next: torch's for less than 1 ms, ONNX Runtime's
@@ -74,7 +77,10 @@ class Tolerance:
 
 
 def current_commit() -> str | None:
-    """The commit of the checkout that this package runs from, with ``+`` if files were changed; None without one."""
+    """The commit of the checkout that this package runs from, with ``+`` if files were changed; None without one.
+
+    Rows that were measured there do not count: the next are of the same code.
+    """
     root = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:
@@ -85,7 +91,9 @@ def current_commit() -> str | None:
         # An installed package may lie inside some other project's checkout.
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
             return None
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return git("rev-parse", "HEAD") + (
+            "+" if git("status", "--porcelain", "--untracked-files=no", *_NOT_ROWS) else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
 

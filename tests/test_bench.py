@@ -214,8 +214,12 @@ def test_the_commit_is_that_of_this_checkout(monkeypatch, tmp_path):
     monkeypatch.setattr(bench_module, "__file__", str(module))
     assert current_commit() is None
     git("init", "-q")
+    rows = module.parent.parent / "tuning_logs" / "bench" / "here.jsonl"
+    rows.parent.mkdir(parents=True)
+    rows.write_text("")
     git("add", ".")
     git("commit", "-qm", "First")
+    rows.write_text("a row")
     assert current_commit() == git("rev-parse", "HEAD")
     module.write_text("2")
     assert current_commit() == git("rev-parse", "HEAD") + "+"
