@@ -9,6 +9,7 @@ from zlib import crc32
 import torch
 
 from convt_tvm.check import Operator, torch_eager
+from convt_tvm.dot_layout import DotLayout
 from convt_tvm.errors import RowsError, TargetError
 from convt_tvm.layout import Layout
 from convt_tvm.peers import PEERS, Refusal, prepare
@@ -126,13 +127,14 @@ def _build(target: Target, schedule: str | None, spec: ConvTranspose2dSpec) -> O
 def _drawn(found: Sequence["Choice"], spec: ConvTranspose2dSpec, target: Target) -> "Choice":
     """One of the choices, the same for a spec every time.
 
-    Half of those that can gather rows do, as only outputs far larger than a case's would be worth it.
+    Half of those that can gather rows do, as only outputs far larger than a case's would be worth it. Tile units and
+    GPUs have layouts of their own, which cannot.
     """
     from convt_tvm.cost import gathering
 
     gathers, number = divmod(crc32(spec.name.encode()), len(found))
     choice = found[number]
-    if gathers % 2 and isinstance(choice.layout, Layout) and choice.layout.taps == "inner":
+    if gathers % 2 and type(choice.layout) in (Layout, DotLayout) and choice.layout.taps == "inner":
         gathered = next(gathering(spec, choice.layout, target), choice.layout)
         return replace(choice, layout=gathered)
     return choice

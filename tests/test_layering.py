@@ -54,7 +54,7 @@ MAY_IMPORT = {
     "schedule_tensor": "spec compute tensor_layout tensor_intrinsics compute_tensor",
     "schedules": "spec processor target layout dot_layout tile_layout tensor_layout compute compute_tiles compute_cuda "
     "compute_tensor cost cost_cuda cost_tensor schedule schedule_cuda schedule_tensor",
-    "records": "errors",
+    "records": "digests errors",
     "store": "errors records",
     "database": "errors gpu spec target machine threads records store",
     "space": "errors spec target layout schedules records",
@@ -77,7 +77,7 @@ MAY_IMPORT = {
     "cpu_code": "target",
     "compiler": "errors spec target machine layout fingerprint manifest artifact runtime records database space "
     "entry backends cpu_code",
-    "cache": "errors spec target fingerprint manifest runtime database compiler",
+    "cache": "digests errors spec target fingerprint manifest runtime database compiler",
     "plan": "errors gpu phases spec runtime cache",
     "functional": "errors plan",
     "packed": "plan",
@@ -117,7 +117,7 @@ MAY_IMPORT = {
     "explain": "spec workloads target records database space roofline",
     "pictures": "errors",
     "report": "errors rows pictures",
-    "implementations": "errors spec target layout cost space compiler check emulate peers",
+    "implementations": "errors spec target layout dot_layout cost space compiler check emulate peers",
     "examine": "errors spec reference check distributions errormap findings rounding special determinism "
     "implementations peers target machine workloads",
     "check_plots": "errors findings rounding pictures",

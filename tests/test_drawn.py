@@ -1,0 +1,76 @@
+"""What `check --conformance` draws, and that nothing of it is left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from convt_tvm.compiler import lower_choice
+from convt_tvm.dot_layout import DotLayout
+from convt_tvm.fuzz import fuzzed_specs
+from convt_tvm.implementations import _drawn
+from convt_tvm.layout import Layout
+from convt_tvm.space import choices, spaces
+from convt_tvm.target import Target
+
+AMX = Target.parse("llvm:x86_64+amx-bf16+avx512bf16+avx512vl+avx512dq")
+
+
+def test_layouts_gather_where_their_schedules_can():
+    gathering = set()
+    for _, spec in fuzzed_specs(1, range(60)):
+        for target in (AMX.for_dtype(spec.dtype), Target.parse("cuda:sm_90").for_dtype(spec.dtype)):
+            for space in spaces():
+                found = choices(spec, target, space.name)
+                if found and (choice := _drawn(found, spec, target)).layout.gathers:
+                    gathering.add(space.name)
+                    assert type(choice.layout) in (Layout, DotLayout)
+    assert gathering == {"llvm_channels", "llvm_columns", "llvm_dot"}
+
+
+def test_what_is_drawn_for_a_tile_unit_is_lowered():
+    specs = [spec for _, spec in fuzzed_specs(1, range(60)) if choices(spec, AMX.for_dtype(spec.dtype), "llvm_amx")]
+    assert len(specs) > 5
+    for spec in specs[:6]:
+        target = AMX.for_dtype(spec.dtype)
+        assert lower_choice(spec, target, _drawn(choices(spec, target, "llvm_amx"), spec, target)).code
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks a process up in /proc")
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    code = """
+import multiprocessing, os, time
+from concurrent.futures import ProcessPoolExecutor
+from convt_tvm.conformance import _begin
+from convt_tvm.target import Target
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(1, context, _begin, (Target.parse("llvm"), False, False))
+    print(pool.submit(os.getpid).result(), flush=True)
+    time.sleep(100)
+"""
+    script = tmp_path / "parent.py"
+    script.write_text(code)
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as parent:
+        worker = int(parent.stdout.readline())
+        parent.send_signal(signal.SIGKILL)
+    try:
+        deadline = time.monotonic() + 20
+        while runs(worker) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not runs(worker)
+    finally:
+        if runs(worker):
+            os.kill(worker, signal.SIGKILL)
+
+
+def runs(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
