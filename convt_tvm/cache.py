@@ -1,6 +1,5 @@
 """The kernel of a spec, compiled once for each machine and kept in the user's cache directory."""
 
-import hashlib
 import json
 import os
 import threading
@@ -13,6 +12,7 @@ from filelock import FileLock
 from platformdirs import user_cache_path
 
 from convt_tvm.database import find_result
+from convt_tvm.digests import sha256
 from convt_tvm.errors import ArtifactCorruptError, ArtifactNotFoundError
 from convt_tvm.fingerprint import source_fingerprint
 from convt_tvm.manifest import FORMAT
@@ -122,7 +122,7 @@ def _entry_name(spec: ConvTranspose2dSpec, target: Target, fingerprint: str) -> 
         "fingerprint": fingerprint,
         "result": None if result is None else result.summary(),
     }
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    digest = sha256(json.dumps(fields, sort_keys=True).encode())
     return f"{spec.name}-{digest[:16]}"
 
 

@@ -76,7 +76,8 @@ SKIPS_ROWS = "convt.skips_rows"
 GATHERS = "convt.gathers"
 """Annotation of a loop each of whose iterations writes whole rows, the phases of a chunk, of one block's channels.
 
-They go to memory past the caches, see `convt_tvm.outputs`. Such loops of several bands are joined in one.
+They go to memory past the caches, see `convt_tvm.outputs`. Such loops of several bands are joined in one. In each the
+loop over phases is inside that over tiles of rows: the rows before a tile's are complete, and copied beside its sums.
 """
 IN_VECTORS = "convt.in_vectors"
 """Annotation of the outermost loop around an output's store that becomes vectors along the row.

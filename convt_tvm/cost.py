@@ -255,11 +255,6 @@ def core_cycles(
     )
     step = tile.step_cycles(target, layout.phases, reuse) + costs.cycles_per_step
     sums = steps * step + _parts(spec, layout) * tile.part_cycles(target, layout.phases)
-    outputs = prod(spec.output_shape)
-    after = WAIT_PER_OUTPUT if is_for_memory(spec) else 0.0
-    if layout.gathers:
-        last = layout.row_block / max(layout.chunk(band) for band in bands(spec))
-        after = last * DTYPE_BYTES[spec.dtype] / COPY_BYTES_PER_CYCLE
     weight_bytes, tiles = _weight_traffic(spec, layout, target)
     # Of the tiles that share a slice of weights the first waits for it while it computes.
     first, wait = sums / tiles, weight_bytes / MISS_BYTES_PER_CYCLE
@@ -270,8 +265,16 @@ def core_cycles(
         - first
         + _image_traffic(spec, layout, target) / MISS_BYTES_PER_CYCLE
         + prod(spec.input_shape) * costs.cycles_per_input
-        + outputs * (costs.cycles_per_output + after)
+        + prod(spec.output_shape) * (costs.cycles_per_output + _wait_per_output(spec, layout))
     )
+
+
+def _wait_per_output(spec: ConvTranspose2dSpec, layout: Layout) -> float:
+    """Cycles for each output in which nothing is summed: for its way to memory, or for the last rows of a task."""
+    if layout.gathers:
+        last = layout.row_block / max(layout.chunk(band) for band in bands(spec))
+        return last * DTYPE_BYTES[spec.dtype] / COPY_BYTES_PER_CYCLE
+    return WAIT_PER_OUTPUT if is_for_memory(spec) else 0.0
 
 
 def _parts(spec: ConvTranspose2dSpec, layout: Layout) -> int:

@@ -227,6 +227,7 @@ class Outputs:
         if len(found) < len(bands(spec)):
             raise AssertionError(f"a task gathers bands {sorted(found)} of {len(bands(spec))}, and writes all rows")
         starts = {index: at_start(store.indices[5], loops) for index, (loops, store) in found.items()}
+        # Of the loop that bands are joined in, the variable is that of the one done first.
         loops, store = min(found.items(), key=lambda item: item[0] == last_band(spec).index)[1]
         n, g, b = (at_start(index, loops) for index in store.indices[:3])
         rows = min(spec.oh, max(layout.chunk(band) for band in bands(spec)) * spec.stride[0])
@@ -242,8 +243,8 @@ class Outputs:
         def copy(ob: Expr, first_byte: Expr, stop_byte: Expr) -> Any:
             target = tirx.BufferLoad(self.tensor, [n, g * channels + b * layout.co_block + ob, first_row, 0])
             source = tirx.BufferLoad(buffer, [ob, 0, 0])
-            part = first_byte, stop_byte
-            return copy_past_caches(tirx.address_of(target), tirx.address_of(source), run_bytes, part)
+            addresses = tirx.address_of(target), tirx.address_of(source)
+            return copy_past_caches(*addresses, first_byte, stop_byte, run_bytes)
 
         self._gathered = gathered = _Gathered(buffer, starts, copy, run_bytes)
         body = visit(loop.body)

@@ -4,13 +4,13 @@ Every line stands alone: it names the machine, the number of threads, the target
 file cut short, or merged from two machines, loses nothing but the lines that are gone.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from statistics import median
 from typing import Any, Literal, Self, TypeAlias
 
+from convt_tvm.digests import sha256
 from convt_tvm.errors import TuningLogError
 
 __all__ = [
@@ -78,7 +78,7 @@ class Candidate:
 
     @property
     def _trace_digest(self) -> str:
-        return hashlib.sha256(json.dumps(self.trace).encode()).hexdigest()[:16]
+        return sha256(json.dumps(self.trace).encode())[:16]
 
     def __str__(self) -> str:
         layout = ", ".join(f"{name}={value}" for name, value in self.layout.items())

@@ -35,16 +35,15 @@ def ask_for(buffer: Any, places: Sequence[Sequence[Expr]]) -> list[Statement]:
     return [tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", each, *constants)) for each in addresses]
 
 
-def copy_past_caches(target: Expr, source: Expr, size_bytes: Expr, part: tuple[Expr, Expr] | None = None) -> Statement:
-    """A statement that copies so many bytes between addresses that share no memory; `define_copy` is around it.
+def copy_past_caches(target: Expr, source: Expr, first: Expr, stop: Expr, size: Expr) -> Statement:
+    """A statement that copies the bytes from `first` to `stop` of `size`; `define_copy` is around it.
 
-    Or a part of them, from one byte to another: whole cache lines of it, so that those parts that follow each other
-    from 0 to the whole size copy all bytes, and each line once. `end_copies` comes after the last.
+    `target` and `source` are addresses that share no memory. What is copied begins and ends with a cache line of the
+    target, or where all bytes do: parts that follow each other from 0 to `size` copy every byte, and each line once.
+    `end_copies` comes after the last.
     """
-    first, stop = part or (0, size_bytes)
-    sizes = [tirx.Cast("int64", tirx.const(size, "int32") if isinstance(size, int) else size) for size in (first, stop)]
-    whole = tirx.Cast("int64", size_bytes)
-    return tirx.Evaluate(tirx.call_extern("void", _COPY, target, source, *sizes, whole))
+    sizes = (tirx.Cast("int64", each) for each in (first, stop, size))
+    return tirx.Evaluate(tirx.call_extern("void", _COPY, target, source, *sizes))
 
 
 def end_copies(arch: str) -> list[Statement]:

@@ -146,7 +146,6 @@ def space(sch: Schedule) -> None:
         chunk, row_block, row = sch.split(qh, [None, layout.chunk(band) // layout.row_block, layout.row_block])
         column_block, column = sch.split(qw, [None, layout.column_block])
         vector, lane = sch.split(ob, [None, layout.vector_lanes])
-        # Where rows are gathered, all phases of one come before the next: some are complete, and copied, early on.
         phased = (row_block, ph) if layout.gathers else (ph, row_block)
         sch.reorder(n, g, chunk, b, *phased, column_block, row, vector, lane, column, pw)
         if reaches(spec, band) and 1 < layout.column_block * len(spec.axes[1].phases) <= MAX_TRANSPOSED:

@@ -145,7 +145,6 @@ def space(sch: Schedule) -> None:
         n, g, b, ob, ph, qh, qw, pw = sch.get_loops(output)
         column_block, column = sch.split(qw, [None, layout.column_block])
         chunk, row = sch.split(qh, [None, layout.chunk(band)])
-        # Where rows are gathered, all phases of one come before the next: some are complete, and copied, early on.
         order = (n, g, chunk, b, row, ph) if layout.gathers else (n, g, chunk, b, ph, row)
         sch.reorder(*order, column_block, ob, column, pw)
         if reaches(spec, band) and layout.column_block * len(spec.axes[1].phases) <= MAX_INTERLEAVED:

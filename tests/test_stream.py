@@ -25,7 +25,7 @@ def copier(dtype, library):
     first, stop, count = (tirx.Var(name, "int32") for name in ("first", "stop", "count"))
     start = [tirx.address_of(tirx.BufferLoad(buffer, [0])) for buffer in (target, source)]
     size = np.dtype(dtype).itemsize
-    copied = copy_past_caches(*start, count * size, (first * size, stop * size))
+    copied = copy_past_caches(*start, first * size, stop * size, count * size)
     body = define_copy(tirx.SeqStmt([copied, *end_copies(HOST.arch)]), dtype)
     function = tirx.PrimFunc([source, target, first, stop, count], body, tvm.ir.TupleType([]))
     compile_library(tvm.IRModule({"copy": function.with_attr("global_symbol", "copy")}), HOST, library)
