@@ -37,6 +37,9 @@ class Kind(Protocol):
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
         """Make a new one, row-major; ``like`` tells how the kind names the dtype."""
 
+    def permuted(self, tensor: Any, axes: tuple[int, ...]) -> Any:
+        """View it with its axes in this order."""
+
     def overlaps(self, first: Any, second: Any) -> bool:
         """Whether two for which `is_direct` holds may share memory."""
 
@@ -101,6 +104,9 @@ class _TorchTensors:
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
         return self.torch.empty(shape, dtype=getattr(self.torch, dtype), device=like.device)
 
+    def permuted(self, tensor: Any, axes: tuple[int, ...]) -> Any:
+        return tensor.permute(axes)
+
     def overlaps(self, first: Any, second: Any) -> bool:
         start, other = first.data_ptr(), second.data_ptr()
         return bool(start < other + second.nbytes and other < start + first.nbytes)
@@ -141,6 +147,9 @@ class _NumpyArrays:
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
         return np.empty(shape, dtype=like.dtype if _dtype_name(like) == dtype else np.dtype(dtype))
+
+    def permuted(self, array: Any, axes: tuple[int, ...]) -> Any:
+        return array.transpose(axes)
 
     def overlaps(self, first: Any, second: Any) -> bool:
         return np.may_share_memory(first, second)

@@ -21,11 +21,11 @@ from convt_tvm.measure import interleaved, noise_floor
 from convt_tvm.peers import DISTRIBUTIONS, Contender, Refusal, prepare
 from convt_tvm.place import Place
 from convt_tvm.processor import TILE_FEATURES
-from convt_tvm.reference import Inputs, error_bound, normal_inputs, reference
+from convt_tvm.reference import Inputs, empty_output, error_bound, in_format, normal_inputs, reference
 from convt_tvm.roofline import Limits, bound
-from convt_tvm.rows import COPY, OURS, Row
+from convt_tvm.rows import COPY, OURS, OURS_LAST, TORCH_LAST, Row
 from convt_tvm.runtime import Kernel
-from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.spec import CHANNELS_LAST, ConvTranspose2dSpec
 from convt_tvm.target import Target
 from convt_tvm.workloads import Workload
 
@@ -133,7 +133,7 @@ def _contender(kernel: Kernel, inputs: Inputs) -> Contender:
     """The kernel at its fastest: a packed weight, and an output of its own, NaN before."""
     input, weight, bias = inputs
     packed = kernel.pack(weight)
-    out = torch.full(kernel.spec.sized.output_shape, math.nan, dtype=input.dtype, device=input.device)
+    out = empty_output(kernel.spec.sized, input)
 
     def run() -> torch.Tensor:
         kernel(input, packed, bias, out=out)
@@ -171,6 +171,8 @@ def bench(
 ) -> list[Row]:
     """Time the default kernel of a workload, a second copy of it, and peers; on one image where any batch size goes.
 
+    Beside torch in channels_last there is a kernel of ours for that memory format too, if it can be built here.
+
     Weights are constant: packed, frozen or laid out beforehand. Every contender's answer is compared with float64, and
     those that are wrong are not timed. The others take turns, in reversed order each round, each running untimed for a
     while before its sample (`SETTLE_SECS`).
@@ -198,7 +200,8 @@ def bench(
     Returns
     -------
     list of Row
-        Ours, its copy, and the peers in the order given. What went wrong is in a row's ``status`` and ``reason``.
+        Ours, its copy, perhaps ours in channels_last, and the peers in the order given. What went wrong is in a row's
+        ``status`` and ``reason``.
 
     Raises
     ------
@@ -229,6 +232,18 @@ def bench(
         if not problem:
             contenders[name] = contender
 
+    def enter_ours(names: Sequence[str], spec: ConvTranspose2dSpec) -> None:
+        given = in_format(spec, inputs[0]), *inputs[1:]
+        try:
+            kernels = _load_twice(spec, resolved, artifact, Path(directory) / names[0])
+            of_kernel = {"schedule": kernels[0].manifest.schedule, "layout": dict(kernels[0].manifest.layout)}
+            for name, kernel in zip(names, kernels, strict=False):
+                enter(name, _contender(kernel, given), peer=False)
+                details[name] |= of_kernel
+        except Exception as error:  # recorded as our status: a failure to build must not hide the other workloads
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            details.update({name: {"status": "failed", "reason": reason} for name in names})
+
     samples: dict[str, list[float]] = {}
     with (
         TemporaryDirectory(prefix="convt-tvm-bench-") as directory,
@@ -236,17 +251,11 @@ def bench(
         torch.inference_mode(),
         _library_flags(resolved),
     ):
-        try:
-            kernels = _load_twice(workload.spec, resolved, artifact, Path(directory))
-            of_kernel = {"schedule": kernels[0].manifest.schedule, "layout": dict(kernels[0].manifest.layout)}
-            for name, kernel in zip((OURS, COPY), kernels, strict=True):
-                enter(name, _contender(kernel, inputs), peer=False)
-                details[name] |= of_kernel
-        except Exception as error:  # recorded as our status: a failure to build must not hide the other workloads
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            details |= {name: {"status": "failed", "reason": reason} for name in (OURS, COPY)}
+        enter_ours((OURS, COPY), workload.spec)
         # Without us there is nothing to compare.
         if OURS in contenders:
+            if TORCH_LAST in peers and artifact is None and resolved.keeps_channels_last and not spec.is_channels_last:
+                enter_ours((OURS_LAST,), replace(workload.spec, memory_format=CHANNELS_LAST))
             for name in peers:
                 enter(name, prepare(name, spec, inputs, threads), peer=True)
             if settle_secs is None:

@@ -31,10 +31,13 @@ class Case:
 
 def _spec_of_call(input: torch.Tensor, weight: torch.Tensor, bias: Any, **parameters: Any) -> ConvTranspose2dSpec:
     """The spec of a call of ``conv_transpose2d``; an input without a batch is a batch of one."""
-    shape = tuple(input.shape) if input.ndim == 4 else (1, *input.shape)
+    n, ci, ih, iw = input.shape if input.ndim == 4 else (1, *input.shape)
     groups = parameters.get("groups", 1)
     return ConvTranspose2dSpec(
-        **dict(zip(("n", "ci", "ih", "iw"), shape, strict=True)),
+        n=n,
+        ci=ci,
+        ih=ih,
+        iw=iw,
         co=weight.shape[1] * groups,
         kernel_size=tuple(weight.shape[2:]),
         bias=bias is not None,

@@ -15,7 +15,7 @@ from convt_tvm import runtime
 from convt_tvm.errors import ConvTError
 from convt_tvm.measure import interleaved, medians
 from convt_tvm.place import Place
-from convt_tvm.reference import TF32_UNIT, error_bound, integer_inputs, normal_inputs, reference
+from convt_tvm.reference import TF32_UNIT, empty_output, error_bound, integer_inputs, normal_inputs, reference
 from convt_tvm.runtime import Kernel
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
@@ -264,7 +264,7 @@ def _time(kernel: Kernel, seed: int) -> dict[str, float]:
     spec, place = kernel.spec.sized, Place.of(kernel.target)
     input, weight, bias = place.put(normal_inputs(spec, seed))
     packed = kernel.pack(weight)
-    out = torch.empty(spec.output_shape, dtype=input.dtype, device=input.device)
+    out = empty_output(spec, input)
     eager = torch_eager(spec)
     functions = {
         "latency_us": lambda: kernel(input, packed, bias, out=out),

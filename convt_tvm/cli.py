@@ -18,6 +18,7 @@ from convt_tvm.cli_options import (
     FAILED,
     INTERRUPTED,
     USAGE,
+    ChannelsLast,
     Dtype,
     Json,
     TargetName,
@@ -95,6 +96,7 @@ def build(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where the artifact directories go.")],
     target: TargetName = "llvm",
     dtype: Dtype = None,
+    channels_last: ChannelsLast = False,
     with_runtime: Annotated[
         bool, typer.Option("--with-runtime", help="Add TVM's runtime library, for machines without apache-tvm.")
     ] = False,
@@ -112,9 +114,9 @@ def build(
     step. Exits with 1 if one could not be built; the others are. With --json, one line a workload.
     """
     from convt_tvm.target import Target
-    from convt_tvm.workloads import resolve, with_dtype
+    from convt_tvm.workloads import adapted, resolve
 
-    chosen, compiled_for = with_dtype(resolve(workloads), dtype), Target.parse(target)
+    chosen, compiled_for = adapted(resolve(workloads), dtype=dtype, channels_last=channels_last), Target.parse(target)
     output.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
 

@@ -11,6 +11,7 @@ import typer
 from convt_tvm.cli_options import (
     FAILED,
     REGRESSED,
+    ChannelsLast,
     Dtype,
     Json,
     TargetName,
@@ -42,6 +43,7 @@ def bench(
         Path | None, typer.Option(metavar="FILE", help="Exit with 3 where these rows were faster, beside torch.")
     ] = None,
     dtype: Dtype = None,
+    channels_last: ChannelsLast = False,
     target: TargetName = "llvm",
     cold: Annotated[
         bool, typer.Option("--cold", help="With a cuda target: overwrite the second cache before each call.")
@@ -60,9 +62,9 @@ def bench(
     from convt_tvm.json_lines import append_lines
     from convt_tvm.rows import OURS, latest_runs, read_rows, regressions
     from convt_tvm.target import Target
-    from convt_tvm.workloads import resolve, with_dtype
+    from convt_tvm.workloads import adapted, resolve
 
-    chosen, compiled_for = with_dtype(resolve(workloads), dtype), Target.parse(target)
+    chosen, compiled_for = adapted(resolve(workloads), dtype=dtype, channels_last=channels_last), Target.parse(target)
     require_cores(threads)
     before = None if baseline is None else read_rows(baseline)
     from convt_tvm.peers import GPU_PEERS, PEERS
@@ -99,7 +101,7 @@ def bench(
 
         print_bench(latest_runs(rows))
     stop_if_interrupted(finished, len(ours), len(chosen))
-    if any(row.status != "ok" for row in ours):
+    if any(row.status != "ok" for row in rows if row.is_ours):
         raise typer.Exit(FAILED)
     if before is not None and (slower := regressions(before, rows)):
         for line in slower:

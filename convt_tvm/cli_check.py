@@ -9,6 +9,7 @@ import typer
 
 from convt_tvm.cli_options import (
     FAILED,
+    ChannelsLast,
     Dtype,
     Json,
     OptionalWorkloads,
@@ -37,6 +38,7 @@ def check(
     workloads: OptionalWorkloads = None,
     target: TargetName = "llvm",
     dtype: Dtype = None,
+    channels_last: ChannelsLast = False,
     threads: Threads = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, metavar="N", help="Of the inputs.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Skip the timing.")] = False,
@@ -92,7 +94,7 @@ def check(
     each block of cases and implementation.
     """
     from convt_tvm.target import Target
-    from convt_tvm.workloads import resolve, with_dtype
+    from convt_tvm.workloads import adapted, resolve
 
     chosen_modes = [bool(workloads), conformance, replay is not None]
     if sum(chosen_modes) != 1:
@@ -115,7 +117,7 @@ def check(
         )
     elif report is not None:
         _report(
-            with_dtype(resolve(workloads or []), dtype),
+            adapted(resolve(workloads or []), dtype=dtype, channels_last=channels_last),
             compiled_for,
             report,
             seed=seed,
@@ -128,7 +130,7 @@ def check(
         )
     else:
         _check(
-            with_dtype(resolve(workloads or []), dtype),
+            adapted(resolve(workloads or []), dtype=dtype, channels_last=channels_last),
             compiled_for,
             threads=threads,
             seed=seed,

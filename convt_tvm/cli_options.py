@@ -12,6 +12,7 @@ __all__ = [
     "INTERRUPTED",
     "REGRESSED",
     "USAGE",
+    "ChannelsLast",
     "Dtype",
     "Json",
     "OptionalWorkloads",
@@ -44,6 +45,9 @@ TargetName: TypeAlias = Annotated[
 Dtype: TypeAlias = Annotated[
     str | None,
     typer.Option("--dtype", metavar="DTYPE", help="In place of the workloads' own: float16, bfloat16, float64."),
+]
+ChannelsLast: TypeAlias = Annotated[
+    bool, typer.Option("--channels-last", help="Input and output in channels_last; on processors.")
 ]
 Threads: TypeAlias = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="For kernels and peers alike; by default torch's number.")

@@ -28,7 +28,7 @@ from convt_tvm.manifest import KERNEL_FILE, Manifest
 from convt_tvm.records import Candidate
 from convt_tvm.runtime import Kernel, load
 from convt_tvm.space import Choice, default_choice, find_choice
-from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.spec import CONTIGUOUS, ConvTranspose2dSpec
 from convt_tvm.target import Target
 
 __all__ = [
@@ -142,6 +142,10 @@ def build_artifact(
     declared = replace(spec, n=1) if spec.n == 0 else spec
     if spec.n is None and resolved.kind != "llvm":
         raise BuildError(f"{spec.name}: kernels for {resolved.kind} are for one batch size; give n.")
+    if spec.is_channels_last and resolved.kind != "llvm":
+        raise BuildError(
+            f"{spec.name}: kernels for {resolved.kind} read and write NCHW; give memory_format={CONTIGUOUS!r}."
+        )
     with tempfile.TemporaryDirectory(prefix="convt-tvm-") as scratch:
         library = Path(scratch) / KERNEL_FILE
         try:

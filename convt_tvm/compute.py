@@ -40,13 +40,13 @@ from convt_tvm.layout import (
     Layout,
     Window,
     bands,
-    collides,
     column_starts,
     partial_sum,
     reaches,
+    reads_input,
     window_axes,
 )
-from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec, Pair
+from convt_tvm.spec import ConvTranspose2dSpec, Pair
 from convt_tvm.target import Target
 
 __all__ = [
@@ -142,9 +142,10 @@ def create_function(arguments: list[Any]) -> tirx.PrimFunc:
     return aligned.with_attr("global_symbol", "main")
 
 
-def parameters(spec: ConvTranspose2dSpec, layout: Layout, batch: Expr) -> tuple[Any, Any, Any]:
-    """The placeholders ``input``, for so many images, ``packed`` and ``bias``."""
-    data = te.placeholder((batch, *spec.input_shape[1:]), spec.dtype, name="input")
+def parameters(spec: ConvTranspose2dSpec, layout: Layout, batch: Expr) -> tuple[Source, Any, Any]:
+    """The placeholders ``input``, for so many images, its axes in the order of its memory, ``packed`` and ``bias``."""
+    axes, sizes = spec.input_axes, {"n": batch, "c": spec.ci, "h": spec.ih, "w": spec.iw}
+    data = Source(te.placeholder([sizes[axis] for axis in axes], spec.dtype, name="input"), axes)
     packed = te.placeholder(layout.packed_shape(spec), layout.packed_dtype(spec), name="packed")
     return data, packed, te.placeholder(spec.bias_shape, spec.dtype, name="bias")
 
@@ -160,19 +161,15 @@ def phase_function(
 def declare_phases(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> tirx.PrimFunc:
     """The phase form of `spec` as a PrimFunc to schedule.
 
-    Parameters are ``input`` (NCHW), ``packed`` (see `Layout.packed_shape`, in the accumulator's dtype), ``bias``
-    where the spec has one, and ``band0``, ``band1``, ... of shape ``(n, groups, blocks, co_block, row phases, rows,
-    columns, column phases)``. Where the spec is for any batch size, ``n`` is a variable, and schedules see the spec
-    of a single image. Blocks are named ``window``, ``partial<k>``, ``acc<k>``
-    and ``band<k>``.
+    Parameters are ``input`` and ``packed`` (see `parameters`, `Layout.packed_shape`), ``bias`` where the spec has one,
+    and ``band0``, ``band1``, ... of shape ``(n, groups, blocks, co_block, row phases, rows, columns, column phases)``.
+    Where the spec is for any batch size, ``n`` is a variable, and schedules see the spec of a single image. Blocks are
+    named ``window``, ``partial<k>``, ``acc<k>`` and ``band<k>``.
     """
     batch, spec = te.var("n") if spec.n is None else spec.n, spec.sized
     data, packed, bias = parameters(spec, layout, batch)
 
-    extent = Window.of(spec, layout)
-    image_bytes = spec.ih * spec.iw * DTYPE_BYTES[spec.dtype]
-    direct = extent.is_inside and spec.dtype == spec.accumulator_dtype and not collides(image_bytes, spec.ci)
-    source = Source(data, "nchw") if layout.lanes == "ow" and direct else _window(spec, layout, extent, data)
+    source = data if reads_input(spec, layout) else _window(spec, layout, data)
 
     def multiply(value: Expr, place: Sequence[Expr]) -> Expr:
         return value * packed[tuple(place)]
@@ -184,22 +181,23 @@ def declare_phases(spec: ConvTranspose2dSpec, layout: Layout, target: Target) ->
             sums = sums_of(layout, sum_products(spec, layout, band, source, multiply))
         outputs.append(finish(spec, layout, band, batch, sums, bias))
 
-    return phase_function(spec, layout, target, [data, packed, bias], outputs)
+    return phase_function(spec, layout, target, [data.tensor, packed, bias], outputs)
 
 
-def _window(spec: ConvTranspose2dSpec, layout: Layout, extent: Window, data: Any) -> Source:
+def _window(spec: ConvTranspose2dSpec, layout: Layout, data: Source) -> Source:
     """What the taps read, copied so that no read needs a check."""
+    extent = Window.of(spec, layout)
     zero, axes = tirx.const(0, spec.accumulator_dtype), window_axes(spec, layout)
 
     def read(*place: Expr) -> Expr:
         n, c, h, w = (place[axes.index(axis)] for axis in "nchw")
-        value = data[n, c, h + extent.first_row, w + extent.first_column].astype(spec.accumulator_dtype)
+        value = data.at(n, c, h + extent.first_row, w + extent.first_column).astype(spec.accumulator_dtype)
         if extent.is_inside:
             return value
         (top, bottom), (left, right) = extent.rows_inside, extent.columns_inside
         return tirx.if_then_else(tirx.all(h >= top, h < bottom, w >= left, w < right), value, zero)
 
-    sizes = {"n": data.shape[0], "c": spec.ci, "h": extent.height, "w": extent.width}
+    sizes = {"n": data.tensor.shape[0], "c": spec.ci, "h": extent.height, "w": extent.width}
     window = te.compute([sizes[axis] for axis in axes], read, name="window")
     return Source(window, axes, (extent.first_row, extent.first_column))
 

@@ -37,7 +37,8 @@ def declare_thread_phases(spec: ConvTranspose2dSpec, layout: ThreadLayout, targe
     Parameters are ``input``, ``packed``, ``bias`` where the spec has one, and ``band0``, ``band1``, ... with the axes
     of the accumulators. Blocks are named ``window<k>``, ``acc<k>`` and ``band<k>``.
     """
-    data, packed, bias = parameters(spec, layout, spec.n)
+    source, packed, bias = parameters(spec, layout, spec.n)
+    data = source.tensor
     outputs = []
     for band in bands(spec):
         acc = _accumulate(spec, layout, band, data, packed) if reaches(spec, band) else None

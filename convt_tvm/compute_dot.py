@@ -46,14 +46,14 @@ def declare_dot_phases(spec: ConvTranspose2dSpec, layout: DotLayout, target: Tar
         if reaches(spec, band):
             sums = sums_of(layout, sum_products(paired(spec), layout, band, source, multiply))
         outputs.append(finish(spec, layout, band, batch, sums, bias))
-    return phase_function(spec, layout, target, [data, packed, bias], outputs)
+    return phase_function(spec, layout, target, [data.tensor, packed, bias], outputs)
 
 
 def _bits(value: int) -> Expr:
     return tirx.const(value, PAIR)
 
 
-def _window(spec: ConvTranspose2dSpec, extent: Window, data: Any) -> Any:
+def _window(spec: ConvTranspose2dSpec, extent: Window, data: Source) -> Any:
     """What the taps read, in NHWC, by pairs of channels; zeros fill up the border and the last pair of a group."""
     pairs = paired(spec).ci // spec.groups
     odd = spec.ci // spec.groups % 2
@@ -63,7 +63,7 @@ def _window(spec: ConvTranspose2dSpec, extent: Window, data: Any) -> Any:
         first = 2 * c - tirx.indexdiv(c, pairs) if odd else 2 * c
 
         def bits(channel: Expr) -> Expr:
-            value = data[n, channel, h + extent.first_row, w + extent.first_column]
+            value = data.at(n, channel, h + extent.first_row, w + extent.first_column)
             return tirx.reinterpret("uint16", value).astype(PAIR)
 
         second = bits(first + 1)
@@ -74,7 +74,7 @@ def _window(spec: ConvTranspose2dSpec, extent: Window, data: Any) -> Any:
             return value
         return tirx.if_then_else(tirx.all(h >= top, h < bottom, w >= left, w < right), value, _bits(0))
 
-    return te.compute((data.shape[0], extent.height, extent.width, spec.groups * pairs), read, name="window")
+    return te.compute((data.tensor.shape[0], extent.height, extent.width, spec.groups * pairs), read, name="window")
 
 
 def declare_dot_pack(spec: ConvTranspose2dSpec, layout: DotLayout, target: Target) -> tirx.PrimFunc:

@@ -36,7 +36,8 @@ def declare_tensor_phases(spec: ConvTranspose2dSpec, layout: TensorLayout, targe
     Parameters are ``input``, ``packed``, ``bias`` where the spec has one, and ``band0``, ``band1``, ... with the axes
     of the accumulators, one for each patch. Blocks are named ``gather<k>``, ``acc<k>`` and ``band<k>``.
     """
-    data, packed, bias = parameters(spec, layout, spec.n)
+    source, packed, bias = parameters(spec, layout, spec.n)
+    data = source.tensor
     outputs = []
     for patch in patches(spec):
         acc = _accumulate(spec, layout, patch, data, packed) if patch.taps else None

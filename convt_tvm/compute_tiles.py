@@ -12,7 +12,7 @@ from typing import Any
 
 from tvm import ir, te, tirx
 
-from convt_tvm.compute import Sums, create_function, finish, lookup, parameters, phase_function
+from convt_tvm.compute import Source, Sums, create_function, finish, lookup, parameters, phase_function
 from convt_tvm.layout import Band, bands, column_starts, reaches
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
@@ -44,10 +44,10 @@ def declare_tile_phases(spec: ConvTranspose2dSpec, layout: TileLayout, target: T
             window = _window(spec, layout, data) if window is None else window
             sums = _sums_of(spec, layout, band, _accumulate(spec, layout, band, window, packed))
         outputs.append(finish(spec, layout, band, batch, sums, bias))
-    return phase_function(spec, layout, target, [data, packed, bias], outputs)
+    return phase_function(spec, layout, target, [data.tensor, packed, bias], outputs)
 
 
-def _window(spec: ConvTranspose2dSpec, layout: TileLayout, data: Any) -> Any:
+def _window(spec: ConvTranspose2dSpec, layout: TileLayout, data: Source) -> Any:
     """The image in pairs of channels, its rows ``pitch`` apart and with zeros around it.
 
     Bits and not numbers, for TVM keeps intermediate bfloat16 numbers in float32.
@@ -59,13 +59,13 @@ def _window(spec: ConvTranspose2dSpec, layout: TileLayout, data: Any) -> Any:
 
     def read(n: Expr, g: Expr, pair: Expr, f: Expr, j: Expr) -> Expr:
         row, column, channel = tirx.indexdiv(f, pitch), tirx.indexmod(f, pitch), 2 * pair + j
-        value = data[n, g * channels + channel, row + window.first_row, column + window.first_column]
+        value = data.at(n, g * channels + channel, row + window.first_row, column + window.first_column)
         checks = [row >= top, row < bottom, column >= left, column < right]
         if channels < 2 * pairs:
             checks.append(channel < channels)
         return tirx.if_then_else(tirx.all(*checks), tirx.reinterpret(BITS, value), tirx.const(0, BITS))
 
-    shape = (data.shape[0], spec.groups, pairs, layout.image_rows(spec) * pitch, 2)
+    shape = (data.tensor.shape[0], spec.groups, pairs, layout.image_rows(spec) * pitch, 2)
     return te.compute(shape, read, name="window")
 
 

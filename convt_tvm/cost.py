@@ -177,8 +177,11 @@ def is_for_memory(spec: ConvTranspose2dSpec) -> bool:
 def gathering(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> Iterator[Layout]:
     """`layout` with chunks of rows to gather, which pays where the output `is_for_memory`.
 
-    A chunk's rows of a block of channels fit a part of the second cache, and there are several tasks.
+    A chunk's rows of a block of channels fit a part of the second cache, and there are several tasks. In channels_last
+    a block has no rows of its own.
     """
+    if spec.output_axes == "nhwc":
+        return
     rows = max(band.rows for band in bands(spec))
     row_bytes = layout.co_block * spec.stride[0] * spec.ow * DTYPE_BYTES[spec.dtype]
     seen = set()

@@ -6,9 +6,11 @@ from random import Random
 from typing import TypeAlias
 
 from convt_tvm.errors import SpecError
-from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec, Pair
+from convt_tvm.spec import CHANNELS_LAST, CONTIGUOUS, DTYPE_BYTES, ConvTranspose2dSpec, Pair
 
 __all__ = ["Choose", "Domain", "draw_spec", "fuzzed_specs"]
+
+MEMORY_FORMATS = CONTIGUOUS, CHANNELS_LAST
 
 Choose: TypeAlias = Callable[[int, int], int]
 """An integer between two, both included: ``Random(seed).randint``, or what a property-based test draws."""
@@ -35,7 +37,11 @@ class Domain:
 
 
 def draw_spec(
-    choose: Choose, *, dtypes: Sequence[str] = tuple(DTYPE_BYTES), domain: Domain | None = None
+    choose: Choose,
+    *,
+    dtypes: Sequence[str] = tuple(DTYPE_BYTES),
+    memory_formats: Sequence[str] = MEMORY_FORMATS,
+    domain: Domain | None = None,
 ) -> ConvTranspose2dSpec:
     """One spec, every parameter of which may take every value up to that of `domain`; half have one group.
 
@@ -65,11 +71,17 @@ def draw_spec(
         groups=groups,
         bias=bool(choose(0, 1)),
         dtype=dtypes[choose(0, len(dtypes) - 1)],
+        memory_format=memory_formats[choose(0, len(memory_formats) - 1)],
     )
 
 
 def fuzzed_specs(
-    seed: int, numbers: range, *, dtypes: Sequence[str] = tuple(DTYPE_BYTES), domain: Domain | None = None
+    seed: int,
+    numbers: range,
+    *,
+    dtypes: Sequence[str] = tuple(DTYPE_BYTES),
+    memory_formats: Sequence[str] = MEMORY_FORMATS,
+    domain: Domain | None = None,
 ) -> Iterator[tuple[int, ConvTranspose2dSpec]]:
     """The numbered specs of the sequence that belongs to `seed`; each is the same whichever others are drawn.
 
@@ -83,7 +95,7 @@ def fuzzed_specs(
         random = Random(f"{seed}/{number}")
         while True:
             try:
-                yield number, draw_spec(random.randint, dtypes=dtypes, domain=domain)
+                yield number, draw_spec(random.randint, dtypes=dtypes, memory_formats=memory_formats, domain=domain)
                 break
             except SpecError:
                 continue

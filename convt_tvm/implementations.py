@@ -13,7 +13,7 @@ from convt_tvm.dot_layout import DotLayout
 from convt_tvm.errors import RowsError, TargetError
 from convt_tvm.layout import Layout
 from convt_tvm.peers import PEERS, Refusal, prepare
-from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.spec import CONTIGUOUS, ConvTranspose2dSpec
 from convt_tvm.target import Target
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def emulated_implementation(target: Target) -> Implementation:
     def prepare(spec: ConvTranspose2dSpec) -> Operator:
         from convt_tvm.emulate import EmulatedKernel
 
-        return EmulatedKernel(spec, target)
+        return EmulatedKernel(replace(spec, memory_format=CONTIGUOUS), target)
 
     return Implementation(EMULATED, prepare)
 
@@ -114,6 +114,9 @@ def _build(target: Target, schedule: str | None, spec: ConvTranspose2dSpec) -> O
     from convt_tvm.compiler import build
     from convt_tvm.space import choices
 
+    if target.kind == "cuda":
+        # Its kernels read and write NCHW; they take other tensors by a copy.
+        spec = replace(spec, memory_format=CONTIGUOUS)
     choice = None
     if schedule is not None:
         declared = replace(spec, n=spec.n or 1)

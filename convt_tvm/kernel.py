@@ -2,6 +2,7 @@
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from convt_tvm.arguments import NUMPY, Kind, torch_kind
 from convt_tvm.errors import ArgumentError, ArgumentTypeError, ArtifactCorruptError
 from convt_tvm.libraries import find_runtime
 from convt_tvm.manifest import KERNEL_FILE, RUNTIME_FILE, Manifest
+from convt_tvm.spec import MEMORY_ORDER, ConvTranspose2dSpec
 from convt_tvm.threads import adopted, configure, required
 
 __all__ = ["Kernel"]
+
+_FROM_NHWC = tuple(MEMORY_ORDER["nhwc"].index(axis) for axis in range(4))
 
 
 class Kernel:
@@ -41,7 +45,9 @@ class Kernel:
         "_convt",
         "_empty_like",
         "_fast_type",
+        "_input_order",
         "_output",
+        "_output_order",
         "_pack",
         "_parallel",
         "_tensor",
@@ -71,13 +77,17 @@ class Kernel:
         # With an empty batch there is nothing to call: a type that no argument has.
         self._fast_type = object() if spec.n == 0 else self._tensor
         self._bias_types = () if torch is None else (torch.Tensor, torch.nn.Parameter)
+        # None where a call needs no other view of a tensor.
+        self._input_order = None if spec.input_axes == "nchw" else MEMORY_ORDER[spec.input_axes]
+        self._output_order = None if spec.output_axes == "nchw" else MEMORY_ORDER[spec.output_axes]
         # `empty_like` takes half the time of `new_empty`, which reads a shape. One element stands for all of them.
-        self._empty_like: Any = None if torch is None else torch.empty_like
-        self._output: Any = (
-            None
-            if torch is None
-            else torch.empty(1, dtype=getattr(torch, spec.dtype), device="cpu").expand(spec.sized.output_shape)
-        )
+        self._empty_like: Any = None
+        self._output: Any = None
+        if torch is not None:
+            last = partial(torch.empty_like, memory_format=torch.channels_last)
+            self._empty_like = last if spec.is_channels_last else torch.empty_like
+            shape = spec.sized.output_shape
+            self._output = torch.empty(1, dtype=getattr(torch, spec.dtype), device="cpu").expand(shape)
 
     def __repr__(self) -> str:
         return (
@@ -88,8 +98,8 @@ class Kernel:
     def __call__(self, input: Any, weight: Any, bias: Any = None, *, out: Any = None) -> Any:
         """Convolve; all arguments are torch tensors on the CPU, or all are numpy arrays.
 
-        Nothing is copied that is contiguous (row-major), wherever it starts; what is not is copied first.
-        Gradients are not recorded: each argument is taken as its ``detach()``.
+        Nothing is copied that is contiguous in the spec's memory format, wherever it starts; what is not is copied
+        first. Gradients are not recorded: each argument is taken as its ``detach()``.
 
         Parameters
         ----------
@@ -106,7 +116,8 @@ class Kernel:
         Returns
         -------
         torch.Tensor or numpy.ndarray
-            ``out``, or a new one that the caller owns: row-major, ``spec.output_shape``, ``spec.dtype``.
+            ``out``, or a new one that the caller owns: ``spec.output_shape`` (NCHW) in the spec's memory format,
+            ``spec.dtype``.
 
         Raises
         ------
@@ -131,17 +142,19 @@ class Kernel:
                 if out is not None:
                     result = out
                 elif self.spec.n is None:
-                    result = input.new_empty((input.size(0), *self._output.shape[1:]))
+                    result = self._empty_like(self._output.expand(input.size(0), -1, -1, -1))
                 else:
                     result = self._empty_like(self._output)
                 if out is None or not out.is_neg():
+                    read = input if self._input_order is None else input.permute(self._input_order)
+                    written = result if self._output_order is None else result.permute(self._output_order)
                     if adopted.setting != required.setting and self._parallel:
                         configure()
                     if bias is None:
-                        self._convt(input, weight, result)
+                        self._convt(read, weight, written)
                         return result
                     if type(bias) in self._bias_types and not bias.is_neg():
-                        self._convt(input, weight, bias, result)
+                        self._convt(read, weight, bias, written)
                         return result
             except (BufferError, IndexError, RuntimeError, TypeError, ValueError):
                 pass
@@ -170,22 +183,35 @@ class Kernel:
             kind.check("out", out, spec.output_shape, spec.dtype, self.spec)
             kind.check_writable("out", out)
         if not spec.n:
-            return kind.empty(spec.output_shape, spec.dtype, input) if out is None else out
-        read = [kind.ready(input), kind.ready(weight) if packed else self._packed(kind, weight)]
+            return self._new_output(kind, spec, input) if out is None else out
+        read = [
+            kind.ready(_in_order(kind, input, self._input_order)),
+            kind.ready(weight) if packed else self._packed(kind, weight),
+        ]
         if bias is not None:
             read.append(kind.ready(bias))
-        direct = out is not None and kind.is_direct(out) and not any(kind.overlaps(out, other) for other in read)
-        result = out if direct else kind.empty(spec.output_shape, spec.dtype, input)
+        written = None if out is None else _in_order(kind, out, self._output_order)
+        result = out
+        if written is None or not kind.is_direct(written) or any(kind.overlaps(written, other) for other in read):
+            result = self._new_output(kind, spec, input)
+            written = _in_order(kind, result, self._output_order)
         if self._parallel and adopted.setting != required.setting:
             configure()
         try:
-            self._convt(*map(kind.pass_on, read), kind.pass_on(result))
+            self._convt(*map(kind.pass_on, read), kind.pass_on(written))
         except ValueError as error:
             raise ArgumentError(f"the kernel {self.spec.name} refuses the arguments: {error}.") from error
-        if out is None or direct:
+        if out is None or result is out:
             return result
         kind.copy(result, out)
         return out
+
+    def _new_output(self, kind: Kind, spec: ConvTranspose2dSpec, like: Any) -> Any:
+        """Make an output in the spec's memory format."""
+        if not spec.is_channels_last:
+            return kind.empty(spec.output_shape, spec.dtype, like)
+        nhwc = tuple(spec.output_shape[axis] for axis in MEMORY_ORDER["nhwc"])
+        return kind.permuted(kind.empty(nhwc, spec.dtype, like), _FROM_NHWC)
 
     def pack(self, weight: Any) -> Any:
         """Repack a weight to the order in which the kernel reads it, once for many calls.
@@ -255,3 +281,8 @@ class Kernel:
         """
         extra = {RUNTIME_FILE: find_runtime(self.directory)} if with_runtime else {}
         artifact.copy(self.directory, Path(directory), extra=extra)
+
+
+def _in_order(kind: Kind, image: Any, axes: tuple[int, ...] | None) -> Any:
+    """View images with their axes in this order; None leaves them as they are."""
+    return image if axes is None else kind.permuted(image, axes)

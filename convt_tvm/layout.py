@@ -15,6 +15,7 @@ from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec, Pair
 
 __all__ = [
     "CACHE_LINE_BYTES",
+    "POSITION_STREAMS",
     "Band",
     "Layout",
     "Window",
@@ -24,6 +25,7 @@ __all__ = [
     "kernel_columns",
     "partial_sum",
     "reaches",
+    "reads_input",
     "sums_in_parts",
     "sums_taps_first",
     "window_axes",
@@ -54,6 +56,8 @@ MANY_INPUTS = 64
 On a core of a Zen 4 server dilated/k3d2 (128) took 0.96 of the time, dcgan/5 (64) 0.97, fsrcnn/x3 (56) 0.99, but
 seed/square (16) 1.02, seed/rect (16) and kernelbench/75 (8) 1.05, bilinear/depthwise (1) 1.08.
 """
+POSITION_STREAMS = 8
+"""Positions read side by side, one channel after the other, for which the 8 to 12 ways of one cache set are too few."""
 CACHE_LINE_BYTES = 64
 CACHE_SET_BYTES = 4096
 """Addresses so far apart share a set of the first cache, on every x86 and most Arm cores since 2006."""
@@ -271,6 +275,19 @@ def window_axes(spec: ConvTranspose2dSpec, layout: Layout) -> str:
     if layout.lanes == "co":
         return "nhwc"
     return "nhcw" if spec.ci // spec.groups >= MANY_INPUTS else "nchw"
+
+
+def reads_input(spec: ConvTranspose2dSpec, layout: Layout) -> bool:
+    """Whether sums read the input itself and no window of it.
+
+    They do where it holds all that they read, in their dtype and order, and its addresses do not collide.
+    """
+    axes = window_axes(spec, layout)
+    if spec.input_axes != axes.replace("nhcw", "nchw"):
+        return False
+    step, count = (spec.ci, POSITION_STREAMS) if axes == "nhwc" else (spec.ih * spec.iw, spec.ci)
+    collide = collides(step * DTYPE_BYTES[spec.dtype], count)
+    return spec.dtype == spec.accumulator_dtype and not collide and Window.of(spec, layout).is_inside
 
 
 @lru_cache(maxsize=256)

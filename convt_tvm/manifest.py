@@ -11,7 +11,7 @@ from convt_tvm.target import Target
 
 __all__ = ["FORMAT", "KERNEL_FILE", "MANIFEST_FILE", "REBUILD", "RUNTIME_FILE", "Manifest"]
 
-FORMAT = 2
+FORMAT = 3
 """Version of the manifest's fields and of the kernel's calling convention."""
 
 KERNEL_FILE = "kernel.so"

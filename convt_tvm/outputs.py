@@ -17,7 +17,18 @@ from convt_tvm.compute import IN_VECTORS, lookup
 from convt_tvm.layout import CACHE_LINE_BYTES, Band, Layout, bands, partial_sum, reaches
 from convt_tvm.shuffle import binary, extract, interleave, pieces, ramp, transpose
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec, Pair
-from convt_tvm.statements import Clip, at_start, depends_on, find_store, nest, on_stack, rebuild, sequence, tensor
+from convt_tvm.statements import (
+    Clip,
+    at_start,
+    depends_on,
+    find_store,
+    nest,
+    on_stack,
+    rebuild,
+    sequence,
+    tensor,
+    with_value,
+)
 from convt_tvm.stream import ask_for, copy_past_caches, end_copies
 from convt_tvm.target import Target
 
@@ -29,7 +40,10 @@ MIN_PRODUCTS = 16
 Expr = Any
 Loop = Any
 Put = Callable[[int, int, Any, int], Any]
-"""The statement that stores a vector of so many values: at a channel and a place in the row, counted from a tile's."""
+"""The statement that stores a vector of so many values: at a channel and a place in the row, counted from a tile's.
+
+The values are side by side in memory: along the row, or channels of one place in channels_last.
+"""
 
 
 @dataclass
@@ -74,12 +88,12 @@ class Outputs:
     target: Target
     batch: Expr
     tensor: Any = field(init=False)
-    """The output, NCHW."""
+    """The output, its axes in the order of its memory."""
     _gathered: _Gathered | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         """Declare the output."""
-        self.tensor = tensor("output", (self.batch, *self.spec.output_shape[1:]), self.spec.dtype)
+        self.tensor = tensor("output", self._place(self.batch, *self.spec.output_shape[1:]), self.spec.dtype)
 
     def store(self, band: Band, loops: Sequence[Loop], node: Any) -> Any:
         """What replaces `loops`, directly around the store `node` to a band."""
@@ -95,14 +109,17 @@ class Outputs:
             if self._gathered is not None:
                 first, buffer = self._gathered.starts[band.index] * spec.stride[0], self._gathered.buffer
                 return tirx.BufferStore(buffer, _as_bits(value, str(buffer.dtype)), [ob, row - first, column])
-            place = [n, g * channels + b * layout.co_block + ob, row, column]
+            place = self._place(n, g * channels + b * layout.co_block + ob, row, column)
             return tirx.BufferStore(self.tensor, value, place)
 
         if not reaches(spec, band):
             # The bias alone: whole rows.
             column = tirx.Var("column", "int32")
             whole_row = tirx.For(column, 0, spec.ow, tirx.ForKind.SERIAL, node)
-            return nest([*_outside_rows(loops, node), whole_row], write(node.value, ob, column), [*filled, *rows])
+            around = [*_outside_rows(loops, node), whole_row]
+            if self._by_channel:
+                around.sort(key=lambda loop: depends_on(ob, loop.loop_var))
+            return nest(around, write(node.value, ob, column), [*filled, *rows])
 
         # Columns in which every phase lies inside the output, and phases of the one column that may follow them.
         whole = (spec.ow - phases) // stride_w + 1
@@ -130,7 +147,10 @@ class Outputs:
                 stored = narrow(vector, size)
             else:
                 stored = tirx.Cast(_vector(spec.dtype, size), vector)
-            statement = write(stored, first_lane + lane, ramp(first_column * stride_w + position, size))
+            channel, column = first_lane + lane, first_column * stride_w + position
+            if self._by_channel and by_channels:
+                return write(stored, ramp(channel, size), column)
+            statement = write(stored, channel, ramp(column, size))
             if not (filled and by_channels):
                 return statement
             return tirx.IfThenElse(first_channel + lane < channels, statement, None)
@@ -139,6 +159,9 @@ class Outputs:
             column = qw - first_column
             if by_channels:
                 position, positions = column * phases + pw, layout.column_block * phases
+                if self._by_channel:
+                    left = channels - first_channel if filled else None
+                    return _store_positions(inner, value, position, count, positions, put, left, channels)
                 return _store_channels(inner, value, position, count, positions, put, pairs=self._narrows)
             shape = phases, layout.column_block
             loops = sorted(inner, key=lambda loop: not loop.loop_var.same_as(pw))
@@ -152,6 +175,16 @@ class Outputs:
             narrower = tile(spec.ow - last * stride_w)
             body = tirx.IfThenElse(first_column < last, body, narrower) if last else narrower
         return nest(loops[:outside], body, rows if by_channels else [*filled, *rows])
+
+    def _place(self, n: Expr, channel: Expr, row: Expr, column: Expr) -> list[Expr]:
+        """The indices of a value of the output."""
+        place = {"n": n, "c": channel, "h": row, "w": column}
+        return [place[axis] for axis in self.spec.output_axes]
+
+    @property
+    def _by_channel(self) -> bool:
+        """Whether the channels of a place are side by side in memory, and not the places of a channel."""
+        return self.spec.output_axes == "nhwc"
 
     @property
     def _narrows(self) -> bool:
@@ -179,10 +212,17 @@ class Outputs:
         channel = tirx.min(g * channels + b * layout.co_block + ob, spec.co - 1)
         row, first = self._row(band, ph, tirx.min(qh, band.rows - 1)), at_start(qw, loops)
         size, line = layout.column_block * phases, CACHE_LINE_BYTES // DTYPE_BYTES[spec.dtype]
+        around = _outside_rows(loops, node)
+        if self._by_channel:
+            # A line holds channels side by side, of one column or of several.
+            line = max(1, line // spec.co)
+            beside = [loop for loop in around if _counts_by_one(ob, loop.loop_var)]
+            around = [loop for loop in around if loop not in beside]
+            channel = at_start(channel, beside)
         offsets = [*range(0, size - 1, line), size - 1]
-        places = [(n, channel, row, tirx.min(first * spec.stride[1] + offset, spec.ow - 1)) for offset in offsets]
-        asked = sequence(ask_for(self.tensor, places))
-        for loop in reversed(_outside_rows(loops, node)):
+        columns = [tirx.min(first * spec.stride[1] + offset, spec.ow - 1) for offset in offsets]
+        asked = sequence(ask_for(self.tensor, [self._place(n, channel, row, column) for column in columns]))
+        for loop in reversed(around):
             asked = tirx.For(loop.loop_var, loop.min, loop.extent, tirx.ForKind.SERIAL, asked)
         return [asked]
 
@@ -260,6 +300,12 @@ def last_band(spec: ConvTranspose2dSpec) -> Band:
     return max(bands(spec), key=lambda band: band.taps * len(band.phases) if reaches(spec, band) else 0)
 
 
+def _counts_by_one(index: Expr, variable: Any) -> bool:
+    """Whether `index` grows by one with `variable`."""
+    step = with_value(index, variable, 1) - with_value(index, variable, 0)
+    return bool(tvm.sym.Analyzer().can_prove_equal(step, 1))
+
+
 def _outside_rows(loops: Sequence[Loop], store: Any) -> list[Loop]:
     """Those of `loops` that do not count columns or column phases of a `store` to a band."""
     return [loop for loop in loops if not any(depends_on(index, loop.loop_var) for index in store.indices[6:])]
@@ -323,6 +369,36 @@ def _store_channels(
             columns = list(transpose(vectors, lanes, value.ty.dtype, statements))
         statements += [store(channel, start, vector, size) for channel, vector in enumerate(columns)]
     return sequence(statements)
+
+
+def _store_positions(
+    loops: Sequence[Loop],
+    value: Expr,
+    position: Expr,
+    count: int,
+    positions: int,
+    store: Put,
+    left: Expr | None,
+    channels: int,
+) -> Any:
+    """Store the first `count` of the `positions` in a row, all channels of one side by side.
+
+    `loops` are as for `_store_channels`. Of the `channels` of a group some may be `left` for a vector that is not full.
+    """
+    lane, *others = loops
+    lanes = int(lane.extent)
+    staged, statements = _stage([*others, lane], value, [position, lane.loop_var], (positions, lanes))
+    vectors = [tirx.BufferLoad(staged, [i, ramp(0, lanes)]) for i in range(count)]
+    whole = sequence([store(0, i, vector, lanes) for i, vector in enumerate(vectors)])
+    if left is not None:
+        some = [
+            store(offset, i, extract(vector, offset, size, lanes), size)
+            for i, vector in enumerate(vectors)
+            for offset, size in binary(channels % lanes)
+        ]
+        rest = tirx.IfThenElse(left > 0, sequence(some), None) if some else None
+        whole = tirx.IfThenElse(left >= lanes, whole, rest)
+    return sequence([*statements, whole])
 
 
 def _store_columns(

@@ -76,7 +76,7 @@ def _torch_like(
 
 
 def _torch(spec: ConvTranspose2dSpec, inputs: Inputs, threads: int) -> Contender:
-    """PyTorch eager, contiguous tensors."""
+    """PyTorch eager, tensors as they are."""
     return _torch_like(spec, *inputs)
 
 
@@ -208,7 +208,7 @@ def _onnxruntime(spec: ConvTranspose2dSpec, inputs: Inputs, threads: int) -> Con
     if spec.dtype == "bfloat16":
         raise TypeError("numpy, through which tensors are bound, has no bfloat16")
     # Kept by `run`: the binding holds their addresses only.
-    input, output = kept = inputs[0], torch.full(spec.output_shape, math.nan, dtype=inputs[0].dtype)
+    input, output = kept = inputs[0].contiguous(), torch.full(spec.output_shape, math.nan, dtype=inputs[0].dtype)
     binding = session.io_binding()
     binding.bind_input("input", "cpu", 0, np.dtype(spec.dtype).type, spec.input_shape, input.data_ptr())
     binding.bind_output("output", "cpu", 0, np.dtype(spec.dtype).type, spec.output_shape, output.data_ptr())
@@ -239,7 +239,7 @@ def _openvino(spec: ConvTranspose2dSpec, inputs: Inputs, threads: int) -> Conten
         },
     )
     request = compiled.create_infer_request()
-    input, output = kept = inputs[0], torch.full(spec.output_shape, math.nan, dtype=inputs[0].dtype)
+    input, output = kept = inputs[0].contiguous(), torch.full(spec.output_shape, math.nan, dtype=inputs[0].dtype)
 
     def share(tensor: torch.Tensor) -> Any:
         if spec.dtype == "bfloat16":

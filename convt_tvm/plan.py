@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,7 +14,8 @@ from convt_tvm.errors import ArgumentError, ArgumentTypeError, IncompatibleMachi
 from convt_tvm.gpu import ARCHITECTURES, Gpu, capability, newest_architecture
 from convt_tvm.phases import Axis
 from convt_tvm.runtime import Kernel
-from convt_tvm.spec import ConvTranspose2dSpec, Pair
+from convt_tvm.spec import CHANNELS_LAST, ConvTranspose2dSpec, Pair
+from convt_tvm.target import Target
 
 __all__ = [
     "Array",
@@ -79,12 +80,11 @@ class Plan:
         """Compute the output; the weight may be a packed one."""
         if self.kernel is None:
             return input.new_empty(self.output_shape)
-        # Given a packed weight and `out`, the kernel takes its shortest path, some 20 us below the longest.
+        # Given a packed weight the kernel takes its shortest path, some 20 us below the longest.
         if weight.dim() == 4:
             weight = self.kernel.pack(weight)
-        output = input.new_empty(self.output_shape)
-        self.kernel(input.unsqueeze(0) if self.unbatched else input, weight, bias, out=output)
-        if self.channels_last:
+        output: Tensor = self.kernel(input.unsqueeze(0) if self.unbatched else input, weight, bias)
+        if self.channels_last and not self.kernel.spec.is_channels_last:
             output = torch.empty_like(output, memory_format=torch.channels_last).copy_(output)
         return output.squeeze(0) if self.unbatched else output
 
@@ -192,6 +192,8 @@ def _make_plan(
         bias=bias_shape is not None,
         dtype=dtype,
     )
+    if channels_last and Target.parse(target).for_dtype(spec.dtype).keeps_channels_last:
+        spec = replace(spec, memory_format=CHANNELS_LAST)
     kernel = cached_kernel(spec, target)
     manifest = kernel.manifest
     packing = json.dumps([manifest.layout, list(manifest.packed_shape), manifest.packed_dtype], sort_keys=True)

@@ -6,7 +6,7 @@ it has to stay within the error bound of a dot product.
 """
 
 from dataclasses import dataclass
-from math import inf, sqrt
+from math import inf, nan, sqrt
 from typing import TypeAlias
 
 import torch
@@ -18,8 +18,10 @@ __all__ = [
     "TF32_UNIT",
     "Expected",
     "Inputs",
+    "empty_output",
     "error_bound",
     "expect",
+    "in_format",
     "integer_inputs",
     "integer_reference",
     "longest_reduction",
@@ -56,6 +58,18 @@ def reference(
     Exact for `integer_inputs`; otherwise within ``gamma_k(2**-53)`` of the exact one, which `error_bound` accounts for.
     """
     return _gather(spec, input.double(), weight.double(), None if bias is None else bias.double(), spec.groups)
+
+
+def in_format(spec: ConvTranspose2dSpec, image: torch.Tensor) -> torch.Tensor:
+    """The same values in the spec's memory format."""
+    return image.contiguous(memory_format=getattr(torch, spec.memory_format))
+
+
+def empty_output(spec: ConvTranspose2dSpec, like: torch.Tensor) -> torch.Tensor:
+    """An output full of NaN for a kernel to write, in the spec's memory format, of the dtype and device of `like`."""
+    memory_format: torch.memory_format = getattr(torch, spec.memory_format)
+    output = torch.empty(spec.output_shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
+    return output.fill_(nan)
 
 
 def _reduction_lengths(spec: ConvTranspose2dSpec) -> torch.Tensor:
@@ -102,7 +116,8 @@ def integer_inputs(spec: ConvTranspose2dSpec, seed: int) -> Inputs:
     Returns
     -------
     Inputs
-        Contiguous tensors of ``spec.dtype`` on the CPU; the same for the same spec and seed.
+        Tensors of ``spec.dtype`` on the CPU, the input in the spec's memory format, the others contiguous; the same for
+        the same spec and seed.
 
     Raises
     ------
@@ -122,7 +137,7 @@ def integer_inputs(spec: ConvTranspose2dSpec, seed: int) -> Inputs:
             input, weight, bias = _integers(spec, largest, density, generator)
             narrow = spec.dtype != spec.accumulator_dtype
             if not narrow or bool((reference(spec, input, weight, bias).abs() <= output_limit).all()):
-                return input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+                return in_format(spec, input.to(dtype)), weight.to(dtype), None if bias is None else bias.to(dtype)
         if largest > 1:
             largest //= 2
         else:
@@ -137,8 +152,7 @@ def integer_inputs(spec: ConvTranspose2dSpec, seed: int) -> Inputs:
 def normal_inputs(spec: ConvTranspose2dSpec, seed: int) -> Inputs:
     """Normally distributed inputs, with weights scaled by ``1/sqrt(k)`` so that outputs are of order 1.
 
-    ``k`` is the longest reduction. Contiguous tensors of ``spec.dtype`` on the CPU; the same for the same spec and
-    seed.
+    ``k`` is the longest reduction. Tensors as of `integer_inputs`.
     """
     dtype: torch.dtype = getattr(torch, spec.dtype)
     generator = torch.Generator().manual_seed(seed)
@@ -148,7 +162,7 @@ def normal_inputs(spec: ConvTranspose2dSpec, seed: int) -> Inputs:
 
     scale = 1 / sqrt(max(1, longest_reduction(spec)))
     input, weight = draw(spec.input_shape), draw(spec.weight_shape, scale)
-    return input, weight, draw(spec.bias_shape) if spec.bias else None
+    return in_format(spec, input), weight, draw(spec.bias_shape) if spec.bias else None
 
 
 @dataclass(frozen=True, slots=True)

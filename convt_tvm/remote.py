@@ -19,7 +19,7 @@ from convt_tvm.errors import IncompatibleMachineError, TuningError
 from convt_tvm.machine import Machine, machine
 from convt_tvm.manifest import KERNEL_FILE
 from convt_tvm.processor import host_architecture
-from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.spec import MEMORY_ORDER, ConvTranspose2dSpec
 from convt_tvm.target import Target
 from convt_tvm.trials import (
     HOPELESS,
@@ -139,6 +139,8 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     import tvm
     from tvm import rpc
 
+    from convt_tvm.reference import empty_output
+
     if not _sessions:
         tracker = rpc.connect_tracker(job["host"], job["port"])
         _sessions.append(tracker.request(job["key"], session_timeout=SESSION_SECS, max_retry=3))
@@ -148,7 +150,9 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     remote.get_function("runtime.config_threadpool")(_BIG_CORES, job["threads"])
     device, inputs = remote.cpu(0), torch.load(job["inputs"])
 
-    def send(tensor: torch.Tensor) -> Any:
+    def send(tensor: torch.Tensor, axes: str = "") -> Any:
+        if axes:
+            tensor = tensor.permute(MEMORY_ORDER[axes])
         return tvm.runtime.empty(tensor.shape, str(tensor.dtype).removeprefix("torch."), device).copyfrom(
             tvm.runtime.from_dlpack(tensor)
         )
@@ -164,11 +168,13 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
             input, weight, bias = inputs[kind]
             packed = tvm.runtime.empty(manifest.packed_shape, manifest.packed_dtype, device)
             module["pack"](send(weight), packed)
-            out = send(torch.full(manifest.spec.output_shape, math.nan, dtype=input.dtype))
-            arguments[kind] = [send(input), packed, *([] if bias is None else [send(bias)]), out]
+            spec = manifest.spec
+            out = send(empty_output(spec, input), spec.output_axes)
+            arguments[kind] = [send(input, spec.input_axes), packed, *([] if bias is None else [send(bias)]), out]
         module["convt"](*arguments["integers"])
         answer = torch.utils.dlpack.from_dlpack(arguments["integers"][-1].copyto(tvm.cpu()))
-        if wrong := wrong_answer(answer, inputs["exact"]):
+        order = MEMORY_ORDER[manifest.spec.output_axes]
+        if wrong := wrong_answer(answer.permute([order.index(axis) for axis in range(4)]), inputs["exact"]):
             return {"wrong": wrong}
         timed.append((module.time_evaluator("convt", device, 1, 1, int(SAMPLE_SECS * 1e3)), arguments["normal"]))
     samples = [[_sample_us(evaluator, normal)] for evaluator, normal in timed]

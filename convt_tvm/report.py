@@ -8,7 +8,7 @@ from typing import Any
 
 from convt_tvm.errors import RowsError
 from convt_tvm.pictures import COLOURS, new_figure
-from convt_tvm.rows import OURS, TORCH, Row, Run, geometric_means, latest_runs
+from convt_tvm.rows import OURS, OURS_LAST, TORCH, Row, Run, geometric_means, latest_runs
 
 __all__ = ["plot", "to_markdown", "update_section"]
 
@@ -48,6 +48,13 @@ def _peer_names(runs: Sequence[Run]) -> list[str]:
     return list(dict.fromkeys(name for run in runs for name in run.peers))
 
 
+def _our_cell(run: Run, name: str) -> str:
+    row = run.rows.get(name)
+    if row is None:
+        return ""
+    return row.status if row.median_us is None else _digits(row.median_us / 1e3)
+
+
 def _peer_cell(run: Run, name: str) -> str:
     row = run.peers.get(name)
     if row is None:
@@ -60,7 +67,19 @@ def _peer_cell(run: Run, name: str) -> str:
 
 def _table(runs: Sequence[Run]) -> list[str]:
     peers = _peer_names(runs)
-    header = ["workload", "bound", "ours", *peers, "best peer / ours", "torch / ours", "noise", "of peak", "of bound"]
+    ours_last = [OURS_LAST] if any(OURS_LAST in run.rows for run in runs) else []
+    header = [
+        "workload",
+        "bound",
+        OURS,
+        *ours_last,
+        *peers,
+        "best peer / ours",
+        "torch / ours",
+        "noise",
+        "of peak",
+        "of bound",
+    ]
     lines = [f"| {' | '.join(header)} |", f"|---|---|{'---:|' * (len(header) - 2)}"]
     for run in runs:
         ours = run.ours
@@ -68,7 +87,7 @@ def _table(runs: Sequence[Run]) -> list[str]:
         cells = [
             ours.workload,
             f"{_digits(ours.bound_us and ours.bound_us / 1e3)} {ours.bound_by or ''}".strip(),
-            ours.status if ours.median_us is None else _digits(ours.median_us / 1e3),
+            *(_our_cell(run, name) for name in (OURS, *ours_last)),
             *(_peer_cell(run, name) for name in peers),
             f"**{over_best} behind**" if run.is_behind else over_best,
             _digits(run.over_torch),
@@ -135,7 +154,8 @@ def to_markdown(rows: Sequence[Row]) -> str:
         parts += [_overhead(run) for run in every if run.is_overhead]
     parts.append(
         "*bound*: the roofline's time from the measured peak and bandwidth, and which of them binds. *noise*: by how "
-        "much two copies of our kernel differed. Weights are constant everywhere; all in one process, by turns."
+        "much two copies of our kernel differed. *best peer / ours*: the smallest ratio of a peer's time, in bold, to "
+        "ours in the same memory format. Weights are constant everywhere; all in one process, by turns."
     )
     parts += _conditions(latest_runs(rows))
     return "\n\n".join(parts) + "\n"

@@ -13,7 +13,9 @@ from convt_tvm.json_lines import read_lines, require_fields
 __all__ = [
     "COPY",
     "OURS",
+    "OURS_LAST",
     "TORCH",
+    "TORCH_LAST",
     "Row",
     "Run",
     "geometric_means",
@@ -24,6 +26,8 @@ __all__ = [
 
 OURS, COPY, TORCH = "ours", "ours_again", "torch"
 """The kernel, a second copy of it that gives the noise floor, and the peer that runs are compared by."""
+OURS_LAST, TORCH_LAST = "ours_channels_last", "torch_channels_last"
+"""The kernel for channels_last, and the peer that computes in that memory format."""
 
 
 Status: TypeAlias = Literal["ok", "wrong", "rejected", "unavailable", "failed"]
@@ -38,7 +42,7 @@ class Row:
     workload, spec
         The workload's name and its spec's canonical name.
     implementation
-        `OURS`, `COPY`, or a name of `convt_tvm.peers.PEERS`.
+        `OURS`, `COPY`, `OURS_LAST`, or a name of `convt_tvm.peers.PEERS`.
     status
         ``ok``; ``wrong`` if an answer was outside its tolerance, ``rejected`` if the implementation refuses the spec,
         ``unavailable`` if it is not installed, ``failed`` if it raised while running. Only ``ok`` rows have times.
@@ -102,6 +106,11 @@ class Row:
     cold: bool = False
 
     @property
+    def is_ours(self) -> bool:
+        """Whether this is a kernel of ours."""
+        return self.implementation in (OURS, COPY, OURS_LAST)
+
+    @property
     def setting(self) -> tuple[str, bool, int]:
         """What rows have in common that may stand in one table: kind of machine, caches and threads."""
         gpu = self.machine.get("gpu")
@@ -143,24 +152,29 @@ class Run:
 
     @property
     def peers(self) -> dict[str, Row]:
-        """The others' rows, without the copy of our kernel."""
-        return {name: row for name, row in self.rows.items() if name not in (OURS, COPY)}
+        """The others' rows."""
+        return {name: row for name, row in self.rows.items() if not row.is_ours}
 
     @property
     def best_peer(self) -> Row | None:
-        """The fastest peer with right answers."""
+        """Of the peers with right answers the one that is fastest beside ours in its memory format."""
         timed = [row for row in self.peers.values() if row.median_us is not None]
-        return min(timed, key=lambda row: row.median_us or math.inf, default=None)
+        return min(timed, key=lambda row: self.speedup(row) or row.median_us or math.inf, default=None)
+
+    def ours_for(self, peer: Row) -> Row:
+        """Our kernel that reads and writes the memory format of the peer; rows of old have that for NCHW only."""
+        return self.rows.get(OURS_LAST, self.ours) if peer.implementation == TORCH_LAST else self.ours
 
     def speedup(self, peer: Row | None) -> float | None:
-        """The peer's time over ours; None if either was not timed."""
-        if peer is None or peer.median_us is None or self.ours.median_us is None:
+        """The peer's time over ours in its memory format; None if either was not timed."""
+        if peer is None or peer.median_us is None:
             return None
-        return peer.median_us / self.ours.median_us
+        ours = self.ours_for(peer).median_us
+        return None if ours is None else peer.median_us / ours
 
     @property
     def over_best(self) -> float | None:
-        """Best peer's time over ours."""
+        """Best peer's time over ours in its memory format."""
         return self.speedup(self.best_peer)
 
     @property

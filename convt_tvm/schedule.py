@@ -7,7 +7,15 @@ from typing import Any
 from tvm.s_tir import Schedule
 
 from convt_tvm.compute import SKIPS_ROWS, SUMS, layout_of, spec_of
-from convt_tvm.layout import CACHE_LINE_BYTES, Band, collides, reaches, sums_taps_first, window_axes
+from convt_tvm.layout import (
+    CACHE_LINE_BYTES,
+    POSITION_STREAMS,
+    Band,
+    collides,
+    reaches,
+    sums_taps_first,
+    window_axes,
+)
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 
 __all__ = [
@@ -28,8 +36,6 @@ TILE_LOOPS = {"co": 4, "ow": 3}
 """Loops of a declaration's sums that a tile spans: rows, phases, columns, channels; channels, phases, columns."""
 REDUCED = 2
 """Of the kinds of a block's variables, that of a reduction."""
-POSITION_STREAMS = 8
-"""Positions read side by side, one channel after the other, for which the 8 to 12 ways of one cache set are too few."""
 PARALLEL_CYCLES = 60_000
 """Cycles of one core below which it does a loop alone: another takes 5 to 10 us to begin, and 60 if it sleeps.
 
@@ -150,12 +156,12 @@ def copy_window(sch: Schedule, spec: ConvTranspose2dSpec, window: SBlockRV) -> N
     spread_window(sch, spec, window)
     axes = window_axes(spec, layout_of(sch.mod["main"]))
     first, second, third, fourth = sch.get_loops(window)
-    if axes == "nhwc":
+    if axes == "nhwc" != spec.input_axes:
         factor = max(size for size in (16, 8, 4, 2, 1) if int(sch.get(fourth).extent) % size == 0)
         outer, inner = sch.split(fourth, [None, factor])
         sch.reorder(outer, third, inner)
         sch.vectorize(inner)
-    elif axes == "nhcw":
+    elif axes[1] != spec.input_axes[1]:
         # In the order in which the input is read.
         sch.reorder(third, second)
         second = third

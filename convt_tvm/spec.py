@@ -11,18 +11,23 @@ from typing import Any, Self, TypeAlias
 from convt_tvm.errors import SpecError, SpecTypeError, UnsupportedDtypeError
 from convt_tvm.phases import Axis
 
-__all__ = ["DTYPE_BYTES", "ConvTranspose2dSpec", "Pair"]
+__all__ = ["CHANNELS_LAST", "CONTIGUOUS", "DTYPE_BYTES", "MEMORY_ORDER", "ConvTranspose2dSpec", "Pair"]
 
 Pair: TypeAlias = tuple[int, int]
 
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
+
+CONTIGUOUS, CHANNELS_LAST = "contiguous_format", "channels_last"
+"""Memory formats of input and output, by PyTorch's names: NCHW or NHWC in memory, and NCHW in every shape."""
+MEMORY_ORDER = {"nchw": (0, 1, 2, 3), "nhwc": (0, 2, 3, 1)}
+"""For axes in memory, the order in which those of a shape come there. Compiled functions take tensors in that order."""
 
 _PAIRS = ("kernel_size", "stride", "padding", "output_padding", "dilation")
 _SIZES = ("ci", "ih", "iw", "co", "groups")
 _NAME = re.compile(
     r"n(?P<n>\d+|any)_ci(?P<ci>\d+)_ih(?P<ih>\d+)_iw(?P<iw>\d+)_co(?P<co>\d+)_k(?P<kernel_size>\d+x\d+)"
     r"_s(?P<stride>\d+x\d+)_p(?P<padding>\d+x\d+)_op(?P<output_padding>\d+x\d+)_d(?P<dilation>\d+x\d+)"
-    r"_g(?P<groups>\d+)_(?P<bias>bias|nobias)_(?P<dtype>\w+)"
+    r"_g(?P<groups>\d+)_(?P<bias>bias|nobias)_(?P<dtype>\w+?)(_(?P<memory_format>channels_last))?"
 )
 _EXAMPLE_NAME = "n1_ci512_ih4_iw4_co256_k4x4_s2x2_p1x1_op0x0_d1x1_g1_bias_float32"
 
@@ -67,6 +72,9 @@ class ConvTranspose2dSpec:
     dtype
         ``float32``, ``float64``, ``float16`` or ``bfloat16``: of input, weight, bias and output alike. The two
         half-width types accumulate in float32.
+    memory_format
+        ``contiguous_format`` or ``channels_last``: of input and output alike, as `torch.memory_format` names them.
+        Shapes are NCHW either way.
 
     Raises
     ------
@@ -97,6 +105,7 @@ class ConvTranspose2dSpec:
     groups: int
     bias: bool
     dtype: str
+    memory_format: str
 
     def __init__(
         self,
@@ -114,6 +123,7 @@ class ConvTranspose2dSpec:
         groups: int = 1,
         bias: bool = True,
         dtype: str = "float32",
+        memory_format: str = CONTIGUOUS,
     ) -> None:
         given = {
             "n": None if n is None else _as_int("n", n),
@@ -129,6 +139,7 @@ class ConvTranspose2dSpec:
             "groups": _as_int("groups", groups),
             "bias": bool(bias),
             "dtype": str(dtype).removeprefix("torch."),
+            "memory_format": str(memory_format).removeprefix("torch."),
         }
         for name, value in given.items():
             object.__setattr__(self, name, value)
@@ -137,6 +148,10 @@ class ConvTranspose2dSpec:
     def _validate(self) -> None:
         if self.dtype not in DTYPE_BYTES:
             raise UnsupportedDtypeError(f"dtype={self.dtype!r} is not supported; use one of {', '.join(DTYPE_BYTES)}.")
+        if self.memory_format not in (CONTIGUOUS, CHANNELS_LAST):
+            raise SpecError(
+                f"memory_format={self.memory_format!r} is not supported; use {CONTIGUOUS} or {CHANNELS_LAST}."
+            )
         if self.n is not None and self.n < 0:
             raise SpecError(f"n={self.n} must not be negative.")
         for name in _SIZES:
@@ -221,6 +236,21 @@ class ConvTranspose2dSpec:
         return " to ".join("x".join(map(str, ("n" if self.n is None else self.n, *image))) for image in images)
 
     @property
+    def is_channels_last(self) -> bool:
+        """Whether the memory format is ``channels_last``."""
+        return self.memory_format == CHANNELS_LAST
+
+    @property
+    def input_axes(self) -> str:
+        """The order of the input's axes in memory: ``nchw``, also where one channel makes it no matter, or ``nhwc``."""
+        return "nhwc" if self.is_channels_last and self.ci > 1 else "nchw"
+
+    @property
+    def output_axes(self) -> str:
+        """The order in memory of the output's axes, as `input_axes`."""
+        return "nhwc" if self.is_channels_last and self.co > 1 else "nchw"
+
+    @property
     def accumulator_dtype(self) -> str:
         """The dtype that sums are kept in: float64 for float64, float32 for the others."""
         return "float64" if self.dtype == "float64" else "float32"
@@ -246,6 +276,7 @@ class ConvTranspose2dSpec:
             f"n{batch}_ci{self.ci}_ih{self.ih}_iw{self.iw}_co{self.co}_k{pairs['kernel_size']}_s{pairs['stride']}"
             f"_p{pairs['padding']}_op{pairs['output_padding']}_d{pairs['dilation']}_g{self.groups}"
             f"_{'bias' if self.bias else 'nobias'}_{self.dtype}"
+            f"{f'_{CHANNELS_LAST}' if self.is_channels_last else ''}"
         )
 
     @classmethod
@@ -258,9 +289,10 @@ class ConvTranspose2dSpec:
         for field, text in given.items():
             if field in _PAIRS:
                 given[field] = tuple(map(int, text.split("x")))
-            elif field not in ("bias", "dtype"):
+            elif field not in ("bias", "dtype", "memory_format"):
                 given[field] = None if text == "any" else int(text)
         given["bias"] = given["bias"] == "bias"
+        given["memory_format"] = given["memory_format"] or CONTIGUOUS
         spec = cls(**given)
         if spec.name != name:
             raise SpecError(f"{name!r} is not canonical; the name of this spec is {spec.name!r}.")

@@ -131,6 +131,11 @@ class Target:
         return Target(self.kind, self.arch, tuple(sorted(set(self.features) - TILE_FEATURES)))
 
     @property
+    def keeps_channels_last(self) -> bool:
+        """Whether kernels that read and write channels_last are as good as others: on processors without tile units."""
+        return self.kind == "llvm" and TILE_FEATURES.isdisjoint(self.features)
+
+    @property
     def name(self) -> str:
         """The canonical text, which `parse` takes back; equal targets have equal names."""
         return f"{self.kind}:{'+'.join((self.arch, *self.features))}"

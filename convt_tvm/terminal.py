@@ -15,7 +15,7 @@ from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from convt_tvm.rows import OURS, TORCH, Row, Run, geometric_means
+from convt_tvm.rows import COPY, OURS_LAST, TORCH, Row, Run, geometric_means
 
 if TYPE_CHECKING:
     from convt_tvm.check import CheckRow
@@ -232,19 +232,25 @@ def _bound(run: Run) -> str:
     return f"{milliseconds(run.ours.bound_us)} {(run.ours.bound_by or '')[:3]}"
 
 
-def _our_time(run: Run) -> str:
-    return f"[bold red]{run.ours.status}[/]" if run.ours.median_us is None else milliseconds(run.ours.median_us)
+def _our_time(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    return f"[bold red]{row.status}[/]" if row.median_us is None else milliseconds(row.median_us)
 
 
 def print_bench(runs: Sequence[Run]) -> None:
     """Print benchmark runs: a table, the reason of each missing time, and one line that sums it up."""
     console = stdout_console()
     peers = list(dict.fromkeys(name for run in runs for name in run.peers))
+    title = "ours channels_last"
+    last = [Column("ours\nlast\nms", lambda run: _our_time(run.rows.get(OURS_LAST)), dropped=4, title=title)]
+    last = last if any(OURS_LAST in run.rows for run in runs) else []
     columns = [
         Column("workload", lambda run: run.ours.workload, "left"),
         Column("schedule", lambda run: run.ours.schedule or "-", "left", dropped=1, title="schedule"),
         Column("bound\nms", _bound, dropped=5, title="bound"),
-        Column("ours\nms", _our_time),
+        Column("ours\nms", lambda run: _our_time(run.ours)),
+        *last,
         *(_peer_column(name, dropped=3 + (name == TORCH)) for name in peers),
         Column(
             "best\npeer",
@@ -261,9 +267,9 @@ def print_bench(runs: Sequence[Run]) -> None:
     ]
     print_table(columns, runs, console)
     for run in runs:
-        for row in (run.ours, *run.peers.values()):
-            if row.status != "ok":
-                style = "bold red" if row.implementation == OURS or row.status == "wrong" else "yellow"
+        for row in run.rows.values():
+            if row.status != "ok" and row.implementation != COPY:
+                style = "bold red" if row.is_ours or row.status == "wrong" else "yellow"
                 reason = row.reason if len(row.reason) <= _LONGEST_REASON else row.reason[:_LONGEST_REASON] + " ..."
                 console.print(
                     f"[{style}]{row.status}[/]  {escape(row.workload)}: {row.implementation}: {escape(reason)}",

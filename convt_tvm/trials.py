@@ -226,6 +226,7 @@ def _make_run() -> Callable[[dict[str, Any]], dict[str, Any]]:
     from convt_tvm import runtime
     from convt_tvm.measure import interleaved
     from convt_tvm.place import Place
+    from convt_tvm.reference import empty_output
 
     inputs: dict[str, Any] = {}
 
@@ -239,7 +240,7 @@ def _make_run() -> Callable[[dict[str, Any]], dict[str, Any]]:
         for number, directory in enumerate(job["directories"]):
             kernel = runtime.load(Path(directory))
             input, weight, bias = inputs["integers"]
-            out = torch.full(kernel.spec.output_shape, math.nan, dtype=input.dtype, device=input.device)
+            out = empty_output(kernel.spec, input)
             kernel(input, kernel.pack(weight), bias, out=out)
             if wrong := wrong_answer(out.cpu(), inputs["exact"]):
                 return {"wrong": wrong}

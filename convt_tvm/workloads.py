@@ -9,9 +9,9 @@ from importlib.resources import files
 from typing import Any
 
 from convt_tvm.errors import SpecError, UnknownWorkloadError
-from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.spec import CHANNELS_LAST, ConvTranspose2dSpec
 
-__all__ = ["Workload", "resolve", "suites", "with_dtype"]
+__all__ = ["Workload", "adapted", "resolve", "suites"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +92,12 @@ def resolve(arguments: Sequence[str]) -> list[Workload]:
     return list(found.values())
 
 
-def with_dtype(workloads: Sequence[Workload], dtype: str | None) -> list[Workload]:
-    """The same workloads in another dtype, or as they are for None; raises UnsupportedDtypeError."""
-    if dtype is None:
-        return list(workloads)
-    return [replace(workload, spec=replace(workload.spec, dtype=dtype)) for workload in workloads]
+def adapted(workloads: Sequence[Workload], *, dtype: str | None = None, channels_last: bool = False) -> list[Workload]:
+    """The same workloads, in another dtype if one is given or in channels_last; raises UnsupportedDtypeError."""
+    changes: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    if channels_last:
+        changes["memory_format"] = CHANNELS_LAST
+    return [replace(workload, spec=replace(workload.spec, **changes)) for workload in workloads]
 
 
 def _parse_spec_name(argument: str) -> ConvTranspose2dSpec:

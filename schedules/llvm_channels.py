@@ -148,8 +148,11 @@ def space(sch: Schedule) -> None:
         vector, lane = sch.split(ob, [None, layout.vector_lanes])
         phased = (row_block, ph) if layout.gathers else (ph, row_block)
         sch.reorder(n, g, chunk, b, *phased, column_block, row, vector, lane, column, pw)
-        if reaches(spec, band) and 1 < layout.column_block * len(spec.axes[1].phases) <= MAX_TRANSPOSED:
+        outputs = layout.column_block * len(spec.axes[1].phases)
+        if reaches(spec, band) and (outputs > 1 or spec.output_axes == "nhwc") and outputs <= MAX_TRANSPOSED:
             sch.annotate(lane, IN_VECTORS, True)
+        elif spec.output_axes == "nhwc":
+            sch.reorder(column, pw, lane)
         inner = layout.taps == "inner" or not in_parts(sch, band)
         order = (
             (n, g, chunk, b) if layout.gathers else (n, g, chunk, b, ph, row_block) if inner else (n, g, chunk, b, ph)

@@ -147,7 +147,8 @@ def space(sch: Schedule) -> None:
         chunk, row = sch.split(qh, [None, layout.chunk(band)])
         order = (n, g, chunk, b, row, ph) if layout.gathers else (n, g, chunk, b, ph, row)
         sch.reorder(*order, column_block, ob, column, pw)
-        if reaches(spec, band) and layout.column_block * len(spec.axes[1].phases) <= MAX_INTERLEAVED:
+        in_rows = spec.output_axes == "nchw"
+        if reaches(spec, band) and in_rows and layout.column_block * len(spec.axes[1].phases) <= MAX_INTERLEAVED:
             sch.annotate(column, IN_VECTORS, True)
         of_chunk = by_chunk and reaches(spec, band)
         shared = order[:3] if of_chunk else order[:4] if layout.gathers else order

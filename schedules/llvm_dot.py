@@ -49,7 +49,7 @@ from math import gcd, prod
 
 from tvm.s_tir import Schedule
 
-from convt_tvm.compute import IN_VECTORS
+from convt_tvm.compute import IN_VECTORS, spec_of
 from convt_tvm.dot_layout import DotLayout, paired
 from convt_tvm.layout import CACHE_LINE_BYTES, Layout, bands, reaches
 from convt_tvm.processor import TILE_FEATURES
@@ -100,5 +100,5 @@ def space(sch: Schedule) -> None:
     """Schedule the phase form in `sch` in place; deterministic for a declaration."""
     llvm_channels.space(sch)
     window = find_window(sch)
-    if window is not None:
+    if window is not None and spec_of(sch.mod["main"]).input_axes == "nchw":
         sch.annotate(sch.get_loops(window)[-2], IN_VECTORS, True)

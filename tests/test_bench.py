@@ -13,7 +13,7 @@ from convt_tvm.measure import noise_floor
 from convt_tvm.peers import PEERS
 from convt_tvm.reference import normal_inputs
 from convt_tvm.roofline import Bandwidth, Limits
-from convt_tvm.rows import COPY, OURS, Row
+from convt_tvm.rows import COPY, OURS, OURS_LAST, Row
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
 from convt_tvm.workloads import Workload
@@ -45,6 +45,14 @@ def test_a_tiny_bench_with_torch(rows):
     assert rows[OURS].schedule == rows[COPY].schedule and rows[OURS].layout
     assert rows["torch"].schedule is None
     assert len({row.date for row in rows.values()}) == 1
+
+
+def test_beside_torch_in_channels_last_is_ours():
+    rows = bench(WORKLOAD, peers=["torch_channels_last"], limits=LIMITS, **FAST)
+    found = {row.implementation: row for row in rows}
+    assert list(found) == [OURS, COPY, OURS_LAST, "torch_channels_last"]
+    assert {(row.status, row.reason, row.spec) for row in rows} == {("ok", "", SPEC.name)}
+    assert found[OURS_LAST].median_us > 0
 
 
 def peer(change):

@@ -78,7 +78,7 @@ MAY_IMPORT = {
     "compiler": "errors spec target machine layout fingerprint manifest artifact runtime records database space "
     "entry backends cpu_code",
     "cache": "digests errors spec target fingerprint manifest runtime database compiler",
-    "plan": "errors gpu phases spec runtime cache",
+    "plan": "errors gpu phases spec target runtime cache",
     "functional": "errors plan",
     "packed": "plan",
     "nn": "errors plan functional packed",
@@ -104,7 +104,7 @@ MAY_IMPORT = {
     "workers": "",
     "trials": "errors spec target runtime records space emulator emulated_torch compiler reference measure place "
     "workers",
-    "remote": "errors spec processor target machine manifest artifact trials workers",
+    "remote": "errors spec processor target machine manifest artifact trials workers reference",
     "search": "spec records",
     "session": "errors records store measure trials search",
     "metaschedule": "spec target compute records store space",

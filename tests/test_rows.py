@@ -5,7 +5,7 @@ import pytest
 
 from convt_tvm.errors import RowsError
 from convt_tvm.json_lines import append_lines
-from convt_tvm.rows import COPY, OURS, Row, geometric_means, latest_runs, read_rows, regressions
+from convt_tvm.rows import COPY, OURS, OURS_LAST, TORCH_LAST, Row, geometric_means, latest_runs, read_rows, regressions
 
 BASE = Row(
     workload="dcgan/2",
@@ -78,6 +78,19 @@ def test_a_run_compares_with_its_best_peer():
     assert (run.over_best, run.over_torch) == (pytest.approx(1.2), pytest.approx(4.0))
     assert list(run.peers) == ["torch", "openvino", "onnxruntime"]
     assert not run.is_behind
+
+
+def test_a_peer_is_compared_with_ours_in_its_memory_format():
+    (run,) = latest_runs(run_of({OURS: 10.0, COPY: 10.0, OURS_LAST: 5.0, "torch": 18.0, TORCH_LAST: 9.5}))
+    assert list(run.peers) == ["torch", TORCH_LAST]
+    assert (run.best_peer.implementation, run.over_best) == ("torch", pytest.approx(1.8))
+    (run,) = latest_runs(run_of({OURS: 10.0, OURS_LAST: 9.0, "torch": 40.0, TORCH_LAST: 9.5}))
+    assert (run.best_peer.implementation, run.over_best) == (TORCH_LAST, pytest.approx(9.5 / 9))
+    # Rows from before there were such kernels, and those that could not be timed.
+    (run,) = latest_runs(run_of({OURS: 10.0, TORCH_LAST: 9.0}))
+    assert (run.over_best, run.is_behind) == (pytest.approx(0.9), True)
+    (run,) = latest_runs(run_of({OURS: 10.0, OURS_LAST: None, TORCH_LAST: 9.0}))
+    assert run.over_best is None
 
 
 @pytest.mark.parametrize(("peer", "behind"), [(9.9, False), (9.7, True)])

@@ -18,7 +18,7 @@ from convt_tvm.errors import BuildError
 from convt_tvm.reference import integer_inputs, normal_inputs, reference
 from convt_tvm.runtime import load
 from convt_tvm.space import choices, default_choice, spaces
-from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.spec import CONTIGUOUS, MEMORY_ORDER, ConvTranspose2dSpec
 from convt_tvm.target import Target
 from convt_tvm.workloads import resolve
 
@@ -166,12 +166,12 @@ def test_gathered_rows_go_to_any_address_and_nowhere_else(dtype, offset, tmp_pat
     batch=st.integers(1, 3),
 )
 @hypothesis.settings(max_examples=60, deadline=None)
-def test_every_schedule_and_batch_size_gives_the_same_bits(spec, numbers, batch):
+def test_every_schedule_batch_size_and_memory_format_gives_the_same_bits(spec, numbers, batch):
     """Of one unit, that is; also those that go past the caches, which otherwise larger outputs do."""
     inputs = normal_inputs(spec.with_batch(3), seed=numbers[0])
     outputs, units = [], set()
     for number, n in zip(numbers, (3, batch), strict=True):
-        sized = spec.with_batch(n)
+        sized = replace(spec.with_batch(n), memory_format=[spec.memory_format, CONTIGUOUS][len(outputs)])
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cost, "PAST_CACHES_BYTES", 0)
             found = [choice for choice in choices(sized, HOST) if not units or type(choice.layout) in units]
@@ -179,7 +179,9 @@ def test_every_schedule_and_batch_size_gives_the_same_bits(spec, numbers, batch)
         units.add(type(choice.layout))
         kernel = build(sized, choice=choice)
         whole = torch.full((3 * math.prod(sized.output_shape[1:]) + 256,), 77, dtype=inputs[0].dtype)
-        output = whole[128 : 128 + math.prod(sized.output_shape)].view(sized.output_shape)
+        output = whole[128 : 128 + math.prod(sized.output_shape)]
+        shape = [sized.output_shape[axis] for axis in MEMORY_ORDER[sized.output_axes]]
+        output = output.view(shape).movedim(-1, 1) if sized.output_axes == "nhwc" else output.view(shape)
         kernel(inputs[0][:n], *inputs[1:], out=output)
         assert (whole[:128] == 77).all()
         assert (whole[128 + output.numel() :] == 77).all()

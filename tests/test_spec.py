@@ -52,6 +52,7 @@ def specs(draw):
         groups=groups,
         bias=draw(st.booleans()),
         dtype=draw(st.sampled_from(list(DTYPE_BYTES))),
+        memory_format=draw(st.sampled_from(["contiguous_format", "channels_last"])),
     )
 
 
@@ -69,6 +70,20 @@ def test_a_spec_for_any_batch_size_has_a_name_and_no_shapes_of_its_own():
     for name in ("input_shape", "output_shape", "multiply_adds", "size_bytes"):
         with pytest.raises(SpecError, match=r"nany_ci4_.* has no shapes of its own: it is for any batch size"):
             getattr(spec, name)
+
+
+def test_memory_formats_are_torchs_and_change_no_shape():
+    plain, last = make(), make(memory_format=torch.channels_last)
+    assert (plain.memory_format, last.memory_format) == ("contiguous_format", "channels_last")
+    assert last.name == f"{plain.name}_channels_last"
+    assert ConvTranspose2dSpec.from_name(last.name) == last != plain
+    assert (last.input_shape, last.output_shape) == (plain.input_shape, plain.output_shape)
+    assert (plain.input_axes, plain.output_axes) == ("nchw", "nchw")
+    assert (last.input_axes, last.output_axes) == ("nhwc", "nhwc")
+    one = make(ci=1, co=1, memory_format="channels_last")
+    assert (one.input_axes, one.output_axes) == ("nchw", "nchw")
+    with pytest.raises(SpecError, match="memory_format='preserve_format' is not supported; use contiguous_format or"):
+        make(memory_format=torch.preserve_format)
 
 
 def test_derived_values():
@@ -239,6 +254,7 @@ def test_json_has_every_field():
     assert example().to_json() == {
         "n": 2, "ci": 6, "ih": 5, "iw": 7, "co": 4, "kernel_size": [3, 2], "stride": [2, 1], "padding": [1, 0],
         "output_padding": [1, 0], "dilation": [1, 3], "groups": 2, "bias": False, "dtype": "float16",
+        "memory_format": "contiguous_format",
     }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from convt_tvm.errors import SpecError, UnknownWorkloadError, UnsupportedDtypeError
 from convt_tvm.spec import ConvTranspose2dSpec
-from convt_tvm.workloads import Workload, resolve, suites, with_dtype
+from convt_tvm.workloads import Workload, adapted, resolve, suites
 
 EVERY = [workload for suite in suites().values() for workload in suite]
 
@@ -116,10 +116,12 @@ def test_rows_are_json_that_rebuilds_the_spec():
         assert ConvTranspose2dSpec.from_json(json.loads(json.dumps(workload.spec.to_json()))) == workload.spec
 
 
-def test_workloads_come_in_another_dtype_under_the_same_name():
+def test_workloads_come_in_another_dtype_and_memory_format_under_the_same_name():
     (own,) = resolve(["dcgan/2"])
-    (other,) = with_dtype([own], "bfloat16")
+    (other,) = adapted([own], dtype="bfloat16")
     assert (other.name, other.spec) == (own.name, replace(own.spec, dtype="bfloat16"))
-    assert with_dtype([own], None) == [own]
+    (other,) = adapted([own], channels_last=True)
+    assert (other.name, other.spec) == (own.name, replace(own.spec, memory_format="channels_last"))
+    assert adapted([own]) == [own]
     with pytest.raises(UnsupportedDtypeError, match="dtype='int8' is not supported"):
-        with_dtype([own], "int8")
+        adapted([own], dtype="int8")

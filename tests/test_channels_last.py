@@ -1,0 +1,156 @@
+"""Kernels whose input and output are channels_last in memory."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from convt_tvm import build, load
+from convt_tvm.check import bits
+from convt_tvm.compiler import build_artifact
+from convt_tvm.errors import BuildError
+from convt_tvm.functional import conv_transpose2d
+from convt_tvm.layout import reads_input
+from convt_tvm.plan import find_plan
+from convt_tvm.reference import integer_inputs, normal_inputs, reference
+from convt_tvm.space import choices
+from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.target import Target
+
+HOST = Target.parse("llvm")
+V4 = Target.parse("llvm:x86-64-v4")
+
+
+def last(**changes):
+    sizes = {"n": 2, "ci": 6, "ih": 5, "iw": 9, "co": 20, "kernel_size": 3, "stride": 2, "padding": 1}
+    return ConvTranspose2dSpec(**{**sizes, "memory_format": "channels_last", **changes})
+
+
+SPECS = {
+    "channels fill no vector": last(),
+    "groups": last(ci=8, co=6, kernel_size=4, stride=3, groups=2),
+    "groups of one channel": last(ci=5, co=5, groups=5),
+    "one output channel": last(co=1, iw=20),
+    "one input channel": last(ci=1),
+    "nothing but the bias in two of three rows": last(kernel_size=1, stride=3, padding=0),
+    "the input itself is read": last(ci=16, co=32, kernel_size=2, padding=0),
+    "many phases": last(kernel_size=9, stride=9, iw=17, padding=0),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", SPECS)
+def test_every_space_is_exact_and_writes_nothing_else(name, dtype, tmp_path):
+    spec = replace(SPECS[name], dtype=dtype)
+    inputs = integer_inputs(spec, seed=2)
+    found = choices(spec, HOST.for_dtype(dtype))
+    for space in {choice.space.name for choice in found}:
+        of_space = [choice for choice in found if choice.space.name == space]
+        for number in (0, len(of_space) // 2, len(of_space) - 1):
+            directory = tmp_path / f"{space}{number}"
+            build_artifact(spec, HOST, directory, choice=of_space[number])
+            kernel = load(directory)
+            assert torch.equal(kernel(*inputs).double(), reference(spec, *inputs)), of_space[number].layout
+            count = math.prod(spec.output_shape)
+            whole = torch.full((count + 256,), 77, dtype=inputs[0].dtype)
+            output = whole[128 : 128 + count].view(spec.n, spec.oh, spec.ow, spec.co).movedim(-1, 1)
+            kernel(inputs[0], kernel.pack(inputs[1]), *inputs[2:], out=output)
+            assert torch.equal(output.double(), reference(spec, *inputs))
+            assert (whole[:128] == 77).all()
+            assert (whole[128 + count :] == 77).all()
+
+
+def test_the_input_itself_is_read_where_it_can_be():
+    def reads(spec):
+        return {choice.layout.lanes: reads_input(spec, choice.layout) for choice in choices(spec, V4)}
+
+    whole = last(ci=16, co=32, kernel_size=2, padding=0)
+    # Tiles of columns that reach beyond the last column read a border.
+    assert any(reads_input(whole, choice.layout) for choice in choices(whole, V4) if choice.layout.lanes == "co")
+    assert not reads(whole)["ow"]
+    assert not any(reads(last(kernel_size=3)).values())
+    assert not any(reads(replace(whole, dtype="bfloat16")).values())
+    # Positions 4,096 bytes apart crowd into few sets of the first cache.
+    assert not any(reads(replace(whole, ci=1024)).values())
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    return build(last())
+
+
+def test_tensors_of_its_own_format_pass_without_copies(kernel, monkeypatch):
+    monkeypatch.setattr(kernel.__class__, "_call_checked", lambda *_: pytest.fail("a call took the long way"))
+    input, weight, bias = normal_inputs(kernel.spec, 0)
+    assert input.is_contiguous(memory_format=torch.channels_last)
+    monkeypatch.undo()
+    packed = kernel.pack(weight)
+    monkeypatch.setattr(kernel.__class__, "_call_checked", lambda *_: pytest.fail("a call took the long way"))
+    output = kernel(input, packed, bias)
+    assert output.shape == kernel.spec.output_shape
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    written = torch.empty_like(output)
+    assert kernel(input, packed, bias, out=written) is written
+    assert torch.equal(bits(written), bits(output))
+
+
+def test_other_strides_give_the_same_bits(kernel):
+    input, weight, bias = normal_inputs(kernel.spec, 0)
+    expected = kernel(input, weight, bias)
+    assert torch.equal(
+        bits(expected), bits(build(replace(kernel.spec, memory_format="contiguous_format"))(input, weight, bias))
+    )
+    for given in (input.contiguous(), input.expand(2, 6, 5, 9), torch.cat([input, input], 1)[:, :6]):
+        for out in (None, torch.empty(kernel.spec.output_shape), torch.empty_like(expected)[:, :, :, :]):
+            assert torch.equal(bits(kernel(given, weight, bias, out=out)), bits(expected))
+    arrays = [tensor.numpy() for tensor in (input, weight, bias)]
+    for given in (arrays[0], np.ascontiguousarray(arrays[0])):
+        found = kernel(given, *arrays[1:])
+        assert found.strides == tuple(4 * stride for stride in expected.stride())
+        assert np.array_equal(found, expected.numpy())
+        out = np.empty(kernel.spec.output_shape, np.float32)
+        assert kernel(given, *arrays[1:], out=out) is out
+        assert np.array_equal(out, expected.numpy())
+
+
+def test_an_output_that_overlaps_the_input_is_written_by_way_of_another(kernel):
+    input, weight, bias = normal_inputs(kernel.spec, 0)
+    expected = kernel(input, weight, bias)
+    memory = torch.zeros(expected.numel())
+    shared = memory[: input.numel()].view(2, 5, 9, 6).movedim(-1, 1).copy_(input)
+    out = memory.view(2, *(expected.shape[axis] for axis in (2, 3, 1))).movedim(-1, 1)
+    assert kernel(shared, kernel.pack(weight), bias, out=out) is out
+    assert torch.equal(bits(out), bits(expected))
+
+
+@pytest.mark.parametrize("n", [0, 1, 3])
+def test_any_batch_size_goes(n):
+    kernel = build(last(n=None))
+    input, weight, bias = normal_inputs(last(n=n), 0)
+    for given in (weight, kernel.pack(weight)):
+        output = kernel(input, given, bias)
+        assert output.shape == last(n=n).output_shape
+        assert output.is_contiguous(memory_format=torch.channels_last)
+        assert torch.allclose(output.double(), reference(last(n=n), input, weight, bias), atol=1e-5)
+
+
+@pytest.mark.parametrize("of_weight", [False, True])
+def test_the_function_takes_a_kernel_for_channels_last(of_weight):
+    input, weight, bias = normal_inputs(last(), 0)
+    if of_weight:
+        input, weight = input.contiguous(), weight.contiguous(memory_format=torch.channels_last)
+    parameters = (2, 2), (1, 1), (0, 0), 1, (1, 1)
+    assert find_plan(input, weight, bias, parameters).kernel.spec.is_channels_last is HOST.keeps_channels_last
+    output = conv_transpose2d(input, weight, bias, stride=2, padding=1)
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(bits(output), bits(conv_transpose2d(input.contiguous(), weight.contiguous(), bias, 2, 1)))
+
+
+def test_gpus_have_no_such_kernels(tmp_path):
+    with pytest.raises(
+        BuildError, match="kernels for cuda read and write NCHW; give memory_format='contiguous_format'"
+    ):
+        build_artifact(last(), "cuda:sm_90", tmp_path / "kernel")
+    assert not (tmp_path / "kernel").exists()
