@@ -59,7 +59,7 @@ _READ = """
 define linkonce_odr hidden i32 @convt_pair_at(ptr %address, i32 %offset) alwaysinline {
   %far = sext i32 %offset to i64
   %place = getelementptr i32, ptr %address, i64 %far
-  %pair = load i32, ptr %place, align 4
+  %pair = load i32, ptr %place, align 2
   ret i32 %pair
 }
 """

@@ -14,7 +14,7 @@ from tvm import te, tirx
 
 from convt_tvm.bfloat16 import PAIR
 from convt_tvm.compute import Source, create_function, finish, parameters, phase_function, sum_products, sums_of
-from convt_tvm.dot_layout import DotLayout, paired
+from convt_tvm.dot_layout import DotLayout, paired, reads_pairs
 from convt_tvm.layout import Window, bands, reaches
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
@@ -28,8 +28,7 @@ def declare_dot_phases(spec: ConvTranspose2dSpec, layout: DotLayout, target: Tar
     """The phase form of `spec` as a PrimFunc to schedule; parameters and blocks as of `compute.declare_phases`."""
     batch, spec = te.var("n") if spec.n is None else spec.n, spec.sized
     data, packed, bias = parameters(spec, layout, batch)
-    extent = Window.of(spec, layout)
-    source = Source(_window(spec, extent, data), "nhwc", (extent.first_row, extent.first_column))
+    source = _Pairs(data.tensor, data.axes) if reads_pairs(spec, layout) else _window(spec, layout, data)
 
     def multiply(pair: Expr, place: Sequence[Expr]) -> Expr:
         *lead, ob = place
@@ -53,8 +52,22 @@ def _bits(value: int) -> Expr:
     return tirx.const(value, PAIR)
 
 
-def _window(spec: ConvTranspose2dSpec, extent: Window, data: Source) -> Any:
+class _Pairs(Source):
+    """The input itself, to be read by pairs of channels; in NHWC, where `lower_dot` makes one load of both."""
+
+    def at(self, n: Expr, c: Expr, h: Expr, w: Expr) -> Expr:
+        """The pair `c` of image `n` at row `h` and column `w`."""
+        first, second = (_bits_of(Source.at(self, n, 2 * c + j, h, w)) for j in range(2))
+        return tirx.bitwise_or(first, tirx.shift_left(second, _bits(16)))
+
+
+def _bits_of(value: Expr) -> Expr:
+    return tirx.reinterpret("uint16", value).astype(PAIR)
+
+
+def _window(spec: ConvTranspose2dSpec, layout: DotLayout, data: Source) -> Source:
     """What the taps read, in NHWC, by pairs of channels; zeros fill up the border and the last pair of a group."""
+    extent = Window.of(spec, layout)
     pairs = paired(spec).ci // spec.groups
     odd = spec.ci // spec.groups % 2
     (top, bottom), (left, right) = extent.rows_inside, extent.columns_inside
@@ -63,8 +76,7 @@ def _window(spec: ConvTranspose2dSpec, extent: Window, data: Source) -> Any:
         first = 2 * c - tirx.indexdiv(c, pairs) if odd else 2 * c
 
         def bits(channel: Expr) -> Expr:
-            value = data.at(n, channel, h + extent.first_row, w + extent.first_column)
-            return tirx.reinterpret("uint16", value).astype(PAIR)
+            return _bits_of(data.at(n, channel, h + extent.first_row, w + extent.first_column))
 
         second = bits(first + 1)
         if odd:
@@ -74,7 +86,8 @@ def _window(spec: ConvTranspose2dSpec, extent: Window, data: Source) -> Any:
             return value
         return tirx.if_then_else(tirx.all(h >= top, h < bottom, w >= left, w < right), value, _bits(0))
 
-    return te.compute((data.tensor.shape[0], extent.height, extent.width, spec.groups * pairs), read, name="window")
+    window = te.compute((data.tensor.shape[0], extent.height, extent.width, spec.groups * pairs), read, name="window")
+    return Source(window, "nhwc", (extent.first_row, extent.first_column))
 
 
 def declare_dot_pack(spec: ConvTranspose2dSpec, layout: DotLayout, target: Target) -> tirx.PrimFunc:

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, replace
 
-from convt_tvm.layout import Layout
-from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.layout import Layout, Window, crowds
+from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 
-__all__ = ["DotLayout", "paired"]
+__all__ = ["DotLayout", "paired", "reads_pairs"]
 
 
 def paired(spec: ConvTranspose2dSpec) -> ConvTranspose2dSpec:
@@ -18,6 +18,14 @@ def paired(spec: ConvTranspose2dSpec) -> ConvTranspose2dSpec:
     6
     """
     return replace(spec, ci=spec.groups * -(-spec.ci // spec.groups // 2))
+
+
+def reads_pairs(spec: ConvTranspose2dSpec, layout: Layout) -> bool:
+    """Whether dot products read pairs of the input itself, where they are side by side; see `layout.reads_input`."""
+    if spec.input_axes == "nchw" or spec.ci // spec.groups % 2:
+        return False
+    stays = not crowds(layout, spec.ci * DTYPE_BYTES[spec.dtype], spec.iw)
+    return stays and Window.of(spec, layout).is_inside
 
 
 @dataclass(frozen=True, slots=True)

@@ -146,8 +146,8 @@ class Kernel:
                 else:
                     result = self._empty_like(self._output)
                 if out is None or not out.is_neg():
-                    read = input if self._input_order is None else input.permute(self._input_order)
-                    written = result if self._output_order is None else result.permute(self._output_order)
+                    read = input if self._input_order is None else input.permute(*self._input_order)
+                    written = result if self._output_order is None else result.permute(*self._output_order)
                     if adopted.setting != required.setting and self._parallel:
                         configure()
                     if bias is None:

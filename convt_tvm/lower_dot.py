@@ -35,7 +35,8 @@ def _multiply(node: Any) -> Statement | None:
         guard, node = node.condition, node.then_case
     if not (loops and isinstance(node, tirx.BufferStore) and str(node.buffer.name).startswith(PARTIAL)):
         return None
-    pair, weight = (find_load(node.value, name) for name in ("window", "packed"))
+    window, image, weight = (find_load(node.value, name) for name in ("window", "input", "packed"))
+    pair = image if window is None else window
     if pair is None or weight is None:
         return None
     lane = loops[-1]
@@ -46,6 +47,8 @@ def _multiply(node: Any) -> Statement | None:
     within = next((i for i in reversed(range(len(loops) - 1)) if loops[i].kind != tirx.ForKind.UNROLLED), 0)
     first = [at_start(index, loops[within:]) for index in pair.indices]
     offset = tvm.sym.Analyzer().simplify(element_number(pair.source, pair.indices) - element_number(pair.source, first))
+    # Of the image the first of a pair's two elements was found.
+    offset = offset if window is not None else tvm.sym.Analyzer().simplify(tirx.indexdiv(offset, 2))
     value = pair_at(tirx.address_of(tirx.BufferLoad(pair.source, first)), offset)
 
     *place, start = (at_start(index, [lane]) for index in node.indices)

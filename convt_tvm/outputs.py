@@ -117,7 +117,7 @@ class Outputs:
             column = tirx.Var("column", "int32")
             whole_row = tirx.For(column, 0, spec.ow, tirx.ForKind.SERIAL, node)
             around = [*_outside_rows(loops, node), whole_row]
-            if self._by_channel:
+            if self._is_nhwc:
                 around.sort(key=lambda loop: depends_on(ob, loop.loop_var))
             return nest(around, write(node.value, ob, column), [*filled, *rows])
 
@@ -148,7 +148,7 @@ class Outputs:
             else:
                 stored = tirx.Cast(_vector(spec.dtype, size), vector)
             channel, column = first_lane + lane, first_column * stride_w + position
-            if self._by_channel and by_channels:
+            if self._is_nhwc and by_channels:
                 return write(stored, ramp(channel, size), column)
             statement = write(stored, channel, ramp(column, size))
             if not (filled and by_channels):
@@ -159,7 +159,7 @@ class Outputs:
             column = qw - first_column
             if by_channels:
                 position, positions = column * phases + pw, layout.column_block * phases
-                if self._by_channel:
+                if self._is_nhwc:
                     left = channels - first_channel if filled else None
                     return _store_positions(inner, value, position, count, positions, put, left, channels)
                 return _store_channels(inner, value, position, count, positions, put, pairs=self._narrows)
@@ -182,7 +182,7 @@ class Outputs:
         return [place[axis] for axis in self.spec.output_axes]
 
     @property
-    def _by_channel(self) -> bool:
+    def _is_nhwc(self) -> bool:
         """Whether the channels of a place are side by side in memory, and not the places of a channel."""
         return self.spec.output_axes == "nhwc"
 
@@ -213,7 +213,7 @@ class Outputs:
         row, first = self._row(band, ph, tirx.min(qh, band.rows - 1)), at_start(qw, loops)
         size, line = layout.column_block * phases, CACHE_LINE_BYTES // DTYPE_BYTES[spec.dtype]
         around = _outside_rows(loops, node)
-        if self._by_channel:
+        if self._is_nhwc:
             # A line holds channels side by side, of one column or of several.
             line = max(1, line // spec.co)
             beside = [loop for loop in around if _counts_by_one(ob, loop.loop_var)]

@@ -12,6 +12,7 @@ from torch import Tensor
 from convt_tvm.cache import cached_kernel
 from convt_tvm.errors import ArgumentError, ArgumentTypeError, IncompatibleMachineError, SpecError
 from convt_tvm.gpu import ARCHITECTURES, Gpu, capability, newest_architecture
+from convt_tvm.layout import prefers_channels_last
 from convt_tvm.phases import Axis
 from convt_tvm.runtime import Kernel
 from convt_tvm.spec import CHANNELS_LAST, ConvTranspose2dSpec, Pair
@@ -192,7 +193,7 @@ def _make_plan(
         bias=bias_shape is not None,
         dtype=dtype,
     )
-    if channels_last and Target.parse(target).for_dtype(spec.dtype).keeps_channels_last:
+    if channels_last and prefers_channels_last(spec) and Target.parse(target).for_dtype(spec.dtype).keeps_channels_last:
         spec = replace(spec, memory_format=CHANNELS_LAST)
     kernel = cached_kernel(spec, target)
     manifest = kernel.manifest

@@ -9,7 +9,6 @@ from tvm.s_tir import Schedule
 from convt_tvm.compute import SKIPS_ROWS, SUMS, layout_of, spec_of
 from convt_tvm.layout import (
     CACHE_LINE_BYTES,
-    POSITION_STREAMS,
     Band,
     collides,
     reaches,
@@ -19,6 +18,7 @@ from convt_tvm.layout import (
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 
 __all__ = [
+    "POSITION_STREAMS",
     "accumulate",
     "copy_window",
     "find_window",
@@ -36,6 +36,8 @@ TILE_LOOPS = {"co": 4, "ow": 3}
 """Loops of a declaration's sums that a tile spans: rows, phases, columns, channels; channels, phases, columns."""
 REDUCED = 2
 """Of the kinds of a block's variables, that of a reduction."""
+POSITION_STREAMS = 8
+"""Positions read side by side, one channel after the other, for which the 8 to 12 ways of one cache set are too few."""
 PARALLEL_CYCLES = 60_000
 """Cycles of one core below which it does a loop alone: another takes 5 to 10 us to begin, and 60 if it sleeps.
 

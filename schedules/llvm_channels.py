@@ -71,8 +71,9 @@ from convt_tvm.cost import (
     lane_counts,
     row_chunks,
 )
-from convt_tvm.layout import Layout, bands, reaches
+from convt_tvm.layout import CACHE_LINE_BYTES, Layout, Window, bands, collides, crowds, reaches, reads_input
 from convt_tvm.schedule import (
+    POSITION_STREAMS,
     accumulate,
     copy_window,
     find_window,
@@ -90,8 +91,8 @@ MAX_VECTORS = 4
 MAX_TRANSPOSED = 128
 """Outputs in a row of a tile beyond which they are stored one by one, to keep code small."""
 MAX_POSITIONS = 28
-CYCLES_PER_INPUT = 1.5
-CYCLES_PER_OUTPUT = 1.0
+CYCLES_PER_INPUT = {"nchw": 1.5, "nhwc": 1.0}
+CYCLES_PER_OUTPUT = {"nchw": 1.0, "nhwc": 0.2}
 CYCLES_PER_RUN = 8.0
 """Cycles for each run of outputs that a tile writes side by side: it opens a cache line, often a page, of its own."""
 
@@ -109,7 +110,6 @@ def applies(spec: ConvTranspose2dSpec) -> bool:
 def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout, float]]:
     """Layouts whose accumulators fit the registers, each with its estimated cycles."""
     channels = spec.co // spec.groups
-    phases = len(spec.axes[1].phases)
     height, width = (max(phase.count for phase in axis.phases) for axis in spec.axes)
     for lanes in lane_counts(spec, target):
         for vectors in range(1, min(MAX_VECTORS, -(-channels // lanes)) + 1):
@@ -117,8 +117,7 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
                 for rows in block_sizes(height, MAX_POSITIONS // columns):
                     tile = Tile(vectors, rows * columns, lanes * DTYPE_BYTES[spec.accumulator_dtype])
                     if tile.fits(target):
-                        per_output = CYCLES_PER_OUTPUT + CYCLES_PER_RUN / (columns * phases)
-                        costs = Costs(CYCLES_PER_INPUT, per_output, _missed(spec, rows * columns))
+                        costs = _costs(spec, Layout("co", vectors * lanes, rows, columns, lanes, rows))
                         for chunk in row_chunks(spec, rows, target):
                             layout = Layout("co", vectors * lanes, rows, columns, lanes, chunk)
                             yield layout, core_cycles(spec, layout, tile, target, reuse=1, costs=costs)
@@ -130,10 +129,34 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
                             yield layout, core_cycles(spec, layout, tile, target, reuse=1, costs=costs)
 
 
-def _missed(spec: ConvTranspose2dSpec, positions: int) -> float:
-    """Cycles in which a step waits for its inputs: what the first cache can't hold of all channels of a tile."""
-    size = positions * (spec.ci // spec.groups) * DTYPE_BYTES[spec.accumulator_dtype]
-    return CYCLES_PER_MISSED * positions * max(0.0, 1 - FIRST_CACHE_BYTES / size)
+def _costs(spec: ConvTranspose2dSpec, layout: Layout) -> Costs:
+    """What is paid besides sums; a tile writes its outputs in runs of a row, or of a block of channels."""
+    axes = spec.output_axes
+    channels = spec.co // spec.groups
+    run = min(layout.co_block, channels) if axes == "nhwc" else layout.column_block * len(spec.axes[1].phases)
+    return Costs(
+        0.0 if reads_input(spec, layout) else CYCLES_PER_INPUT[spec.input_axes],
+        CYCLES_PER_OUTPUT[axes] + CYCLES_PER_RUN / run,
+        _missed(spec, layout),
+    )
+
+
+def _missed(spec: ConvTranspose2dSpec, layout: Layout) -> float:
+    """Cycles in which a step waits for its inputs: what the first cache can't hold of all channels of a tile.
+
+    It holds none where a tile has several rows that fall into the same sets.
+    """
+    itemsize = DTYPE_BYTES[spec.accumulator_dtype]
+    positions = layout.row_block * layout.column_block
+    size = positions * (spec.ci // spec.groups) * itemsize
+    missed = max(0.0, 1 - FIRST_CACHE_BYTES / size)
+    if layout.row_block > 1 and not reads_input(spec, layout):
+        column_bytes = spec.ci * itemsize
+        if collides(column_bytes, POSITION_STREAMS):
+            # As `spread_window` lays them out.
+            column_bytes = (column_bytes // CACHE_LINE_BYTES | 1) * CACHE_LINE_BYTES
+        missed = 1.0 if crowds(layout, column_bytes, Window.of(spec, layout).width) else missed
+    return CYCLES_PER_MISSED * positions * missed
 
 
 def space(sch: Schedule) -> None:

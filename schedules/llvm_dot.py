@@ -50,7 +50,7 @@ from math import gcd, prod
 from tvm.s_tir import Schedule
 
 from convt_tvm.compute import IN_VECTORS, spec_of
-from convt_tvm.dot_layout import DotLayout, paired
+from convt_tvm.dot_layout import DotLayout, paired, reads_pairs
 from convt_tvm.layout import CACHE_LINE_BYTES, Layout, bands, reaches
 from convt_tvm.processor import TILE_FEATURES
 from convt_tvm.schedule import find_window
@@ -79,8 +79,11 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
     if not target.multiplies_pairs:
         return
     factor = 1 if TILE_FEATURES.isdisjoint(target.features) else SLOW_WITH_TILES
-    for layout, cycles in llvm_channels.layouts(paired(spec), target):
+    pairs = paired(spec)
+    for layout, cycles in llvm_channels.layouts(pairs, target):
         total = cycles + prod(spec.output_shape) * _split_cycles(spec, layout)
+        if reads_pairs(spec, layout):
+            total -= prod(pairs.input_shape) * llvm_channels.CYCLES_PER_INPUT[spec.input_axes]
         yield DotLayout(**layout.to_json()), factor * total
 
 

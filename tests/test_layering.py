@@ -78,7 +78,7 @@ MAY_IMPORT = {
     "compiler": "errors spec target machine layout fingerprint manifest artifact runtime records database space "
     "entry backends cpu_code",
     "cache": "digests errors spec target fingerprint manifest runtime database compiler",
-    "plan": "errors gpu phases spec target runtime cache",
+    "plan": "errors gpu phases spec target layout runtime cache",
     "functional": "errors plan",
     "packed": "plan",
     "nn": "errors plan functional packed",
