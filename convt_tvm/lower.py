@@ -17,6 +17,7 @@ from tvm import s_tir, tirx
 from convt_tvm.bfloat16 import define_functions
 from convt_tvm.compute import GATHERS, PARTIAL, SKIPS_ROWS, SUMS, layout_of, lookup, spec_of, target_of
 from convt_tvm.layout import CACHE_LINE_BYTES, Window, bands, kernel_columns, window_axes
+from convt_tvm.lower_products import multiply_vectors
 from convt_tvm.outputs import Outputs, last_band
 from convt_tvm.spec import Pair
 from convt_tvm.statements import (
@@ -220,6 +221,8 @@ def lower_kernel(function: tirx.PrimFunc, *, asks_ahead: bool = True) -> tvm.IRM
     body = _rewrite(_join_gathering(function.body, f"band{last_band(spec).index}"), rules)
     if not layout.unrolls_phases(spec):
         body = rewrite(body, _guard_sum)
+    if layout.lanes == "co" and layout.taps != "plain":
+        body = multiply_vectors(body, spec.accumulator_dtype)
     if spec.dtype == "bfloat16" and target.multiplies_pairs:
         body = define_functions(body)
     if layout.gathers:

@@ -31,6 +31,9 @@ or, with ``taps="outer"``, where a block's weights for one row phase do not fit 
 With ``gathers`` the parallel loop ends with b, the rows of all phases of the chunk go to a buffer, and from there past
 the caches to the output, most of them beside the sums of the rows that follow.
 
+In channels_last sums leave as they are, vectors of channels, and the input itself is read where no tile reaches beyond
+it and what a tile reads side by side stays in the first cache (`convt_tvm.layout.reads_input`).
+
 What limits it on one core of a Zen 4 server (115 GFLOP/s; the share of that peak after the name; answers checked):
 
 - Nothing much: dcgan/3 97 %, dcgan/4 93 %, pose/2 92 %, pointpillars/up4 87 %, maskrcnn/mask 85 %, grouped/4 85 %.
@@ -38,6 +41,8 @@ What limits it on one core of a Zen 4 server (115 GFLOP/s; the share of that pea
 - Inputs: 24 positions of pose/1's 2,048 channels do not stay in the first cache; 24 by one vector took 12 % longer than
   12 by two, in hifigan/up1 (82 %) 16 positions 6 % longer than 13.
 - Stores: asking for cache lines before the sums gained 5 % for maskrcnn/mask, 3 % for pointpillars/up4.
+- Windows, in channels_last: copying one took 8 % of sam/up1, which reads the input itself now. Tiles of 13 of its rows,
+  all in the same cache sets, were 15 % slower in bfloat16 than of one row.
 
 And on one of an Emerald Rapids server (175 GFLOP/s, L2 2 MiB, 18 GB/s from beyond it):
 
@@ -130,15 +135,19 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
 
 
 def _costs(spec: ConvTranspose2dSpec, layout: Layout) -> Costs:
-    """What is paid besides sums; a tile writes its outputs in runs of a row, or of a block of channels."""
-    axes = spec.output_axes
-    channels = spec.co // spec.groups
-    run = min(layout.co_block, channels) if axes == "nhwc" else layout.column_block * len(spec.axes[1].phases)
+    """What is paid besides sums."""
     return Costs(
         0.0 if reads_input(spec, layout) else CYCLES_PER_INPUT[spec.input_axes],
-        CYCLES_PER_OUTPUT[axes] + CYCLES_PER_RUN / run,
+        CYCLES_PER_OUTPUT[spec.output_axes] + CYCLES_PER_RUN / outputs_in_run(spec, layout),
         _missed(spec, layout),
     )
+
+
+def outputs_in_run(spec: ConvTranspose2dSpec, layout: Layout) -> int:
+    """Outputs of a tile that are side by side in memory: of a row, or of a block of channels."""
+    if spec.output_axes == "nhwc":
+        return min(layout.co_block, spec.co // spec.groups)
+    return layout.column_block * len(spec.axes[1].phases)
 
 
 def _missed(spec: ConvTranspose2dSpec, layout: Layout) -> float:

@@ -10,6 +10,7 @@ import torch
 from convt_tvm import build, load
 from convt_tvm.check import bits
 from convt_tvm.compiler import build_artifact
+from convt_tvm.dot_layout import reads_pairs
 from convt_tvm.errors import BuildError
 from convt_tvm.functional import conv_transpose2d
 from convt_tvm.layout import reads_input
@@ -63,17 +64,36 @@ def test_every_space_is_exact_and_writes_nothing_else(name, dtype, tmp_path):
 
 
 def test_the_input_itself_is_read_where_it_can_be():
-    def reads(spec):
-        return {choice.layout.lanes: reads_input(spec, choice.layout) for choice in choices(spec, V4)}
+    def reading(spec):
+        return [choice.layout for choice in choices(spec, V4) if reads_input(spec, choice.layout)]
 
     whole = last(ci=16, co=32, kernel_size=2, padding=0)
-    # Tiles of columns that reach beyond the last column read a border.
-    assert any(reads_input(whole, choice.layout) for choice in choices(whole, V4) if choice.layout.lanes == "co")
-    assert not reads(whole)["ow"]
-    assert not any(reads(last(kernel_size=3)).values())
-    assert not any(reads(replace(whole, dtype="bfloat16")).values())
-    # Positions 4,096 bytes apart crowd into few sets of the first cache.
-    assert not any(reads(replace(whole, ci=1024)).values())
+    assert {layout.lanes for layout in reading(whole)} == {"co"}
+    # Tiles of columns that reach beyond the last column read a border, and so do taps.
+    assert all(whole.iw % layout.column_block == 0 for layout in reading(whole))
+    assert not reading(last(ci=16, co=32))
+    assert not reading(replace(whole, dtype="bfloat16"))
+    assert {layout.lanes for layout in reading(replace(whole, memory_format="contiguous_format"))} <= {"ow"}
+    # Positions 4,096 bytes apart fall into one set of the first cache.
+    far = replace(whole, ci=1024, iw=16)
+    assert {layout.row_block * layout.column_block for layout in reading(far)} == {1, 2, 4}
+    assert max(layout.row_block * layout.column_block for layout in reading(replace(far, ci=1008))) > 4
+
+
+@pytest.mark.parametrize("ci", [16, 15])
+def test_pairs_of_the_input_itself_are_read_where_they_are_side_by_side(ci, tmp_path):
+    spec = last(ci=ci, iw=8, co=32, kernel_size=2, padding=0, dtype="bfloat16")
+    found = [choice for choice in choices(spec, HOST) if choice.space.name == "llvm_dot"]
+    reading = [choice for choice in found if reads_pairs(spec, choice.layout)]
+    assert bool(reading) is (bool(found) and ci == 16)
+    inputs = integer_inputs(spec, seed=2)
+    memory = torch.zeros(inputs[0].numel() + 1, dtype=torch.bfloat16)
+    for number, choice in enumerate(reading[:2]):
+        build_artifact(spec, HOST, tmp_path / str(number), choice=choice)
+        kernel = load(tmp_path / str(number))
+        # An odd number of elements from where pairs would be aligned.
+        odd = memory[1:].view(spec.n, spec.ih, spec.iw, ci).movedim(-1, 1).copy_(inputs[0])
+        assert torch.equal(kernel(odd, *inputs[1:]).double(), reference(spec, *inputs))
 
 
 @pytest.fixture(scope="module")

@@ -60,9 +60,10 @@ MAY_IMPORT = {
     "space": "errors spec target layout schedules records",
     "stream": "layout statements",
     "outputs": "spec target layout bfloat16 compute shuffle statements stream",
-    "lower": "spec layout bfloat16 compute statements stream outputs",
+    "lower_products": "compute shuffle statements",
+    "lower": "spec layout bfloat16 compute statements stream outputs lower_products",
     "lower_window": "layout compute shuffle statements",
-    "lower_dot": "layout bfloat16 compute shuffle statements lower lower_window",
+    "lower_dot": "layout dot_layout bfloat16 compute lower lower_products lower_window",
     "lower_tiles": "spec compute compute_tiles statements lower tile_layout",
     "lower_cuda": "spec layout compute compute_cuda thread_layout statements lower",
     "lower_tensor": "compute compute_tensor tensor_layout lower_cuda",
@@ -148,7 +149,7 @@ MAY_IMPORT = {
 COMPILING = {
     *("compute", "compute_dot", "compute_tiles", "compute_cuda", "compute_tensor", "tensor_intrinsics", "space"),
     *("schedule", "schedule_cuda", "schedule_tensor", "schedules", "shuffle", "bfloat16", "statements", "stream"),
-    *("outputs", "lower", "lower_window", "lower_dot", "lower_tiles", "lower_cuda", "lower_tensor"),
+    *("outputs", "lower", "lower_products", "lower_window", "lower_dot", "lower_tiles", "lower_cuda", "lower_tensor"),
     *("cuda_device_code", "cpu_code", "entry", "backends", "compiler", "emulate", "metaschedule", "generic"),
 }
 
