@@ -58,7 +58,10 @@ def multiply_vectors(body: Statement, dtype: str) -> Statement:
 
 
 def multiply_from_one_address(body: Statement, dtype: str, read: Read, add: Add) -> Statement:
-    """`body` with each nest of loops that adds products to partial sums replaced, where it reads images of `dtype`."""
+    """`body` with each nest of loops that adds products to partial sums replaced.
+
+    Those that read images of `dtype`, and whose innermost loop, over channels, is to become vectors.
+    """
 
     def change(node: Any) -> Statement | None:
         loops, node = inside(node)
@@ -70,9 +73,9 @@ def multiply_from_one_address(body: Statement, dtype: str, read: Read, add: Add)
             return None
         window, image, weight = (find_load(node.value, name) for name in ("window", "input", "packed"))
         load = image if window is None else window
-        if load is None or weight is None or str(load.ty.dtype) != dtype:
-            return None
         lane = loops[-1]
+        if load is None or weight is None or str(load.ty.dtype) != dtype or lane.kind != tirx.ForKind.VECTORIZED:
+            return None
         lanes = int(lane.extent)
 
         # Unrolled loops and the one around them.

@@ -17,8 +17,8 @@ from convt_tvm.errors import SpecError
 from convt_tvm.fuzz import Domain
 from convt_tvm.layout import Layout, bands, kernel_columns
 from convt_tvm.lower import lower_kernel, lower_pack
-from convt_tvm.reference import integer_inputs, reference
-from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.reference import empty_output, integer_inputs, reference
+from convt_tvm.spec import MEMORY_ORDER, ConvTranspose2dSpec
 from convt_tvm.target import Target
 
 TARGET = Target.parse("llvm")
@@ -34,12 +34,13 @@ def run_phases(spec, layout, inputs, pack=None):
     )
     library = tvm.compile(module, target=TARGET.to_tvm())
     data, weight, bias = inputs
-    dtype, accumulator = getattr(torch, spec.dtype), getattr(torch, spec.accumulator_dtype)
+    accumulator = getattr(torch, spec.accumulator_dtype)
     packed = torch.full(layout.packed_shape(spec), float("nan"), dtype=accumulator)
-    output = torch.full(spec.output_shape, float("nan"), dtype=dtype)
+    output = empty_output(spec, data)
     library["pack"](weight, packed)
     assert not packed.isnan().any()
-    library["convt"](data, packed, *([bias] if spec.bias else []), output)
+    read, written = data.permute(MEMORY_ORDER[spec.input_axes]), output.permute(MEMORY_ORDER[spec.output_axes])
+    library["convt"](read, packed, *([bias] if spec.bias else []), written)
     return output
 
 
@@ -47,7 +48,7 @@ def run_reference(spec, inputs):
     library = tvm.compile(declare_reference(spec), target=TARGET.to_tvm())
     data, weight, bias = inputs
     output = torch.full(spec.output_shape, float("nan"), dtype=getattr(torch, spec.dtype))
-    library["main"](data, weight, *([bias] if spec.bias else []), output)
+    library["main"](data.contiguous(), weight, *([bias] if spec.bias else []), output)
     return output
 
 
