@@ -11,11 +11,13 @@ from tvm.s_tir import Schedule
 
 from convt_tvm.compute import declare_pack, declare_phases
 from convt_tvm.compute_cuda import declare_thread_pack, declare_thread_phases
+from convt_tvm.compute_depthwise import declare_depthwise_pack, declare_depthwise_phases
 from convt_tvm.compute_dot import declare_dot_pack, declare_dot_phases
 from convt_tvm.compute_tensor import declare_tensor_pack, declare_tensor_phases
 from convt_tvm.compute_tiles import declare_tile_pack, declare_tile_phases
 from convt_tvm.cuda_device_code import device_compiler
 from convt_tvm.cuda_toolkit import Resources
+from convt_tvm.depthwise_layout import DepthwiseLayout
 from convt_tvm.dot_layout import DotLayout
 from convt_tvm.layout import Layout
 from convt_tvm.lower import lower_kernel, lower_pack
@@ -63,6 +65,7 @@ _BACKENDS: dict[type[Layout], Backend] = {
         lower_kernel,
         lower_pack,
     ),
+    DepthwiseLayout: Backend(declare_depthwise_phases, declare_depthwise_pack, share_pack, lower_kernel, lower_pack),
     DotLayout: Backend(declare_dot_phases, declare_dot_pack, share_pack, lower_dot_kernel, lower_pack),
     TileLayout: Backend(declare_tile_phases, declare_tile_pack, share_pack, lower_tile_kernel, lower_pack),
     ThreadLayout: Backend(

@@ -56,6 +56,7 @@ __all__ = [
     "SKIPS_ROWS",
     "SUMS",
     "Source",
+    "copied_window",
     "create_function",
     "declare_pack",
     "declare_phases",
@@ -169,7 +170,7 @@ def declare_phases(spec: ConvTranspose2dSpec, layout: Layout, target: Target) ->
     batch, spec = te.var("n") if spec.n is None else spec.n, spec.sized
     data, packed, bias = parameters(spec, layout, batch)
 
-    source = data if reads_input(spec, layout) else _window(spec, layout, data)
+    source = data if reads_input(spec, layout) else copied_window(spec, layout, data)
 
     def multiply(value: Expr, place: Sequence[Expr]) -> Expr:
         return value * packed[tuple(place)]
@@ -184,7 +185,7 @@ def declare_phases(spec: ConvTranspose2dSpec, layout: Layout, target: Target) ->
     return phase_function(spec, layout, target, [data.tensor, packed, bias], outputs)
 
 
-def _window(spec: ConvTranspose2dSpec, layout: Layout, data: Source) -> Source:
+def copied_window(spec: ConvTranspose2dSpec, layout: Layout, data: Source) -> Source:
     """What the taps read, copied so that no read needs a check."""
     extent = Window.of(spec, layout)
     zero, axes = tirx.const(0, spec.accumulator_dtype), window_axes(spec, layout)

@@ -20,12 +20,15 @@ Choose: TypeAlias = Callable[[int, int], int]
 class Domain:
     """The largest value of each parameter; channels are those of a group.
 
+    ``depthwise`` is that of a layer's groups of one channel each, which come in multiples of 8.
+
     The default is wide enough for every tile of the schedules and its surplus, and small enough that building takes
     longer than running.
     """
 
     n: int = 3
     groups: int = 5
+    depthwise: int = 32
     ci: int = 6
     ih: int = 9
     iw: int = 40
@@ -43,7 +46,9 @@ def draw_spec(
     memory_formats: Sequence[str] = MEMORY_FORMATS,
     domain: Domain | None = None,
 ) -> ConvTranspose2dSpec:
-    """One spec, every parameter of which may take every value up to that of `domain`; half have one group.
+    """One spec, every parameter of which may take every value up to that of `domain`.
+
+    Two in five have one group, one is depthwise.
 
     Raises
     ------
@@ -55,14 +60,18 @@ def draw_spec(
     def pair(low: int, high: int) -> Pair:
         return choose(low, high), choose(low, high)
 
-    groups = (1, 1, min(2, limits.groups), limits.groups)[choose(0, 3)]
+    kind = choose(0, 4)
+    depthwise = kind == 4 and limits.depthwise >= 8
+    groups = (1, 1, min(2, limits.groups), limits.groups, 1)[kind]
+    if depthwise:
+        groups = 8 * choose(1, limits.depthwise // 8)
     stride, dilation = pair(1, limits.stride), pair(1, limits.dilation)
     return ConvTranspose2dSpec(
         n=choose(1, limits.n),
-        ci=groups * choose(1, limits.ci),
+        ci=groups * choose(1, 1 if depthwise else limits.ci),
         ih=choose(1, limits.ih),
         iw=choose(1, limits.iw),
-        co=groups * choose(1, limits.co),
+        co=groups * choose(1, 1 if depthwise else limits.co),
         kernel_size=pair(1, limits.kernel_size),
         stride=stride,
         padding=pair(0, limits.padding),

@@ -15,6 +15,7 @@ from convt_tvm.compute import PARTIAL
 from convt_tvm.shuffle import ramp
 from convt_tvm.statements import (
     at_start,
+    depends_on,
     element_number,
     find_guard,
     find_load,
@@ -75,6 +76,9 @@ def multiply_from_one_address(body: Statement, dtype: str, read: Read, add: Add)
         load = image if window is None else window
         lane = loops[-1]
         if load is None or weight is None or str(load.ty.dtype) != dtype or lane.kind != tirx.ForKind.VECTORIZED:
+            return None
+        if any(depends_on(index, lane.loop_var) for index in load.indices):
+            # Lanes along groups read vectors of the image.
             return None
         lanes = int(lane.extent)
 

@@ -170,6 +170,14 @@ def _missed(spec: ConvTranspose2dSpec, layout: Layout) -> float:
 
 def space(sch: Schedule) -> None:
     """Schedule the phase form in `sch` in place; deterministic for a declaration."""
+    tile(sch)
+    window = find_window(sch)
+    if window is not None:
+        copy_window(sch, spec_of(sch.mod["main"]), window)
+
+
+def tile(sch: Schedule) -> None:
+    """Schedule all but the window."""
     function = sch.mod["main"]
     spec, layout = spec_of(function), layout_of(function)
     for band in bands(spec):
@@ -199,13 +207,10 @@ def space(sch: Schedule) -> None:
             vector, lane = sch.split(ob, [None, layout.vector_lanes])
             row_block, row = sch.split(qh, [None, layout.row_block])
             column_block, column = sch.split(qw, [None, layout.column_block])
-            tile = (row, column, vector)
+            loops = (row, column, vector)
             if inner:
-                sch.reorder(row_block, column_block, pw, *parts, *tile, lane)
+                sch.reorder(row_block, column_block, pw, *parts, *loops, lane)
             else:
                 th, tw, ic = parts
-                sch.reorder(pw, th, tw, row_block, column_block, ic, *tile, lane)
-            accumulate(sch, band, phases=pw, parts=parts, tile=tile, lane=lane)
-    window = find_window(sch)
-    if window is not None:
-        copy_window(sch, spec, window)
+                sch.reorder(pw, th, tw, row_block, column_block, ic, *loops, lane)
+            accumulate(sch, band, phases=pw, parts=parts, tile=loops, lane=lane)

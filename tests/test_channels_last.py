@@ -16,7 +16,7 @@ from convt_tvm.functional import conv_transpose2d
 from convt_tvm.layout import reads_input
 from convt_tvm.plan import find_plan
 from convt_tvm.reference import integer_inputs, normal_inputs, reference
-from convt_tvm.space import choices
+from convt_tvm.space import choices, default_choice
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
 
@@ -33,6 +33,8 @@ SPECS = {
     "channels fill no vector": last(),
     "groups": last(ci=8, co=6, kernel_size=4, stride=3, groups=2),
     "groups of one channel": last(ci=5, co=5, groups=5),
+    "depthwise": last(ci=48, co=48, groups=48, kernel_size=4),
+    "depthwise, the input itself is read": last(ci=16, co=16, groups=16, kernel_size=2, padding=0, iw=8),
     "one output channel": last(co=1, iw=20),
     "one input channel": last(ci=1),
     "nothing but the bias in two of three rows": last(kernel_size=1, stride=3, padding=0),
@@ -166,6 +168,26 @@ def test_the_function_takes_a_kernel_for_channels_last(of_weight):
     output = conv_transpose2d(input, weight, bias, stride=2, padding=1)
     assert output.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(bits(output), bits(conv_transpose2d(input.contiguous(), weight.contiguous(), bias, 2, 1)))
+
+
+@pytest.mark.parametrize("kernel_size", [4, 15])
+def test_lanes_along_groups_sum_to_the_bits_of_others(kernel_size):
+    spec = last(ci=32, co=32, groups=32, iw=20, ih=20, kernel_size=kernel_size, stride=1, padding=3)
+    assert default_choice(spec, HOST).space.name == "llvm_depthwise"
+    found = choices(spec, HOST, "llvm_depthwise")
+    inputs = normal_inputs(spec, 0)
+    expected = build(replace(spec, memory_format="contiguous_format"))(*inputs)
+    for choice in (found[0], found[-1]):
+        assert torch.equal(bits(build(spec, choice=choice)(*inputs)), bits(expected))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"groups": 1}, {"ci": 40, "co": 80, "groups": 40}, {"memory_format": "contiguous_format"}, {"kernel_size": 1}],
+)
+def test_lanes_run_along_groups_of_one_channel_only(changes):
+    spec = last(**{"ci": 40, "co": 40, "groups": 40, **changes})
+    assert bool(choices(spec, V4, "llvm_depthwise")) is (changes == {"kernel_size": 1})
 
 
 def test_gpus_have_no_such_kernels(tmp_path):

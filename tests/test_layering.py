@@ -40,6 +40,8 @@ MAY_IMPORT = {
     "thread_layout": "spec layout",
     "tile_layout": "spec layout",
     "dot_layout": "spec layout",
+    "depthwise_layout": "spec layout",
+    "compute_depthwise": "spec target layout compute depthwise_layout",
     "compute_dot": "spec target layout bfloat16 compute dot_layout",
     "compute_tiles": "spec target layout compute tile_layout",
     "compute_cuda": "spec target layout compute thread_layout",
@@ -52,8 +54,8 @@ MAY_IMPORT = {
     "schedule": "spec layout compute",
     "schedule_cuda": "thread_layout",
     "schedule_tensor": "spec compute tensor_layout tensor_intrinsics compute_tensor",
-    "schedules": "spec processor target layout dot_layout tile_layout tensor_layout compute compute_tiles compute_cuda "
-    "compute_tensor cost cost_cuda cost_tensor schedule schedule_cuda schedule_tensor",
+    "schedules": "spec processor target layout depthwise_layout dot_layout tile_layout tensor_layout compute "
+    "compute_tiles compute_cuda compute_tensor cost cost_cuda cost_tensor schedule schedule_cuda schedule_tensor",
     "records": "digests errors",
     "store": "errors records",
     "database": "errors gpu spec target machine threads records store",
@@ -71,9 +73,9 @@ MAY_IMPORT = {
     "emulator": "errors cuda_toolkit",
     "emulated_torch": "errors gpu emulator",
     "cuda_device_code": "errors target tensor_intrinsics cuda_toolkit emulator",
-    "backends": "spec target layout dot_layout thread_layout tensor_layout tile_layout compute compute_dot "
-    "compute_tiles compute_cuda compute_tensor schedule schedule_cuda lower lower_dot lower_tiles lower_cuda "
-    "lower_tensor cuda_toolkit cuda_device_code",
+    "backends": "spec target layout depthwise_layout dot_layout thread_layout tensor_layout tile_layout compute "
+    "compute_depthwise compute_dot compute_tiles compute_cuda compute_tensor schedule schedule_cuda lower lower_dot "
+    "lower_tiles lower_cuda lower_tensor cuda_toolkit cuda_device_code",
     "entry": "",
     "cpu_code": "target",
     "compiler": "errors spec target machine layout fingerprint manifest artifact runtime records database space "
@@ -147,8 +149,9 @@ MAY_IMPORT = {
 
 # These import tvm when they are imported; the others may do so inside a function only.
 COMPILING = {
-    *("compute", "compute_dot", "compute_tiles", "compute_cuda", "compute_tensor", "tensor_intrinsics", "space"),
+    *("compute", "compute_depthwise", "compute_dot", "compute_tiles", "compute_cuda", "compute_tensor"),
     *("schedule", "schedule_cuda", "schedule_tensor", "schedules", "shuffle", "bfloat16", "statements", "stream"),
+    *("tensor_intrinsics", "space"),
     *("outputs", "lower", "lower_products", "lower_window", "lower_dot", "lower_tiles", "lower_cuda", "lower_tensor"),
     *("cuda_device_code", "cpu_code", "entry", "backends", "compiler", "emulate", "metaschedule", "generic"),
 }

@@ -1,0 +1,73 @@
+"""CPU: vector lanes along groups of one channel each. For depthwise layers in channels_last.
+
+A vector of the input, of so many groups, meets a vector of weights, and nothing is broadcast; the loop nest is that of
+`llvm_channels` for one input channel and as many output channels as there are groups:
+
+    for n, b, ph, qh, pw, qw, ob, th, tw:             acc += window * packed
+    for n, b, ob, ph, qh, qw, pw:                     band = acc + bias
+"""
+
+from collections.abc import Iterator
+from math import prod
+
+from tvm.s_tir import Schedule
+
+from convt_tvm.cost import FMA_LATENCY, MISS_BYTES_PER_CYCLE, block_sizes, lane_counts
+from convt_tvm.depthwise_layout import DepthwiseLayout, is_depthwise, joined
+from convt_tvm.layout import Layout, bands, reaches, reads_input
+from convt_tvm.schedule import find_window, parallelize
+from convt_tvm.schedules import llvm_channels
+from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
+from convt_tvm.target import Target
+
+NAME = "llvm_depthwise"
+TARGET_KIND = "llvm"
+
+MAX_VECTORS = 4
+MAX_COLUMNS = 14
+SPARE_REGISTERS = 4
+"""Vector registers beside the sums: a vector of weights each."""
+
+
+def applies(spec: ConvTranspose2dSpec) -> bool:
+    """Depthwise specs in channels_last that have any product."""
+    return is_depthwise(spec) and spec.output_axes == "nhwc" and any(reaches(spec, band) for band in bands(spec))
+
+
+def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout, float]]:
+    """Layouts whose vectors are full and whose sums fit the registers, each with its estimated cycles."""
+    width = max(phase.count for phase in spec.axes[1].phases)
+    for lanes in lane_counts(spec, target):
+        for vectors in range(1, MAX_VECTORS + 1):
+            if spec.groups % (vectors * lanes):
+                continue
+            for columns in block_sizes(width, MAX_COLUMNS):
+                if vectors * columns <= target.vector_registers - SPARE_REGISTERS:
+                    layout = DepthwiseLayout("co", vectors * lanes, 1, columns, lanes, 1)
+                    yield layout, _cycles(spec, layout)
+
+
+def _cycles(spec: ConvTranspose2dSpec, layout: DepthwiseLayout) -> float:
+    """Estimated cycles of one core: a load beside each multiply-add, and one of weights for all positions of a tile."""
+    one = joined(spec)
+    steps = sum(band.row_steps(layout, one.ih) for band in bands(one)) * layout.column_steps(one)
+    tiles = one.input_shape[0] * layout.blocks(one) * steps
+    vectors = layout.co_block // layout.vector_lanes
+    copied = 0.0 if reads_input(spec, layout) else llvm_channels.CYCLES_PER_INPUT[spec.input_axes]
+    written = llvm_channels.CYCLES_PER_OUTPUT[spec.output_axes] + llvm_channels.CYCLES_PER_RUN / layout.co_block
+    image_bytes = prod(spec.input_shape) * DTYPE_BYTES[spec.dtype]
+    return (
+        tiles * max(vectors * (layout.column_block + 1), FMA_LATENCY)
+        + image_bytes / MISS_BYTES_PER_CYCLE
+        + prod(spec.input_shape) * copied
+        + prod(spec.output_shape) * written
+    )
+
+
+def space(sch: Schedule) -> None:
+    """Schedule the phase form in `sch` in place; deterministic for a declaration."""
+    llvm_channels.tile(sch)
+    window = find_window(sch)
+    if window is not None:
+        n, *loops = sch.get_loops(window)
+        parallelize(sch, (n, loops[0]), prod(int(sch.get(loop).extent) for loop in loops))
