@@ -5,6 +5,9 @@ A vector of the input, of so many groups, meets a vector of weights, and nothing
 
     for n, b, ph, qh, pw, qw, ob, th, tw:             acc += window * packed
     for n, b, ob, ph, qh, qw, pw:                     band = acc + bias
+
+On a core of a Zen 4 server bilinear/depthwise takes 0.12 ms, 1.5 times as fast as PyTorch in channels_last, and as long
+as in NCHW. With lanes along columns, whose outputs leave one by one, it took 1.2.
 """
 
 from collections.abc import Iterator
@@ -25,8 +28,8 @@ TARGET_KIND = "llvm"
 
 MAX_VECTORS = 4
 MAX_COLUMNS = 14
-SPARE_REGISTERS = 4
-"""Vector registers beside the sums: a vector of weights each."""
+MAX_SHARE = 2
+"""The part of the vector registers that sums may take: half. Zen 4: 28 of 32 took 1.27 times as long as 16."""
 
 
 def applies(spec: ConvTranspose2dSpec) -> bool:
@@ -42,7 +45,7 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
             if spec.groups % (vectors * lanes):
                 continue
             for columns in block_sizes(width, MAX_COLUMNS):
-                if vectors * columns <= target.vector_registers - SPARE_REGISTERS:
+                if vectors * columns <= target.vector_registers // MAX_SHARE:
                     layout = DepthwiseLayout("co", vectors * lanes, 1, columns, lanes, 1)
                     yield layout, _cycles(spec, layout)
 
@@ -56,12 +59,13 @@ def _cycles(spec: ConvTranspose2dSpec, layout: DepthwiseLayout) -> float:
     copied = 0.0 if reads_input(spec, layout) else llvm_channels.CYCLES_PER_INPUT[spec.input_axes]
     written = llvm_channels.CYCLES_PER_OUTPUT[spec.output_axes] + llvm_channels.CYCLES_PER_RUN / layout.co_block
     image_bytes = prod(spec.input_shape) * DTYPE_BYTES[spec.dtype]
-    return (
+    cycles: float = (
         tiles * max(vectors * (layout.column_block + 1), FMA_LATENCY)
         + image_bytes / MISS_BYTES_PER_CYCLE
         + prod(spec.input_shape) * copied
         + prod(spec.output_shape) * written
     )
+    return cycles
 
 
 def space(sch: Schedule) -> None:
