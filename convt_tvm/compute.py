@@ -62,13 +62,13 @@ __all__ = [
     "declare_phases",
     "declare_reference",
     "finish",
+    "finish_bands",
     "layout_of",
     "lookup",
     "parameters",
     "phase_function",
     "spec_of",
     "sum_products",
-    "sums_of",
     "target_of",
 ]
 
@@ -175,13 +175,10 @@ def declare_phases(spec: ConvTranspose2dSpec, layout: Layout, target: Target) ->
     def multiply(value: Expr, place: Sequence[Expr]) -> Expr:
         return value * packed[tuple(place)]
 
-    outputs = []
-    for band in bands(spec):
-        sums = None
-        if reaches(spec, band):
-            sums = sums_of(layout, sum_products(spec, layout, band, source, multiply))
-        outputs.append(finish(spec, layout, band, batch, sums, bias))
+    def accumulate(band: Band) -> Any:
+        return sum_products(spec, layout, band, source, multiply)
 
+    outputs = finish_bands(spec, layout, batch, bias, accumulate)
     return phase_function(spec, layout, target, [data.tensor, packed, bias], outputs)
 
 
@@ -267,13 +264,23 @@ def sum_products(
     return te.compute(shape, total, name=f"{SUMS}{band.index}")
 
 
-def sums_of(layout: Layout, acc: Any) -> Sums:
+def _sums_of(layout: Layout, acc: Any) -> Sums:
     """What gives the sum for each output."""
 
     def sums(n: Expr, g: Expr, b: Expr, ob: Expr, ph: Expr, qh: Expr, qw: Expr, pw: Expr) -> Expr:
         return acc[n, g, b, ph, qh, pw, qw, ob] if layout.lanes == "co" else acc[n, g, b, ph, qh, ob, pw, qw]
 
     return sums
+
+
+def finish_bands(
+    spec: ConvTranspose2dSpec, layout: Layout, batch: Expr, bias: Any, accumulate: Callable[[Band], Any]
+) -> list[Any]:
+    """What is stored of every band: what `accumulate` declares of those that a tap reaches, finished."""
+    return [
+        finish(spec, layout, band, batch, _sums_of(layout, accumulate(band)) if reaches(spec, band) else None, bias)
+        for band in bands(spec)
+    ]
 
 
 def finish(spec: ConvTranspose2dSpec, layout: Layout, band: Band, batch: Expr, sums: Sums | None, bias: Any) -> Any:

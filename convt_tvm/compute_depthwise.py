@@ -14,14 +14,13 @@ from convt_tvm.compute import (
     Source,
     copied_window,
     create_function,
-    finish,
+    finish_bands,
     parameters,
     phase_function,
     sum_products,
-    sums_of,
 )
 from convt_tvm.depthwise_layout import DepthwiseLayout, joined
-from convt_tvm.layout import bands, reaches, reads_input
+from convt_tvm.layout import Band, reads_input
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
 
@@ -51,12 +50,10 @@ def declare_depthwise_phases(spec: ConvTranspose2dSpec, layout: DepthwiseLayout,
     def multiply(value: Callable[[Expr], Expr], place: Sequence[Expr]) -> Expr:
         return value(place[0] * layout.co_block + place[-1]) * packed[tuple(place)]
 
-    outputs = []
-    for band in bands(one):
-        sums = None
-        if reaches(one, band):
-            sums = sums_of(layout, sum_products(one, layout, band, places, multiply))
-        outputs.append(finish(one, layout, band, batch, sums, bias))
+    def accumulate(band: Band) -> Any:
+        return sum_products(one, layout, band, places, multiply)
+
+    outputs = finish_bands(one, layout, batch, bias, accumulate)
     return phase_function(one, layout, target, [data.tensor, packed, bias], outputs)
 
 

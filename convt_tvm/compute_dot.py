@@ -13,9 +13,9 @@ from typing import Any
 from tvm import te, tirx
 
 from convt_tvm.bfloat16 import PAIR
-from convt_tvm.compute import Source, create_function, finish, parameters, phase_function, sum_products, sums_of
+from convt_tvm.compute import Source, create_function, finish_bands, parameters, phase_function, sum_products
 from convt_tvm.dot_layout import DotLayout, paired, reads_pairs
-from convt_tvm.layout import Window, bands, reaches
+from convt_tvm.layout import Band, Window
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
 
@@ -39,12 +39,10 @@ def declare_dot_phases(spec: ConvTranspose2dSpec, layout: DotLayout, target: Tar
         )
         return low + high
 
-    outputs = []
-    for band in bands(spec):
-        sums = None
-        if reaches(spec, band):
-            sums = sums_of(layout, sum_products(paired(spec), layout, band, source, multiply))
-        outputs.append(finish(spec, layout, band, batch, sums, bias))
+    def accumulate(band: Band) -> Any:
+        return sum_products(paired(spec), layout, band, source, multiply)
+
+    outputs = finish_bands(spec, layout, batch, bias, accumulate)
     return phase_function(spec, layout, target, [data.tensor, packed, bias], outputs)
 
 

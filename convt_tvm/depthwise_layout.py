@@ -5,12 +5,7 @@ from dataclasses import dataclass, replace
 from convt_tvm.layout import Layout
 from convt_tvm.spec import ConvTranspose2dSpec
 
-__all__ = ["DepthwiseLayout", "is_depthwise", "joined"]
-
-
-def is_depthwise(spec: ConvTranspose2dSpec) -> bool:
-    """Whether each output channel is summed from one input channel of its own."""
-    return spec.ci == spec.co == spec.groups > 1
+__all__ = ["DepthwiseLayout", "joined"]
 
 
 def joined(spec: ConvTranspose2dSpec) -> ConvTranspose2dSpec:

@@ -23,6 +23,7 @@ __all__ = [
     "collides",
     "column_starts",
     "crowds",
+    "is_depthwise",
     "kernel_columns",
     "partial_sum",
     "prefers_channels_last",
@@ -61,8 +62,6 @@ seed/square (16) 1.02, seed/rect (16) and kernelbench/75 (8) 1.05, bilinear/dept
 CACHE_LINE_BYTES = 64
 CACHE_SET_BYTES = 4096
 """Addresses so far apart share a set of the first cache, on every x86 and most Arm cores since 2006."""
-
-
 CACHE_WAYS = 4
 """Lines that stay in each set beside weights: half of the ways of most first caches."""
 
@@ -281,14 +280,19 @@ def window_axes(spec: ConvTranspose2dSpec, layout: Layout) -> str:
     return "nhcw" if spec.ci // spec.groups >= MANY_INPUTS else "nchw"
 
 
+def is_depthwise(spec: ConvTranspose2dSpec) -> bool:
+    """Whether each output channel is summed from one input channel of its own."""
+    return spec.ci == spec.co == spec.groups > 1
+
+
 def prefers_channels_last(spec: ConvTranspose2dSpec) -> bool:
     """Whether a kernel for channels_last is faster than one for NCHW between two copies.
 
     It is not where each of several groups has few output channels, for the values of a vector are not side by side in
     memory then; but with one channel in each, lanes run along groups, if they fill vectors.
     """
-    depthwise = spec.ci == spec.co == spec.groups and spec.groups % MANY_CHANNELS == 0
-    return spec.groups == 1 or depthwise or spec.co // spec.groups >= MANY_CHANNELS
+    fills_vectors = is_depthwise(spec) and spec.groups % MANY_CHANNELS == 0
+    return spec.groups == 1 or fills_vectors or spec.co // spec.groups >= MANY_CHANNELS
 
 
 def reads_input(spec: ConvTranspose2dSpec, layout: Layout) -> bool:

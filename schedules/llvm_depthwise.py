@@ -16,8 +16,8 @@ from math import prod
 from tvm.s_tir import Schedule
 
 from convt_tvm.cost import FMA_LATENCY, MISS_BYTES_PER_CYCLE, block_sizes, lane_counts
-from convt_tvm.depthwise_layout import DepthwiseLayout, is_depthwise, joined
-from convt_tvm.layout import Layout, bands, reaches, reads_input
+from convt_tvm.depthwise_layout import DepthwiseLayout, joined
+from convt_tvm.layout import Layout, bands, is_depthwise, reaches, reads_input
 from convt_tvm.schedule import find_window, parallelize
 from convt_tvm.schedules import llvm_channels
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
