@@ -7,8 +7,10 @@ works through its input channels in steps: load, wait, multiply. A step keeps th
 - its instructions, four a cycle,
 - its reads of shared memory (or of the first cache, where nothing is staged), one a cycle for a warp,
 
-and it waits for global memory meanwhile; ``r`` blocks wait at the same time. So a step of all of them takes
-``max(r * busy, busy + latency)``, and the grid ``ceil(blocks / (r * processors))`` times that, plus writing the output.
+and it waits for global memory meanwhile; ``r`` blocks wait at the same time, and a block that fetches the next step's
+values ahead waits while it multiplies. So a step of all of them takes ``max(r * busy, busy + latency)``, or
+``max(r * busy, latency)``, and the grid ``ceil(blocks / (r * processors))`` times that, plus adding up what threads have
+that share input channels, and writing the output.
 The constants are NVIDIA's published throughputs; none was measured by this project. Good for ranking layouts.
 """
 
@@ -22,9 +24,9 @@ from convt_tvm.gpu import ARCHITECTURES, Limits
 from convt_tvm.layout import bands, column_starts
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.target import Target
-from convt_tvm.thread_layout import ThreadLayout, row_starts
+from convt_tvm.thread_layout import MAX_FETCHED, ThreadLayout, row_alignment, row_starts, weight_vector
 
-__all__ = ["grid_cycles", "powers", "shared_bytes", "thread_layouts"]
+__all__ = ["grid_cycles", "part_bytes", "powers", "shared_bytes", "thread_layouts"]
 
 WARP = 32
 MAX_SUMS = 64
@@ -34,10 +36,12 @@ SHARED_BYTES = 48 << 10
 SPARE_REGISTERS = 32
 """Of a thread, besides sums and operands: addresses, loop counters, bounds."""
 ISSUED_PER_CYCLE = 4
-GLOBAL_LATENCY = 700
+GLOBAL_LATENCY = 1000
 """Cycles from asking global memory for a stage until after the barrier."""
 CACHE_LATENCY = 250
 """Cycles until operands come from the first cache, for one input channel without a stage."""
+CACHED_READ_CYCLES = 4
+"""For a read of the first cache, of a warp: the load unit's queue is what such kernels wait for most."""
 CACHED_READ_INSTRUCTIONS = 6
 """For a value of the input that is read where it is used: bounds, address, load."""
 STAGED_VALUE_INSTRUCTIONS = 12
@@ -50,13 +54,19 @@ BYTES_PER_CYCLE = 16
 """Of global memory, for each multiprocessor: 3.35 TB/s over 132 at 1.7 GHz on an H100."""
 CACHE_BYTES_PER_CYCLE = 48
 """Of the second cache, likewise."""
-LAUNCH_CYCLES = 4000
+PART_LATENCY = 300
+"""Cycles for two barriers and what is between them, where threads add up their sums."""
+LAUNCH_CYCLES = 2000
 
 MAX_THREADS = 256
 MAX_ROWS = 16
 MAX_TILE = 8
-STAGE_BYTES = (12 << 10, SHARED_BYTES - 64)
-"""How full stages may be; the second of two arrays begins at a multiple of 64 bytes."""
+MAX_DEPTH_THREADS = 32
+MAX_SPLIT_THREADS = 512
+FILLING_THREADS = 1024
+"""Of a multiprocessor: with so many, sharing input channels has no more to give."""
+STAGE_BYTES = (6 << 10, 16 << 10, SHARED_BYTES)
+"""How full stages may be; each of several arrays begins at a multiple of 64 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +90,11 @@ class _Shape:
     column_reach: int
     offsets: int
 
+    def tiles(self, layout: ThreadLayout) -> int:
+        """Tiles of a row phase, of all column phases, for one block of channels."""
+        rows, columns = -(-self.rows // layout.row_block), -(-self.columns // layout.column_block)
+        return rows * columns * (self.phases // layout.phases)
+
     def kernel_columns(self, layout: ThreadLayout) -> int:
         """Columns of weights that a block reads."""
         return _range(self.starts, self.most_taps, layout.phases)
@@ -87,6 +102,13 @@ class _Shape:
     def window_values(self, layout: ThreadLayout) -> int:
         """Values of one channel of the window that a block reads."""
         return (layout.row_block + self.row_reach) * (layout.column_block + self.column_reach)
+
+    def stage_values(self, layout: ThreadLayout) -> int:
+        """Elements of shared memory for one input channel: rows are `row_alignment` apart."""
+        factor, offset = row_alignment(layout)
+        width = layout.column_block + self.column_reach
+        pitch = width + (offset - width) % factor
+        return (layout.row_block + self.row_reach) * pitch + self.weight_values(layout)
 
     def weight_values(self, layout: ThreadLayout) -> int:
         """Weights of one input channel that a block reads."""
@@ -133,21 +155,23 @@ def _shapes(spec: ConvTranspose2dSpec) -> tuple[_Shape, ...]:
     return tuple(found)
 
 
+def part_bytes(spec: ConvTranspose2dSpec, layout: ThreadLayout) -> int:
+    """Shared memory in which threads add up what they have summed of the same outputs."""
+    shared = layout.depth_threads > 1
+    return layout.threads * layout.sums * DTYPE_BYTES[spec.accumulator_dtype] if shared else 0
+
+
 def shared_bytes(spec: ConvTranspose2dSpec, layout: ThreadLayout) -> int:
     """Upper bound of the shared memory that a block takes, in whichever band takes most."""
-    values = max(
-        (shape.window_values(layout) + shape.weight_values(layout) for shape in _shapes(spec) if shape.row_taps),
-        default=0,
-    )
-    return values * layout.ci_block * DTYPE_BYTES[spec.accumulator_dtype]
+    values = max((shape.stage_values(layout) for shape in _shapes(spec) if shape.row_taps), default=0)
+    return values * layout.ci_block * DTYPE_BYTES[spec.accumulator_dtype] + part_bytes(spec, layout)
 
 
 def _band_cycles(spec: ConvTranspose2dSpec, layout: ThreadLayout, shape: _Shape, limits: Limits) -> float:
     value_bytes = DTYPE_BYTES[spec.accumulator_dtype]
-    tiles = -(-shape.rows // layout.row_block) * -(-shape.columns // layout.column_block)
-    blocks = shape.blocks * layout.blocks(spec) * tiles * (shape.phases // layout.phases)
+    blocks = shape.blocks * layout.blocks(spec) * shape.tiles(layout)
     warps = -(-layout.threads // WARP)
-    stored = layout.threads * layout.sums
+    stored = layout.threads // layout.depth_threads * layout.sums
     store = max(stored / WARP * STORE_INSTRUCTIONS / ISSUED_PER_CYCLE, stored * value_bytes / BYTES_PER_CYCLE)
     if not shape.row_taps:
         return LAUNCH_CYCLES + -(-blocks // limits.processors) * store
@@ -155,7 +179,11 @@ def _band_cycles(spec: ConvTranspose2dSpec, layout: ThreadLayout, shape: _Shape,
     part = layout.phases / shape.phases
     offsets = shape.offsets if part == 1 else min(shape.offsets, shape.most_taps + layout.phases)
     operands = layout.channel_tile + layout.column_tile * offsets
-    registers = value_bytes // 4 * (layout.sums + operands) + SPARE_REGISTERS
+    steps, channels = layout.steps(spec), layout.depth_block
+    window, weights = shape.window_values(layout) * channels, shape.weight_values(layout) * channels
+    fetched = _fetched(spec, layout, window, weights) * value_bytes // 4
+    ahead = layout.ci_block > 0 and steps > 1 and fetched <= MAX_FETCHED
+    registers = value_bytes // 4 * (layout.sums + operands) + SPARE_REGISTERS + ahead * fetched
     resident = min(
         limits.blocks,
         limits.threads // (warps * WARP),
@@ -166,32 +194,45 @@ def _band_cycles(spec: ConvTranspose2dSpec, layout: ThreadLayout, shape: _Shape,
     if resident < 1:
         return inf
 
-    channels = layout.ci_block or 1
     vector = max(size for size in (4, 2, 1) if layout.channel_tile % size == 0)
     taps = shape.row_taps * part * shape.all_taps
     products = taps * layout.channel_tile * layout.column_tile
     weight_reads = taps * layout.channel_tile / vector
     window_reads = shape.row_taps * layout.column_tile * offsets
     per_read = 1 if layout.ci_block else CACHED_READ_INSTRUCTIONS
+    # Lanes that work on different input channels read from different places.
+    scattered = max(1, WARP * layout.depth_threads // layout.threads)
+    cached = max(CACHED_READ_CYCLES, WARP // layout.column_threads)
     busy = (
         channels
+        / layout.depth_threads
         * warps
         * max(
             products * value_bytes / 4 * WARP / limits.lanes,
             (products + weight_reads + window_reads * per_read) / ISSUED_PER_CYCLE,
-            weight_reads + window_reads,
+            (weight_reads + window_reads) * scattered * (1 if layout.ci_block else cached),
         )
     )
-    moved = (shape.window_values(layout) + shape.weight_values(layout)) * channels
-    traffic = moved * value_bytes / CACHE_BYTES_PER_CYCLE
+    traffic = (window + weights) * value_bytes / CACHE_BYTES_PER_CYCLE
     if layout.ci_block:
-        busy += max(moved / WARP * STAGED_VALUE_INSTRUCTIONS / ISSUED_PER_CYCLE, traffic)
+        copies = window + weights / weight_vector(spec, layout)
+        busy += max(copies / WARP * STAGED_VALUE_INSTRUCTIONS / ISSUED_PER_CYCLE, traffic)
+        latency = GLOBAL_LATENCY
     else:
         busy = max(busy, traffic)
-    latency = GLOBAL_LATENCY if layout.ci_block else CACHE_LATENCY
-    steps = spec.ci // spec.groups // channels
+        latency = CACHE_LATENCY
+    step = max(resident * busy, latency if ahead else busy + latency)
+    if layout.depth_threads > 1:
+        added = layout.threads * layout.sums / WARP
+        store += 2 * added + PART_LATENCY
     waves = -(-blocks // (resident * limits.processors))
-    return LAUNCH_CYCLES + waves * (steps * max(resident * busy, busy + latency) + resident * store)
+    return LAUNCH_CYCLES + GLOBAL_LATENCY + waves * (steps * step + resident * store)
+
+
+def _fetched(spec: ConvTranspose2dSpec, layout: ThreadLayout, window: int, weights: int) -> int:
+    """Values that one thread copies in a step."""
+    vector = weight_vector(spec, layout)
+    return -(-window // layout.threads) + -(-weights // (layout.threads * vector)) * vector
 
 
 def grid_cycles(spec: ConvTranspose2dSpec, layout: ThreadLayout, target: Target) -> float:
@@ -205,6 +246,12 @@ def powers(extent: int, limit: int) -> Sequence[int]:
     return [1 << shift for shift in range(limit.bit_length()) if shift == 0 or 1 << (shift - 1) < extent]
 
 
+def _channel_tiles(channels: int) -> Sequence[int]:
+    """Powers of two, and what divides the channels into as few parts without surplus."""
+    tiles = powers(channels, MAX_TILE)
+    return sorted({*tiles, *(-(-channels // -(-channels // tile)) for tile in (*tiles, MAX_TILE + MAX_TILE // 2))})
+
+
 def _phase_blocks(spec: ConvTranspose2dSpec, tile: int) -> Sequence[int]:
     """The largest divisor of the number of column phases whose sums fit a thread, if any does."""
     phases, scale = len(spec.axes[1].phases), DTYPE_BYTES[spec.accumulator_dtype] // 4
@@ -212,11 +259,11 @@ def _phase_blocks(spec: ConvTranspose2dSpec, tile: int) -> Sequence[int]:
     return fitting[-1:]
 
 
-def thread_layouts(spec: ConvTranspose2dSpec, *, staged: bool) -> Iterator[ThreadLayout]:
+def thread_layouts(spec: ConvTranspose2dSpec, target: Target, *, staged: bool) -> Iterator[ThreadLayout]:
     """Layouts whose threads, sums and shared memory are within an architecture's limits."""
     channels = spec.co // spec.groups
     height, width = (max(phase.count for phase in axis.phases) for axis in spec.axes)
-    for channel_tile, column_tile in product(powers(channels, MAX_TILE), powers(width, MAX_TILE)):
+    for channel_tile, column_tile in product(_channel_tiles(channels), powers(width, MAX_TILE)):
         threads = product(
             powers(-(-channels // channel_tile), MAX_THREADS),
             powers(height, MAX_ROWS),
@@ -225,7 +272,7 @@ def thread_layouts(spec: ConvTranspose2dSpec, *, staged: bool) -> Iterator[Threa
         for phases in _phase_blocks(spec, channel_tile * column_tile):
             for channel_threads, rows, column_threads in threads:
                 count = channel_threads * rows * column_threads
-                if count > MAX_THREADS or count < min(WARP, channels * height * width):
+                if count > MAX_THREADS:
                     continue
                 layout = ThreadLayout(
                     lanes="ow",
@@ -239,13 +286,34 @@ def thread_layouts(spec: ConvTranspose2dSpec, *, staged: bool) -> Iterator[Threa
                     phases=phases,
                     ci_block=0,
                 )
-                yield from _stages(spec, layout) if staged else (layout,)
+                for depth_threads in _depths(spec, layout, target):
+                    if count * depth_threads >= min(WARP, channels * height * width):
+                        split = replace(layout, depth_threads=depth_threads)
+                        yield from _stages(spec, split) if staged else (split,)
+
+
+def _depths(spec: ConvTranspose2dSpec, layout: ThreadLayout, target: Target) -> Iterator[int]:
+    """How many threads may share input channels: more than one where the others leave multiprocessors idle."""
+    yield 1
+    limits = ARCHITECTURES[target.gpu_archs[-1]]
+    blocks = max(shape.blocks * shape.tiles(layout) for shape in _shapes(spec)) * layout.blocks(spec)
+    for depth_threads in powers(spec.ci // spec.groups, MAX_DEPTH_THREADS)[1:]:
+        split = replace(layout, depth_threads=depth_threads)
+        if split.threads <= MAX_SPLIT_THREADS and blocks * split.threads <= limits.processors * FILLING_THREADS:
+            if part_bytes(spec, split) <= SHARED_BYTES:
+                yield depth_threads
 
 
 def _stages(spec: ConvTranspose2dSpec, layout: ThreadLayout) -> Iterator[ThreadLayout]:
-    """The layout with as many channels in a stage as each of `STAGE_BYTES` holds, a divisor of their number."""
-    channels = spec.ci // spec.groups
-    one = shared_bytes(spec, replace(layout, ci_block=1))
-    divisors = [size for size in range(1, min(channels, WARP) + 1) if channels % size == 0]
-    for size in sorted({max((d for d in divisors if d * one <= limit), default=0) for limit in STAGE_BYTES} - {0}):
+    """The layout with about as many channels in a stage as each of `STAGE_BYTES` holds, in steps of equal size."""
+    channels, depth = spec.ci // spec.groups, layout.depth_threads
+    parts = part_bytes(spec, layout)
+    one = shared_bytes(spec, replace(layout, ci_block=1)) - parts
+    found = set()
+    for limit in STAGE_BYTES:
+        most = min(limit, SHARED_BYTES - 64 - parts) // max(one, 1) // depth * depth
+        if most > 0:
+            steps = -(-channels // most)
+            found.add(min(most, -(-channels // (steps * depth)) * depth))
+    for size in sorted(found):
         yield replace(layout, ci_block=size)

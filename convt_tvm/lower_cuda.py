@@ -14,6 +14,7 @@ from convt_tvm.compute import lookup, spec_of
 from convt_tvm.compute_cuda import thread_layout_of
 from convt_tvm.layout import Band, Layout, bands, kernel_columns
 from convt_tvm.lower import flatten_blocks
+from convt_tvm.lower_prefetch import prefetch
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.statements import rewrite
 from convt_tvm.thread_layout import kernel_rows
@@ -33,7 +34,7 @@ def assemble(function: tirx.PrimFunc, name: str, output: Any, stores: Mapping[st
         is_output = isinstance(node, tirx.BufferStore) and str(node.buffer.name) in stores
         return stores[str(node.buffer.name)](node) if is_output else None
 
-    joined = tirx.PrimFunc([*inputs, output], rewrite(function.body, change), function.ret_type)
+    joined = tirx.PrimFunc([*inputs, output], prefetch(rewrite(function.body, change)), function.ret_type)
     return tvm.IRModule({name: joined.with_attrs({**function.attrs, "global_symbol": name})})
 
 
@@ -47,7 +48,7 @@ def lower_thread_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
         residues = [phase.residue for phase in band.phases]
 
         def store(node: Any) -> Any:
-            n, g, b, ph, rb, cb, pb, ty, tr, tc, oc, qc, pi = node.indices
+            n, g, b, ph, rb, cb, pb, ty, oc, tr, qc, tc, pi = node.indices
             channel = b * layout.co_block + ty * layout.channel_tile + oc
             qw = (cb * layout.column_tile + qc) * layout.column_threads + tc
             row = (rb * layout.row_block + tr) * stride_h + lookup(residues, ph)

@@ -18,9 +18,10 @@ from collections.abc import Iterator
 from tvm.s_tir import Schedule
 
 from convt_tvm.compute import spec_of
+from convt_tvm.compute_cuda import thread_layout_of
 from convt_tvm.cost_cuda import grid_cycles, thread_layouts
 from convt_tvm.layout import Layout, bands, reaches
-from convt_tvm.schedule_cuda import bind_band, order_sums
+from convt_tvm.schedule_cuda import bind_band, bind_parts, order_sums
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
 
@@ -35,15 +36,18 @@ def applies(spec: ConvTranspose2dSpec) -> bool:
 
 def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout, float]]:
     """Layouts within the limits of threads and registers, each with its estimated cycles."""
-    for layout in thread_layouts(spec, staged=False):
+    for layout in thread_layouts(spec, target, staged=False):
         yield layout, grid_cycles(spec, layout, target)
 
 
 def space(sch: Schedule) -> None:
     """Schedule the thread form in `sch` in place; deterministic for a declaration."""
-    spec = spec_of(sch.mod["main"])
+    function = sch.mod["main"]
+    spec, layout = spec_of(function), thread_layout_of(function)
     for band in bands(spec):
-        lanes = bind_band(sch, sch.get_sblock(f"band{band.index}"))
+        block, lanes = bind_band(sch, band.index, layout)
         if reaches(spec, band):
             sch.compute_inline(sch.get_sblock(f"window{band.index}"))
-            order_sums(sch, sch.get_sblock(f"acc{band.index}"), lanes, ci_block=1)
+            if layout.depth_threads > 1:
+                lanes = bind_parts(sch, band.index, block)
+            order_sums(sch, sch.get_sblock(f"acc{band.index}"), lanes)

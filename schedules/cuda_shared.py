@@ -29,9 +29,10 @@ from convt_tvm.compute import spec_of
 from convt_tvm.compute_cuda import thread_layout_of
 from convt_tvm.cost_cuda import grid_cycles, thread_layouts
 from convt_tvm.layout import Layout, bands, reaches
-from convt_tvm.schedule_cuda import bind_band, fetch, order_sums
+from convt_tvm.schedule_cuda import bind_band, bind_parts, fetch, order_sums
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
+from convt_tvm.thread_layout import row_alignment, weight_vector
 
 NAME = "cuda_shared"
 TARGET_KIND = "cuda"
@@ -44,7 +45,7 @@ def applies(spec: ConvTranspose2dSpec) -> bool:
 
 def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout, float]]:
     """Layouts within the limits of threads, registers and shared memory, each with its estimated cycles."""
-    for layout in thread_layouts(spec, staged=True):
+    for layout in thread_layouts(spec, target, staged=True):
         yield layout, grid_cycles(spec, layout, target)
 
 
@@ -53,13 +54,16 @@ def space(sch: Schedule) -> None:
     function = sch.mod["main"]
     spec, layout = spec_of(function), thread_layout_of(function)
     for band in bands(spec):
-        lanes = bind_band(sch, sch.get_sblock(f"band{band.index}"))
+        block, lanes = bind_band(sch, band.index, layout)
         if reaches(spec, band):
+            if layout.depth_threads > 1:
+                lanes = bind_parts(sch, band.index, block)
             window, acc = sch.get_sblock(f"window{band.index}"), sch.get_sblock(f"acc{band.index}")
             weights = sch.cache_read(acc, 1, "shared", consumer_blocks=[acc])
             sch.set_scope(window, 0, "shared")
-            outer = order_sums(sch, acc, lanes, layout.ci_block)
-            for copy in (window, weights):
+            outer = order_sums(sch, acc, lanes)
+            for copy, vector in ((window, 1), (weights, weight_vector(spec, layout))):
                 dimensions = len(sch.get_loops(copy))
                 sch.compute_at(copy, outer, preserve_unit_loops=True)
-                fetch(sch, copy, dimensions, layout)
+                fetch(sch, copy, dimensions, layout, vector)
+            sch.storage_align(window, 0, -2, *row_alignment(layout))
