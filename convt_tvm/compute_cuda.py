@@ -6,9 +6,9 @@ For each row band
                                                               * packed[g*B + b, start(ph) + th, start(pw) + tw, ic, ob]
 
 with ``ob = ty*channel_tile + oc``, ``qh = rb*row_block + tr``, ``qw = (cb*column_tile + qc)*column_threads + tc``,
-``pw = pb*phases + pi`` and, of ``depth`` channels for each thread in a step, ``ic = (io*depth_threads + tz)*depth + ii``:
-what belongs to one thread, ``oc, qc, pi``, is a box of whole axes. A schedule then binds axes and splits none, so no
-division appears in an index, and the region a thread needs is exact although its columns are
+``pw = pb*phases + pi`` and ``ic = (io*depth_threads + tz)*depth + ii``, ``depth`` being the channels of a thread in a
+step: what belongs to one thread, ``oc, qc, pi``, is a box of whole axes. A schedule then binds axes and splits none, so
+no division appears in an index, and the region a thread needs is exact although its columns are
 `ThreadLayout.column_threads` apart. Where threads share the input channels, ``band`` adds up what each has, in order:
 
     parts[..., tz, oc, qc, pi, ty, tr, tc] = acc
@@ -90,7 +90,7 @@ def progression(values: Sequence[int], index: Expr) -> Expr:
 
 
 def _window(spec: ConvTranspose2dSpec, layout: ThreadLayout, extent: Window, data: Any, name: str) -> Any:
-    """What the taps read, the border and surplus channels as zeros: a stage to be copied to shared memory, or to be inlined."""
+    """What the taps read, the border and surplus channels as zeros: to be copied to shared memory, or inlined."""
     (top, bottom), (left, right) = extent.rows_inside, extent.columns_inside
     channels, depth = spec.ci // spec.groups, layout.steps(spec) * layout.depth_block
     zero = tirx.const(0, spec.accumulator_dtype)
@@ -126,7 +126,11 @@ def _accumulate(spec: ConvTranspose2dSpec, layout: ThreadLayout, band: Band, dat
 
     def total(*axes: Expr) -> Expr:
         n, g, b, ph, rb, cb, pb, tz, ty, tr, tc, oc, qc, pi = axes
-        ob, pw, ic = ty * layout.channel_tile + oc, pb * layout.phases + pi, (io * layout.depth_threads + tz) * depth + ii
+        ob, pw, ic = (
+            ty * layout.channel_tile + oc,
+            pb * layout.phases + pi,
+            (io * layout.depth_threads + tz) * depth + ii,
+        )
         qh, qw = rb * layout.row_block + tr, (cb * layout.column_tile + qc) * layout.column_threads + tc
         row = qh + lookup(row_base, ph) - th * step_h
         column = qw + lookup(column_base, pw) - tw * step_w

@@ -9,8 +9,9 @@ works through its input channels in steps: load, wait, multiply. A step keeps th
 
 and it waits for global memory meanwhile; ``r`` blocks wait at the same time, and a block that fetches the next step's
 values ahead waits while it multiplies. So a step of all of them takes ``max(r * busy, busy + latency)``, or
-``max(r * busy, latency)``, and the grid ``ceil(blocks / (r * processors))`` times that, plus adding up what threads have
-that share input channels, and writing the output.
+``max(r * busy, latency)``, but no less than the instructions of one warp after the other; and the grid takes
+``ceil(blocks / (r * processors))`` times that, plus adding up what threads have that share input channels, and writing
+the output.
 The constants are NVIDIA's published throughputs; none was measured by this project. Good for ranking layouts.
 """
 
@@ -24,7 +25,7 @@ from convt_tvm.gpu import ARCHITECTURES, Limits
 from convt_tvm.layout import bands, column_starts
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.target import Target
-from convt_tvm.thread_layout import MAX_FETCHED, ThreadLayout, row_alignment, row_starts, weight_vector
+from convt_tvm.thread_layout import BATCH, MAX_FETCHED, ThreadLayout, row_alignment, row_starts, weight_vector
 
 __all__ = ["grid_cycles", "part_bytes", "powers", "shared_bytes", "thread_layouts"]
 
@@ -33,10 +34,10 @@ MAX_SUMS = 64
 MAX_REGISTERS = 255
 SHARED_BYTES = 48 << 10
 """What a block may take of shared memory without asking for more at the launch."""
-SPARE_REGISTERS = 32
+SPARE_REGISTERS = 40
 """Of a thread, besides sums and operands: addresses, loop counters, bounds."""
 ISSUED_PER_CYCLE = 4
-GLOBAL_LATENCY = 1000
+GLOBAL_LATENCY = 600
 """Cycles from asking global memory for a stage until after the barrier."""
 CACHE_LATENCY = 250
 """Cycles until operands come from the first cache, for one input channel without a stage."""
@@ -44,15 +45,24 @@ CACHED_READ_CYCLES = 4
 """For a read of the first cache, of a warp: the load unit's queue is what such kernels wait for most."""
 CACHED_READ_INSTRUCTIONS = 6
 """For a value of the input that is read where it is used: bounds, address, load."""
-STAGED_VALUE_INSTRUCTIONS = 12
+STAGED_VALUE_INSTRUCTIONS = 32
 """For a value copied to shared memory: its coordinates from a running number, bounds, load, store."""
+STAGED_VECTOR_INSTRUCTIONS = 32
+"""For a vector of weights copied to shared memory, likewise."""
+CYCLES_ALONE = 3
+"""Between instructions of one warp, which depend on each other in part."""
+UNJOINED = 2
+"""How much more it costs to write parts of sectors if other blocks write the other parts."""
+SECTOR_BYTES = 32
+SECTOR_CYCLES = 2
+"""For a part of a sector that is written, of a multiprocessor."""
 STORE_INSTRUCTIONS = 8
 """For each output: bounds, bias, address, store."""
 RESERVED_SHARED_BYTES = 1024
 """Of shared memory, for each block, by the system."""
 BYTES_PER_CYCLE = 16
 """Of global memory, for each multiprocessor: 3.35 TB/s over 132 at 1.7 GHz on an H100."""
-CACHE_BYTES_PER_CYCLE = 48
+CACHE_BYTES_PER_CYCLE = 32
 """Of the second cache, likewise."""
 PART_LATENCY = 300
 """Cycles for two barriers and what is between them, where threads add up their sums."""
@@ -171,8 +181,7 @@ def _band_cycles(spec: ConvTranspose2dSpec, layout: ThreadLayout, shape: _Shape,
     value_bytes = DTYPE_BYTES[spec.accumulator_dtype]
     blocks = shape.blocks * layout.blocks(spec) * shape.tiles(layout)
     warps = -(-layout.threads // WARP)
-    stored = layout.threads // layout.depth_threads * layout.sums
-    store = max(stored / WARP * STORE_INSTRUCTIONS / ISSUED_PER_CYCLE, stored * value_bytes / BYTES_PER_CYCLE)
+    store = _store_cycles(spec, layout)
     if not shape.row_taps:
         return LAUNCH_CYCLES + -(-blocks // limits.processors) * store
 
@@ -181,7 +190,9 @@ def _band_cycles(spec: ConvTranspose2dSpec, layout: ThreadLayout, shape: _Shape,
     operands = layout.channel_tile + layout.column_tile * offsets
     steps, channels = layout.steps(spec), layout.depth_block
     window, weights = shape.window_values(layout) * channels, shape.weight_values(layout) * channels
-    fetched = _fetched(spec, layout, window, weights) * value_bytes // 4
+    vector = weight_vector(spec, layout)
+    loads = -(-window // layout.threads), -(-weights // (layout.threads * vector))
+    fetched = (loads[0] + loads[1] * vector) * value_bytes // 4
     ahead = layout.ci_block > 0 and steps > 1 and fetched <= MAX_FETCHED
     registers = value_bytes // 4 * (layout.sums + operands) + SPARE_REGISTERS + ahead * fetched
     resident = min(
@@ -194,34 +205,33 @@ def _band_cycles(spec: ConvTranspose2dSpec, layout: ThreadLayout, shape: _Shape,
     if resident < 1:
         return inf
 
-    vector = max(size for size in (4, 2, 1) if layout.channel_tile % size == 0)
+    read_vector = max(size for size in (4, 2, 1) if layout.channel_tile % size == 0)
     taps = shape.row_taps * part * shape.all_taps
     products = taps * layout.channel_tile * layout.column_tile
-    weight_reads = taps * layout.channel_tile / vector
+    weight_reads = taps * layout.channel_tile / read_vector
     window_reads = shape.row_taps * layout.column_tile * offsets
     per_read = 1 if layout.ci_block else CACHED_READ_INSTRUCTIONS
     # Lanes that work on different input channels read from different places.
     scattered = max(1, WARP * layout.depth_threads // layout.threads)
     cached = max(CACHED_READ_CYCLES, WARP // layout.column_threads)
-    busy = (
-        channels
-        / layout.depth_threads
-        * warps
-        * max(
-            products * value_bytes / 4 * WARP / limits.lanes,
-            (products + weight_reads + window_reads * per_read) / ISSUED_PER_CYCLE,
-            (weight_reads + window_reads) * scattered * (1 if layout.ci_block else cached),
-        )
+    share = channels / layout.depth_threads
+    issued = share * (products + weight_reads + window_reads * per_read)
+    busy = warps * max(
+        share * products * value_bytes / 4 * WARP / limits.lanes,
+        issued / ISSUED_PER_CYCLE,
+        share * (weight_reads + window_reads) * scattered * (1 if layout.ci_block else cached),
     )
     traffic = (window + weights) * value_bytes / CACHE_BYTES_PER_CYCLE
     if layout.ci_block:
-        copies = window + weights / weight_vector(spec, layout)
-        busy += max(copies / WARP * STAGED_VALUE_INSTRUCTIONS / ISSUED_PER_CYCLE, traffic)
-        latency = GLOBAL_LATENCY
+        copying = loads[0] * STAGED_VALUE_INSTRUCTIONS + loads[1] * STAGED_VECTOR_INSTRUCTIONS
+        issued += copying
+        busy += max(warps * copying / ISSUED_PER_CYCLE, traffic)
+        latency = GLOBAL_LATENCY * (1 if ahead else sum(-(-count // BATCH) for count in loads))
     else:
         busy = max(busy, traffic)
         latency = CACHE_LATENCY
-    step = max(resident * busy, latency if ahead else busy + latency)
+    alone = issued * CYCLES_ALONE
+    step = max(resident * busy, max(alone, latency) if ahead else max(alone, busy) + latency)
     if layout.depth_threads > 1:
         added = layout.threads * layout.sums / WARP
         store += 2 * added + PART_LATENCY
@@ -229,10 +239,26 @@ def _band_cycles(spec: ConvTranspose2dSpec, layout: ThreadLayout, shape: _Shape,
     return LAUNCH_CYCLES + GLOBAL_LATENCY + waves * (steps * step + resident * store)
 
 
-def _fetched(spec: ConvTranspose2dSpec, layout: ThreadLayout, window: int, weights: int) -> int:
-    """Values that one thread copies in a step."""
-    vector = weight_vector(spec, layout)
-    return -(-window // layout.threads) + -(-weights // (layout.threads * vector)) * vector
+def _store_cycles(spec: ConvTranspose2dSpec, layout: ThreadLayout) -> float:
+    """Cycles for a block's outputs, the sums of all its threads ready.
+
+    A warp's store goes to the second cache by sectors, those that it fills in part also.
+    """
+    size = DTYPE_BYTES[spec.dtype]
+    outputs = layout.threads // layout.depth_threads * layout.sums
+    if layout.depth_threads > 1:
+        run, apart = layout.column_block * layout.phases, spec.stride[1] // layout.phases
+    else:
+        run, apart = layout.column_threads, spec.stride[1]
+    run = min(run, WARP)
+    sectors = WARP / run * min(run, (run * apart * size - 1) / SECTOR_BYTES + 1)
+    if layout.phases < spec.stride[1]:
+        sectors *= UNJOINED
+    return (
+        outputs
+        / WARP
+        * max(STORE_INSTRUCTIONS / ISSUED_PER_CYCLE, sectors * SECTOR_CYCLES, WARP * size / BYTES_PER_CYCLE)
+    )
 
 
 def grid_cycles(spec: ConvTranspose2dSpec, layout: ThreadLayout, target: Target) -> float:
@@ -299,9 +325,12 @@ def _depths(spec: ConvTranspose2dSpec, layout: ThreadLayout, target: Target) -> 
     blocks = max(shape.blocks * shape.tiles(layout) for shape in _shapes(spec)) * layout.blocks(spec)
     for depth_threads in powers(spec.ci // spec.groups, MAX_DEPTH_THREADS)[1:]:
         split = replace(layout, depth_threads=depth_threads)
-        if split.threads <= MAX_SPLIT_THREADS and blocks * split.threads <= limits.processors * FILLING_THREADS:
-            if part_bytes(spec, split) <= SHARED_BYTES:
-                yield depth_threads
+        if (
+            split.threads <= MAX_SPLIT_THREADS
+            and part_bytes(spec, split) <= SHARED_BYTES
+            and (blocks * split.threads <= limits.processors * FILLING_THREADS)
+        ):
+            yield depth_threads
 
 
 def _stages(spec: ConvTranspose2dSpec, layout: ThreadLayout) -> Iterator[ThreadLayout]:

@@ -21,6 +21,7 @@ __all__ = [
     "inside",
     "nest",
     "on_stack",
+    "reads_memory",
     "rebuild",
     "rewrite",
     "sequence",
@@ -195,6 +196,13 @@ def find_load(node: Expr, buffer: str) -> Expr | None:
     if isinstance(node, ir.TensorLoad):
         return node if node.source.name == buffer else None
     return next((found for part in _parts(node) if (found := find_load(part, buffer)) is not None), None)
+
+
+def reads_memory(node: Expr) -> bool:
+    """Whether an expression loads from a function's parameters, not only from buffers of its own."""
+    if isinstance(node, ir.TensorLoad) and node.source.scope() == "global":
+        return True
+    return any(reads_memory(part) for part in _parts(node))
 
 
 def find_guard(node: Expr) -> Expr | None:

@@ -7,10 +7,21 @@ from math import gcd
 from convt_tvm.layout import Layout
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 
-__all__ = ["MAX_FETCHED", "VECTOR_BYTES", "ThreadLayout", "kernel_rows", "row_alignment", "row_starts", "weight_vector"]
+__all__ = [
+    "BATCH",
+    "MAX_FETCHED",
+    "VECTOR_BYTES",
+    "ThreadLayout",
+    "kernel_rows",
+    "row_alignment",
+    "row_starts",
+    "weight_vector",
+]
 
 VECTOR_BYTES = 16
 """The widest access to memory of one thread."""
+BATCH = 16
+"""Loads of one thread that are in flight together, where values are not fetched a step ahead."""
 MAX_FETCHED = 32
 """Registers, of 4 bytes, that a thread fetches the next step's values to; where a step takes more, it waits."""
 

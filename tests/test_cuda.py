@@ -11,7 +11,7 @@ from convt_tvm.artifact import read_manifest
 from convt_tvm.cases import FUZZ
 from convt_tvm.check import compare
 from convt_tvm.cli import main
-from convt_tvm.compiler import build, build_artifact
+from convt_tvm.compiler import build, build_artifact, lower_choice
 from convt_tvm.conformance import blocks, conform
 from convt_tvm.cost_cuda import MAX_REGISTERS, SHARED_BYTES, shared_bytes, thread_layouts
 from convt_tvm.cuda_toolkit import find_toolkit
@@ -129,8 +129,8 @@ def test_the_command_emulates_only_what_is_for_gpus(capsys):
 def test_layouts_stay_within_the_limits_of_a_launch():
     for workload in resolve(["dcgan/4", "fcn8s/up8", "bilinear/depthwise"]):
         for staged in (True, False):
-            for layout in thread_layouts(workload.spec, staged=staged):
-                assert layout.threads <= 256
+            for layout in thread_layouts(workload.spec, TARGET, staged=staged):
+                assert layout.threads <= 512
                 assert layout.co_block == layout.channel_threads * layout.channel_tile
                 assert shared_bytes(workload.spec, layout) <= SHARED_BYTES
 
@@ -138,13 +138,50 @@ def test_layouts_stay_within_the_limits_of_a_launch():
 LAYOUT = ThreadLayout("ow", 4, 2, 8, 1, 2, 2, channel_threads=4, column_threads=8, ci_block=4)
 
 
-def staged(layout=LAYOUT):
-    return replace(cheapest(SPEC, TARGET, "cuda_shared"), layout=layout)
+def staged(**changes):
+    return replace(cheapest(SPEC, TARGET, "cuda_shared"), layout=replace(LAYOUT, **changes))
 
 
 @needs_toolkit
 def test_the_honest_kernel_of_the_planted_faults_is_exact():
     assert is_exact(EmulatedKernel(SPEC, TARGET, staged()))
+
+
+@needs_toolkit
+@pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.parametrize("name", ["cuda_shared", "cuda_direct"])
+@pytest.mark.parametrize("depth_threads", [2, 4, 8])
+def test_threads_that_share_input_channels_add_up_all_of_them(name, depth_threads, descending):
+    ci_block = depth_threads if name == "cuda_shared" else 0
+    layout = replace(LAYOUT, ci_block=ci_block, depth_threads=depth_threads)
+    choice = replace(cheapest(SPEC, TARGET, name), layout=layout)
+    assert compare(SPEC, EmulatedKernel(SPEC, TARGET, choice, descending=descending)).reason == ""
+
+
+@needs_toolkit
+@pytest.mark.parametrize(("ci_block", "depth_threads"), [(6, 2), (5, 1), (16, 4)])
+def test_the_last_step_may_have_fewer_channels(ci_block, depth_threads):
+    assert is_exact(EmulatedKernel(SPEC, TARGET, staged(ci_block=ci_block, depth_threads=depth_threads)))
+
+
+@needs_toolkit
+@pytest.mark.parametrize("channels", [8, 96])
+def test_a_step_is_fetched_ahead_or_in_batches(channels):
+    spec = replace(SPEC, ci=2 * channels)
+    choice = replace(cheapest(spec, TARGET, "cuda_shared"), layout=replace(LAYOUT, ci_block=channels))
+    code = str(lower_choice(spec, TARGET, choice).module)
+    ahead = "fetched1" in code
+    assert ahead == (channels == 8)
+    assert ("batch" in code) != ahead
+    assert is_exact(EmulatedKernel(spec, TARGET, choice))
+
+
+@needs_toolkit
+def test_adding_up_before_all_have_summed_is_caught(monkeypatch):
+    choice = staged(ci_block=8, depth_threads=2)
+    assert is_exact(EmulatedKernel(SPEC, TARGET, choice))
+    plant(monkeypatch, "__syncthreads();", ";")
+    assert not is_exact(EmulatedKernel(SPEC, TARGET, choice))
 
 
 @needs_toolkit

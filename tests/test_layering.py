@@ -67,7 +67,8 @@ MAY_IMPORT = {
     "lower_window": "layout compute shuffle statements",
     "lower_dot": "layout dot_layout bfloat16 compute lower lower_products lower_window",
     "lower_tiles": "spec compute compute_tiles statements lower tile_layout",
-    "lower_cuda": "spec layout compute compute_cuda thread_layout statements lower",
+    "lower_prefetch": "thread_layout statements",
+    "lower_cuda": "spec layout compute compute_cuda thread_layout statements lower lower_prefetch",
     "lower_tensor": "compute compute_tensor tensor_layout lower_cuda",
     "cuda_toolkit": "errors",
     "emulator": "errors cuda_toolkit",
@@ -153,6 +154,7 @@ COMPILING = {
     *("schedule", "schedule_cuda", "schedule_tensor", "schedules", "shuffle", "bfloat16", "statements", "stream"),
     *("tensor_intrinsics", "space"),
     *("outputs", "lower", "lower_products", "lower_window", "lower_dot", "lower_tiles", "lower_cuda", "lower_tensor"),
+    "lower_prefetch",
     *("cuda_device_code", "cpu_code", "entry", "backends", "compiler", "emulate", "metaschedule", "generic"),
 }
 
