@@ -14,12 +14,12 @@ candidates for tuning, and `convt_tvm.bundle_run`, which says what happens there
 import json
 import shutil
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import files as distribution_files
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from convt_tvm.bench import current_commit
 from convt_tvm.emulator import shows_gpu
@@ -30,7 +30,11 @@ from convt_tvm.manifest import RUNTIME_FILE
 from convt_tvm.records import Candidate
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
+from convt_tvm.workers import Answer, work_through
 from convt_tvm.workloads import Workload
+
+if TYPE_CHECKING:
+    from convt_tvm.space import Choice
 
 __all__ = ["PRECISIONS", "Bundle", "Carried", "Entry", "make_bundle", "variants"]
 
@@ -169,6 +173,7 @@ def make_bundle(
     candidates: int = 0,
     wheels: Sequence[Path] = (),
     limit_bytes: int | None = None,
+    processes: int = 1,
     begin: Callable[[str], None] = lambda name: None,
 ) -> Bundle:
     """Compile kernels and write the bundle `path`, complete or not at all; without those that cannot be compiled.
@@ -183,8 +188,10 @@ def make_bundle(
         Packages for the other machine's Python, to be carried.
     limit_bytes
         How large the bundle may be.
+    processes
+        How many compile at a time; 1 is this one.
     begin
-        Called with the name of each entry when it is compiled.
+        Called with the name of each entry when its kernel is compiled.
 
     Raises
     ------
@@ -193,28 +200,46 @@ def make_bundle(
     BundleError
         If the bundle is larger than its limit; or if a wheel is none.
     """
-    from convt_tvm.compiler import build_artifact
     from convt_tvm.space import choices
+    from convt_tvm.trials import build_job
 
-    entries, failed = [], list[str]()
     with TemporaryDirectory(prefix="convt-tvm-bundle-") as scratch:
-        root = Path(scratch)
+        root, jobs = Path(scratch), list[dict[str, Any]]()
+        homes = dict[str, tuple[Workload, Target]]()
+        carried: dict[str, Choice] = {}
         for number, (workload, target) in enumerate(wanted):
-            begin(f"{workload.name} {target.name}")
             spec, home = workload.spec.sized, f"kernels/{number}"
             target = target.for_dtype(spec.dtype)
-            carried = []
-            try:
-                build_artifact(spec, target, root / home / "kernel")
-                for place, choice in enumerate(choices(spec, target)[:candidates]):
-                    directory = f"{home}/candidate{place}"
-                    manifest = build_artifact(spec, target, root / directory, choice=choice)
-                    carried.append(Carried(choice.candidate, choice.cycles, manifest.tuning["code"], directory))
-            except BuildError as error:
-                failed.append(f"{workload.name}: {error}")
-                if not (root / home / "kernel").exists():
-                    continue
-            entries.append(Entry(workload.name, spec, target, f"{home}/kernel", tuple(carried)))
+            homes[f"{home}/kernel"] = workload, target
+            jobs.append(build_job(spec, target, None, root / home / "kernel"))
+            for place, choice in enumerate(choices(spec, target)[:candidates]):
+                carried[f"{home}/candidate{place}"] = choice
+                jobs.append(build_job(spec, target, choice.candidate, root / home / f"candidate{place}"))
+        codes, failed = dict[str, str](), list[str]()
+        for job, answer in _built(jobs, processes):
+            directory = str(Path(job["directory"]).relative_to(root))
+            workload, target = homes[f"{Path(directory).parent}/kernel"]
+            if directory in homes:
+                begin(f"{workload.name} {target.name}")
+            if answer.status == "ok":
+                codes[directory] = answer.value["digest"]
+            else:
+                failed.append(f"{workload.name}: {answer.error.removeprefix('BuildError: ')}")
+        entries = [
+            Entry(
+                workload.name,
+                workload.spec.sized,
+                target,
+                home,
+                tuple(
+                    Carried(choice.candidate, choice.cycles, codes[directory], directory)
+                    for directory, choice in carried.items()
+                    if Path(directory).parent == Path(home).parent and directory in codes
+                ),
+            )
+            for home, (workload, target) in homes.items()
+            if home in codes
+        ]
         if not entries:
             raise BuildError(f"no kernel could be compiled; {failed[0] if failed else 'none was named'}")
         bundle = Bundle(tuple(entries), source_fingerprint(), current_commit(), shows_gpu(), tuple(failed))
@@ -236,6 +261,26 @@ def make_bundle(
         finally:
             unfinished.unlink(missing_ok=True)
     return bundle
+
+
+def _built(jobs: Sequence[dict[str, Any]], processes: int) -> Iterator[tuple[dict[str, Any], Answer]]:
+    """Builders' jobs with their answers, as they come in."""
+    from convt_tvm.trials import BUILD_TIMEOUT_SECS, answer_build, builder_processes
+
+    if processes > 1:
+        workers = builder_processes(processes)
+        try:
+            for number, answer in work_through(workers, jobs, BUILD_TIMEOUT_SECS):
+                yield jobs[number], answer
+        finally:
+            for worker in workers:
+                worker.kill()
+        return
+    for job in jobs:
+        try:
+            yield job, Answer("ok", answer_build(job))
+        except BuildError as error:
+            yield job, Answer("failed", error=str(error))
 
 
 def _carry_packages(site: Path, *, cuda: bool) -> None:

@@ -39,7 +39,7 @@ from convt_tvm.records import OWN, SOURCE_DIGITS, Candidate, Context, SessionInf
 from convt_tvm.search import Proposal
 from convt_tvm.session import Outcome, run_session
 from convt_tvm.store import Store
-from convt_tvm.trials import Built, LocalRunner
+from convt_tvm.trials import Built, LocalRunner, runner_process
 from convt_tvm.workers import Worker, serve
 
 __all__ = ["main"]
@@ -124,6 +124,7 @@ class _Run:
             return 0
         os.environ.update(self.environment)
         worker = Worker("convt_tvm.bundle_run", ["--emulate"] if self.bundle.emulated else [])
+        self.timer = runner_process()
         left = 0
         try:
             for number, (step, entry) in enumerate(steps, 1):
@@ -140,6 +141,7 @@ class _Run:
             return 130
         finally:
             worker.kill()
+            self.timer.kill()
             self._pack()
         if left:
             self._say(f"{left} steps are left; the same command goes on")
@@ -233,8 +235,7 @@ class _Run:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="convt-tvm-tune-")))
             store = stack.enter_context(Store.open(logs / entry.target.key / entry.spec.name))
             device = "cuda" if entry.target.kind == "cuda" else "cpu"
-            runner = LocalRunner(entry.spec, scratch, _threads(entry), device=device)
-            stack.callback(runner.close)
+            runner = LocalRunner(entry.spec, scratch, _threads(entry), device=device, worker=self.timer)
             builder = _CarriedBuilder(entry.candidates, self.root, scratch)
             info = self._session_info(entry, budget_secs)
             return run_session(info, store, _InOrder(entry.candidates), builder, runner)

@@ -11,6 +11,9 @@ from convt_tvm.cli_options import FAILED, Json, TargetName, Workloads, print_jso
 
 __all__ = ["bundle"]
 
+MANY = 16
+"""Kernels that take longer to compile than further processes take to start."""
+
 
 def bundle(
     workloads: Workloads,
@@ -44,6 +47,7 @@ def bundle(
 
     chosen, compiled_for = resolve(workloads), Target.parse(target)
     from convt_tvm.bundle import make_bundle, variants
+    from convt_tvm.machine import machine
     from convt_tvm.terminal import progress
 
     named = [name for name in precisions.split(",") if name]
@@ -62,6 +66,7 @@ def bundle(
             candidates=candidates,
             wheels=wheels or [],
             limit_bytes=int(limit * 2**20),
+            processes=1 if len(wanted) * (1 + candidates) < MANY else machine().cores,
             begin=begin,
         )
     carried = sum(len(entry.candidates) for entry in made.entries)

@@ -72,7 +72,8 @@ MAX_THREADS = 256
 MAX_ROWS = 16
 MAX_TILE = 8
 MAX_DEPTH_THREADS = 32
-MAX_SPLIT_THREADS = 512
+SPLIT_THREADS = (128, 256, 512)
+"""Of a block whose threads share input channels."""
 FILLING_THREADS = 1024
 """Of a multiprocessor: with so many, sharing input channels has no more to give."""
 STAGE_BYTES = (6 << 10, 16 << 10, SHARED_BYTES)
@@ -319,18 +320,17 @@ def thread_layouts(spec: ConvTranspose2dSpec, target: Target, *, staged: bool) -
 
 
 def _depths(spec: ConvTranspose2dSpec, layout: ThreadLayout, target: Target) -> Iterator[int]:
-    """How many threads may share input channels: more than one where the others leave multiprocessors idle."""
+    """How many threads may share input channels: more than one where an image's others leave multiprocessors idle."""
     yield 1
     limits = ARCHITECTURES[target.gpu_archs[-1]]
-    blocks = max(shape.blocks * shape.tiles(layout) for shape in _shapes(spec)) * layout.blocks(spec)
-    for depth_threads in powers(spec.ci // spec.groups, MAX_DEPTH_THREADS)[1:]:
-        split = replace(layout, depth_threads=depth_threads)
-        if (
-            split.threads <= MAX_SPLIT_THREADS
-            and part_bytes(spec, split) <= SHARED_BYTES
-            and (blocks * split.threads <= limits.processors * FILLING_THREADS)
-        ):
-            yield depth_threads
+    blocks = max(shape.blocks * shape.tiles(layout) for shape in _shapes(spec.with_batch(1))) * layout.blocks(spec)
+    if blocks * layout.threads > limits.processors * FILLING_THREADS // 2:
+        return
+    for threads in SPLIT_THREADS:
+        split = replace(layout, depth_threads=threads // layout.threads)
+        shares = 1 < split.depth_threads <= min(MAX_DEPTH_THREADS, spec.ci // spec.groups)
+        if shares and part_bytes(spec, split) <= SHARED_BYTES:
+            yield split.depth_threads
 
 
 def _stages(spec: ConvTranspose2dSpec, layout: ThreadLayout) -> Iterator[ThreadLayout]:

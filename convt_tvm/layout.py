@@ -125,6 +125,14 @@ class Layout:
         )
         return cls(lanes=lanes, taps=taps, gathers=bool(values["gathers"]), **numbers)
 
+    @property
+    def order(self) -> tuple[Any, ...]:
+        """What of the layout decides in which order, and by which unit, the products of an output are summed.
+
+        Layouts of the same order give the same bits.
+        """
+        return (type(self).__name__,)
+
     def blocks(self, spec: ConvTranspose2dSpec) -> int:
         """Number of channel blocks in a group."""
         return -(-(spec.co // spec.groups) // self.co_block)

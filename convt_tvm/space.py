@@ -71,13 +71,12 @@ def choices(spec: ConvTranspose2dSpec, target: Target, schedule: str | None = No
 def default_choice(spec: ConvTranspose2dSpec, target: Target) -> Choice:
     """What runs when nothing was tuned; raises BuildError if no space applies.
 
-    The unit that multiplies, which goes with the type of layout, is that of a single image: units round in ways of
-    their own, and an image has the same bits in every batch.
+    The order of sums is that of a single image, so that an image has the same bits in every batch.
     """
     found = choices(spec, target)
-    if spec.n not in (None, 1) and len({type(choice.layout) for choice in found}) > 1:
-        unit = type(choices(spec.with_batch(1), target)[0].layout)
-        found = [choice for choice in found if type(choice.layout) is unit]
+    if spec.n not in (None, 1) and len({choice.layout.order for choice in found}) > 1:
+        order = choices(spec.with_batch(1), target)[0].layout.order
+        found = [choice for choice in found if choice.layout.order == order]
     if not found:
         raise BuildError(
             f"no schedule space applies to {spec.name} on {target.name}; there are "

@@ -24,7 +24,21 @@ from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
 from convt_tvm.workers import Answer, Worker, serve, work_through
 
-__all__ = ["Builder", "Builders", "Built", "LocalRunner", "Measured", "Runner", "exact_inputs", "wrong_answer"]
+__all__ = [
+    "BUILD_TIMEOUT_SECS",
+    "Builder",
+    "Builders",
+    "Built",
+    "LocalRunner",
+    "Measured",
+    "Runner",
+    "answer_build",
+    "build_job",
+    "builder_processes",
+    "exact_inputs",
+    "runner_process",
+    "wrong_answer",
+]
 
 BUILD_TIMEOUT_SECS = 60
 """A hundred times what a usual candidate takes; those with very large bodies would take minutes."""
@@ -84,12 +98,17 @@ class Runner(Protocol):
         """End what runs, at once."""
 
 
+def builder_processes(count: int) -> list[Worker]:
+    """So many processes that answer builders' jobs."""
+    return [Worker("convt_tvm.trials", ["build", *_emulate()]) for _ in range(count)]
+
+
 class Builders:
     """Local builder processes."""
 
     def __init__(self, spec: ConvTranspose2dSpec, target: Target, directory: Path, processes: int) -> None:
-        self._workers = [Worker("convt_tvm.trials", ["build", *_emulate()]) for _ in range(processes)]
-        self._job = {"spec": spec.to_json(), "target": target.to_json()}
+        self._workers = builder_processes(processes)
+        self._spec, self._target = spec, target
         self._directory = directory
         self._count = 0
 
@@ -99,7 +118,7 @@ class Builders:
         for candidate in candidates:
             self._count += 1
             directories.append(self._directory / f"candidate{self._count}")
-            jobs.append({**self._job, "candidate": candidate.to_json(), "directory": str(directories[-1])})
+            jobs.append(build_job(self._spec, self._target, candidate, directories[-1]))
         for number, answer in work_through(self._workers, jobs, BUILD_TIMEOUT_SECS):
             candidate = candidates[number]
             if answer.status == "ok":
@@ -129,17 +148,31 @@ def _emulate() -> list[str]:
     return ["--emulate"] if shows_gpu() else []
 
 
+def runner_process() -> Worker:
+    """A process that answers runners' jobs."""
+    return Worker("convt_tvm.trials", ["run", *_emulate()])
+
+
 class LocalRunner:
-    """A process on this machine that checks and times, with `threads` threads or on its GPU."""
+    """A process on this machine that checks and times, with `threads` threads or on its GPU.
+
+    It may be one `runner_process` for several runners that follow each other: starting one takes longer than a trial.
+    """
 
     def __init__(
-        self, spec: ConvTranspose2dSpec, directory: Path, threads: int, seed: int = 0, device: str = "cpu"
+        self,
+        spec: ConvTranspose2dSpec,
+        directory: Path,
+        threads: int,
+        seed: int = 0,
+        device: str = "cpu",
+        worker: Worker | None = None,
     ) -> None:
         import torch
 
         path = directory / INPUTS_FILE
         torch.save(exact_inputs(spec, seed), path)
-        self._worker = Worker("convt_tvm.trials", ["run", *_emulate()])
+        self._worker = worker or runner_process()
         self._job = {"inputs": str(path), "threads": threads, "device": device}
 
     def run(self, built: Built, best_us: float) -> Measured:
@@ -204,17 +237,27 @@ def wrong_answer(output: Any, exact: Any) -> str:
     )
 
 
-def _build(job: dict[str, Any]) -> dict[str, Any]:
-    """Answer a builder's job."""
+def build_job(
+    spec: ConvTranspose2dSpec, target: Target, candidate: Candidate | None, directory: Path
+) -> dict[str, Any]:
+    """A job for a builder: a candidate, or what runs by default, to be built in a directory."""
+    chosen = None if candidate is None else candidate.to_json()
+    return {"spec": spec.to_json(), "target": target.to_json(), "candidate": chosen, "directory": str(directory)}
+
+
+def answer_build(job: dict[str, Any]) -> dict[str, Any]:
+    """Answer a builder's job; raises BuildError, or TuningError for what is no candidate."""
     from convt_tvm.compiler import build_artifact
     from convt_tvm.space import find_choice
 
     start = perf_counter()
     spec, target = ConvTranspose2dSpec.from_json(job["spec"]), Target.from_json(job["target"])
-    candidate = Candidate.from_json(job["candidate"])
-    choice = find_choice(spec, target, candidate)
-    if choice is None:
-        raise TuningError(f"{candidate} is no candidate for {spec.name}")
+    choice = None
+    if job["candidate"] is not None:
+        candidate = Candidate.from_json(job["candidate"])
+        choice = find_choice(spec, target, candidate)
+        if choice is None:
+            raise TuningError(f"{candidate} is no candidate for {spec.name}")
     manifest = build_artifact(spec, target, Path(job["directory"]), choice=choice, lasting=False)
     return {"digest": manifest.tuning["code"], "trace": manifest.trace, "secs": perf_counter() - start}
 
@@ -232,8 +275,9 @@ def _make_run() -> Callable[[dict[str, Any]], dict[str, Any]]:
 
     def run(job: dict[str, Any]) -> dict[str, Any]:
         place = Place(job["device"])
-        if not inputs:
-            inputs.update(torch.load(job["inputs"]))
+        if inputs.get("path") != job["inputs"]:
+            inputs.clear()
+            inputs.update(torch.load(job["inputs"]), path=job["inputs"])
             inputs.update({kind: place.put(inputs[kind]) for kind in ("integers", "normal")})
             runtime.set_num_threads(job["threads"])
         functions: dict[str, Callable[[], object]] = {}
@@ -273,7 +317,7 @@ def main(arguments: Sequence[str]) -> None:
             from convt_tvm.emulated_torch import emulated_gpu
 
             stack.enter_context(emulated_gpu())
-        serve(_build if arguments[0] == "build" else _make_run())
+        serve(answer_build if arguments[0] == "build" else _make_run())
 
 
 if __name__ == "__main__":

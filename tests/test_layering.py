@@ -54,7 +54,7 @@ MAY_IMPORT = {
     "schedule": "spec layout compute",
     "schedule_cuda": "thread_layout",
     "schedule_tensor": "spec compute tensor_layout tensor_intrinsics compute_tensor",
-    "schedules": "spec processor target layout depthwise_layout dot_layout tile_layout tensor_layout compute "
+    "schedules": "spec processor target layout depthwise_layout dot_layout tile_layout tensor_layout thread_layout compute "
     "compute_tiles compute_cuda compute_tensor cost cost_cuda cost_tensor schedule schedule_cuda schedule_tensor",
     "records": "digests errors",
     "store": "errors records",
@@ -115,7 +115,7 @@ MAY_IMPORT = {
     "generic": "spec target machine layout compute records space compiler search",
     "tune": "errors spec workloads target machine fingerprint compute records store database space compiler "
     "reference measure place check bench trials remote search session metaschedule generic",
-    "bundle": "errors spec workloads target fingerprint manifest libraries records space emulator compiler bench",
+    "bundle": "errors spec workloads target fingerprint manifest libraries records space emulator workers trials bench",
     "bundle_run": "errors machine artifact runtime cuda_toolkit emulated_torch place check bench peers workloads "
     "json_lines records store search session workers trials tune bundle",
     "explain": "spec workloads target records database space roofline",
@@ -140,7 +140,7 @@ MAY_IMPORT = {
     "cli_options",
     "cli_bench": "workloads target json_lines rows peers roofline place bench explain report findings check_report "
     "terminal cli_options cli_tune",
-    "cli_bundle": "workloads target emulated_torch terminal bundle cli_options",
+    "cli_bundle": "machine workloads target emulated_torch terminal bundle cli_options",
     "cli_check": "errors workloads target machine check emulate bench findings implementations examine json_lines "
     "pictures check_report replay cases conformance terminal terminal_numerics cli_options",
     "cli": "__init__ errors workloads target machine manifest artifact runtime compiler cache check determinism doctor "
