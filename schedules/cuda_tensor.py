@@ -35,10 +35,10 @@ from tvm.s_tir import Schedule
 from convt_tvm.compute import spec_of
 from convt_tvm.cost_tensor import fits_tensor_cores, tensor_cycles, tensor_layouts
 from convt_tvm.layout import Layout
-from convt_tvm.schedule_tensor import bind_patch, multiply, order_products, stage_inputs, stage_weights, store_sums
+from convt_tvm.schedule_tensor import bind_blocks, multiply, order_products, stage_inputs, stage_weights, store_sums
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
-from convt_tvm.tensor_layout import patches
+from convt_tvm.tensor_layout import reaches_of
 
 NAME = "cuda_tensor"
 TARGET_KIND = "cuda"
@@ -46,7 +46,8 @@ TARGET_KIND = "cuda"
 
 def applies(spec: ConvTranspose2dSpec) -> bool:
     """Where some tap reaches the output, and sums are not kept in float64; `layouts` knows what the target has."""
-    return spec.accumulator_dtype == "float32" and any(patch.taps for patch in patches(spec))
+    rows, columns = reaches_of(spec)
+    return spec.accumulator_dtype == "float32" and any(rows.taps) and any(columns.taps)
 
 
 def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout, float]]:
@@ -57,14 +58,11 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
 
 def space(sch: Schedule) -> None:
     """Schedule the matrix products in `sch` in place; deterministic for a declaration."""
-    for patch in patches(spec_of(sch.mod["main"])):
-        band = sch.get_sblock(f"band{patch.index}")
-        block, fragment = bind_patch(sch, band)
-        if patch.taps:
-            names = ("gather", "inputs", "taps", "weights", "acc")
-            gather, inputs, taps, weights, acc = (sch.get_sblock(f"{name}{patch.index}") for name in names)
-            sums = store_sums(sch, acc, band, fragment)
-            stage, step = order_products(sch, acc, block)
-            stage_inputs(sch, gather, inputs, stage, step)
-            stage_weights(sch, taps, weights, stage, step)
-            multiply(sch, acc, sums)
+    names = ("fetch", "gather", "inputs", "taps", "weights", "acc", "band")
+    fetch, gather, inputs, taps, weights, acc, band = (sch.get_sblock(name) for name in names)
+    block, fragment = bind_blocks(sch, band)
+    sums = store_sums(sch, acc, band, fragment)
+    stage, step, part = order_products(sch, acc, block)
+    stage_inputs(sch, fetch, gather, inputs, stage, part)
+    stage_weights(sch, taps, weights, stage, step)
+    multiply(sch, acc, sums)
