@@ -183,7 +183,7 @@ def _finish(spec: ConvTranspose2dSpec, layout: TensorLayout, acc: Any, bias: Any
 
 
 def declare_tensor_pack(spec: ConvTranspose2dSpec, layout: TensorLayout, target: Target) -> tirx.PrimFunc:
-    """The packing of a plain weight ``weight`` (ci, co/groups, kh, kw) as ``ordered``, of `TensorLayout.packed_shape`."""
+    """The packing of a plain ``weight`` (ci, co/groups, kh, kw) as ``ordered``, of `TensorLayout.packed_shape`."""
     in_channels, channels = spec.ci // spec.groups, spec.co // spec.groups
     blocks = layout.blocks(spec)
     weight = te.placeholder(spec.weight_shape, spec.dtype, name="weight")

@@ -77,7 +77,7 @@ def fits_tensor_cores(spec: ConvTranspose2dSpec, target: Target) -> bool:
 
 
 def _skewed(length: int, skew: tuple[int, int]) -> int:
-    """The distance of rows of `length` bytes: the next that is the second of `skew` more than a multiple of the first."""
+    """The distance of rows of `length` bytes: the next that is a multiple of the first of `skew` plus the second."""
     factor, offset = skew
     return length + (offset - length) % factor
 

@@ -50,10 +50,9 @@ def lower_tensor_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
 
 
 def _leave_out(body: Any, spec: ConvTranspose2dSpec, layout: TensorLayout) -> Any:
-    """`body` without the products of taps that a phase does not have, whose weights are zeros but whose inputs may not
-    be finite.
+    """`body` without the products of taps that a phase does not have.
 
-    Which phases they are of is the same for all lanes of a warp.
+    Their weights are zeros, but inputs need not be finite. All lanes of a warp compute the same phase.
     """
     rows, columns = reaches_of(spec)
     threads: dict[str, Any] = {}

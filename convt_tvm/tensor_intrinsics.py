@@ -17,7 +17,15 @@ from tvm.tirx import Cast
 
 from convt_tvm.tensor_layout import FRAGMENT
 
-__all__ = ["fill_intrinsic", "load_intrinsic", "name_tf32", "operand_dtype", "product_intrinsic", "read_shared", "store_intrinsic"]
+__all__ = [
+    "fill_intrinsic",
+    "load_intrinsic",
+    "name_tf32",
+    "operand_dtype",
+    "product_intrinsic",
+    "read_shared",
+    "store_intrinsic",
+]
 
 _STANDS_FOR_TF32 = re.compile(r"(nvcuda::wmma::fragment<nvcuda::wmma::matrix_[ab], 16, 16, 8, )nv_bfloat16")
 

@@ -17,7 +17,17 @@ from convt_tvm.layout import Layout
 from convt_tvm.phases import Phase
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 
-__all__ = ["FRAGMENT", "TAPS", "WARP", "WEIGHTS_SKEW", "WINDOW_SKEW", "Reach", "TensorLayout", "fragment_depth", "reaches_of"]
+__all__ = [
+    "FRAGMENT",
+    "TAPS",
+    "WARP",
+    "WEIGHTS_SKEW",
+    "WINDOW_SKEW",
+    "Reach",
+    "TensorLayout",
+    "fragment_depth",
+    "reaches_of",
+]
 
 FRAGMENT = 16
 """Channels and positions that one warp-level product computes."""

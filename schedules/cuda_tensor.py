@@ -32,7 +32,6 @@ from collections.abc import Iterator
 
 from tvm.s_tir import Schedule
 
-from convt_tvm.compute import spec_of
 from convt_tvm.cost_tensor import fits_tensor_cores, tensor_cycles, tensor_layouts
 from convt_tvm.layout import Layout
 from convt_tvm.schedule_tensor import bind_blocks, multiply, order_products, stage_inputs, stage_weights, store_sums
