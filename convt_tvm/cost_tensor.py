@@ -28,7 +28,7 @@ from convt_tvm.cost_cuda import (
 from convt_tvm.gpu import ARCHITECTURES, capability
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.target import Target
-from convt_tvm.tensor_layout import FRAGMENT, WARP, WEIGHTS_SKEW, WINDOW_SKEW, TensorLayout, fragment_depth, reaches_of
+from convt_tvm.tensor_layout import FRAGMENT, WARP, WINDOW_SKEW, TensorLayout, fragment_depth, reaches_of
 
 __all__ = ["fits_tensor_cores", "tensor_cycles", "tensor_layouts", "tensor_shared_bytes"]
 
@@ -92,8 +92,8 @@ def tensor_shared_bytes(spec: ConvTranspose2dSpec, layout: TensorLayout) -> int:
     """Shared memory that a block takes for one stage of inputs and weights, and for a fragment of each warp's sums."""
     size = DTYPE_BYTES[spec.dtype]
     inputs = layout.window_positions(spec) * _skewed(layout.ci_block * size, WINDOW_SKEW)
-    weights = _stage_rows(spec, layout) * _skewed(layout.co_block * size, WEIGHTS_SKEW)
-    sums = layout.warps * FRAGMENT * FRAGMENT * 4
+    weights = _stage_rows(spec, layout) * _skewed(layout.co_block * size, layout.weights_skew(spec))
+    sums = layout.warps * FRAGMENT * FRAGMENT * 4 + layout.depth_warps * layout.phases * layout.sums_skew * 4
     return -(-inputs // 64) * 64 + -(-weights // 64) * 64 + sums
 
 

@@ -8,7 +8,7 @@ from convt_tvm.compute import spec_of
 from convt_tvm.compute_tensor import tensor_layout_of
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.tensor_intrinsics import fill_intrinsic, load_intrinsic, product_intrinsic, store_intrinsic
-from convt_tvm.tensor_layout import FRAGMENT, TAPS, WARP, WEIGHTS_SKEW, WINDOW_SKEW, TensorLayout, fragment_depth
+from convt_tvm.tensor_layout import FRAGMENT, TAPS, WARP, WINDOW_SKEW, TensorLayout, fragment_depth
 
 __all__ = ["bind_blocks", "multiply", "order_products", "stage_inputs", "stage_weights", "store_sums"]
 
@@ -46,12 +46,18 @@ def bind_blocks(sch: Schedule, band: SBlockRV) -> tuple[LoopRV, LoopRV]:
 
 
 def store_sums(sch: Schedule, acc: SBlockRV, band: SBlockRV, fragment: LoopRV) -> SBlockRV:
-    """Write sums to shared memory, a fragment of each warp at a time; returns the block that does."""
+    """Write sums to shared memory, a fragment of each warp at a time; returns the block that does.
+
+    Those of different phases, which neighbouring lanes read, lie in different banks.
+    """
     sch.set_scope(acc, 0, "wmma.accumulator")
     copy = sch.cache_read(band, 0, "shared")
     sch.compute_at(copy, fragment, preserve_unit_loops=True)
     wd, wi, wc, wp = sch.get_loops(copy)[-8:-4]
     sch.bind(sch.fuse(wd, wi, wc, wp), "threadIdx.y")
+    _, layout = _declared(sch)
+    if layout.sums_skew:
+        sch.storage_align(copy, 0, -7, 32, layout.sums_skew)
     return copy
 
 
@@ -103,7 +109,7 @@ def stage_weights(sch: Schedule, taps: SBlockRV, weights: SBlockRV, stage: LoopR
     sch.set_scope(weights, 0, "wmma.matrix_a")
     sch.compute_at(weights, step, preserve_unit_loops=True)
     sch.compute_at(taps, stage, preserve_unit_loops=True)
-    sch.storage_align(taps, 0, -2, *(part // size for part in WEIGHTS_SKEW))
+    sch.storage_align(taps, 0, -2, *(part // size for part in layout.weights_skew(spec)))
     *rows, column = sch.get_loops(taps)[-7:]
     column, inner = sch.split(column, [None, VECTOR_BYTES // size])
     _deal(sch, sch.fuse(*rows, column), inner, layout)

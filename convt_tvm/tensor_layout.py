@@ -21,7 +21,6 @@ __all__ = [
     "FRAGMENT",
     "TAPS",
     "WARP",
-    "WEIGHTS_SKEW",
     "WINDOW_SKEW",
     "Reach",
     "TensorLayout",
@@ -32,14 +31,12 @@ __all__ = [
 FRAGMENT = 16
 """Channels and positions that one warp-level product computes."""
 WARP = 32
-WEIGHTS_SKEW = (32, 16)
-"""Rows of weights in shared memory are a multiple of the first plus the second apart, in bytes.
-
-Fragments begin at every sixteenth row (of tf32, every eighth), so at multiples of 32 bytes, as wmma demands. Eight rows
-of 16 bytes, which a fragment is read by, lie in different banks.
-"""
 WINDOW_SKEW = (64, 32)
-"""Likewise positions of a window, of which every one may begin a fragment. Two of eight lie in the same bank."""
+"""How far positions of a window in shared memory are apart, in bytes: a multiple of the first, plus the second.
+
+Every position may begin a fragment, and wmma demands multiples of 32 bytes. Of eight positions, 16 bytes of which are
+read at a time, two lie in the same banks.
+"""
 TAPS = "convt.taps"
 """Annotation of the loops over taps of ``rows`` and of ``columns``, of which not every phase has all."""
 
@@ -133,6 +130,20 @@ class TensorLayout(Layout):
     def position_tiles(self) -> int:
         """Fragments of positions that one warp computes."""
         return self.positions // FRAGMENT // self.position_warps
+
+    @property
+    def sums_skew(self) -> int:
+        """Sums that those of each phase are apart in shared memory, besides whole turns of its 32 banks."""
+        return max(8, 32 // self.phases) if self.phases > 1 else 0
+
+    def weights_skew(self, spec: ConvTranspose2dSpec) -> tuple[int, int]:
+        """How far rows of weights in shared memory are apart, in bytes: a multiple of the first, plus the second.
+
+        Fragments begin at every sixteenth row (of tf32, every eighth), so at multiples of 32 bytes, as wmma demands.
+        Eight rows of 16 bytes, which a fragment is read by, lie in different banks. The shortest rows are left as they
+        are, where two of the eight share a bank, as half as much memory again would be lost.
+        """
+        return (32, 16 if self.co_block * DTYPE_BYTES[spec.dtype] > 32 else 0)
 
     def steps(self, spec: ConvTranspose2dSpec) -> int:
         """Stages of input channels."""
