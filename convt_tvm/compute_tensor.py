@@ -5,7 +5,7 @@
 
 with channels ``o = (wc*channel_tiles + ot)*16 + oi``, positions ``p = (pt*position_warps + wp)*16 + pi`` (see
 `convt_tvm.tensor_layout`), column phases ``pw = pb*phases + wi``, and input channels ``k = ko*ci_block + kd``,
-``kd = (wd*depths + ki)*depth + kj``. The sums over ``wd`` are added up in the end:
+``kd = (ki*depth_warps + wd)*depth + kj``. The sums over ``wd`` are added up in the end:
 
     band[n, g, b, ph, pb, rb, cb, ot, pt, wc, oi, wp, pi, wi] = acc[..., 0, ...] + acc[..., 1, ...] + ... + bias
 
@@ -143,7 +143,7 @@ def _accumulate(spec: ConvTranspose2dSpec, layout: TensorLayout, data: Any, pack
         pw = pb * layout.phases + wi
         channel = (wc * layout.channel_tiles + ot) * FRAGMENT + oi
         position = (pt * layout.position_warps + wp) * FRAGMENT + pi
-        k = (wd * depths + ki) * depth + kj
+        k = (ki * layout.depth_warps + wd) * depth + kj
         weight = weights[g * in_blocks + b, ph, th, pw, tw, ko * layout.ci_block + k, channel]
         value = inputs[n, g, ph, rb, cb, ko, th, tw, pw, position, k]
         product = weight.astype(spec.accumulator_dtype) * value.astype(spec.accumulator_dtype)

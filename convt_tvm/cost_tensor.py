@@ -49,8 +49,10 @@ PRODUCT_INSTRUCTIONS = 2
 STORE_INSTRUCTIONS = 10
 """For each output: bounds, bias, address, store; and as many sums as there are depths to load and add."""
 SHARED_BYTES_PER_CYCLE = 128
+READ_CYCLES = 2
+"""For a warp's read of an input value each, in the unit that also serves shared memory."""
 SECTOR_BYTES = 32
-STAGE_LATENCY = 1100
+STAGE_LATENCY = 1300
 """Cycles from asking global memory for a stage until after the barrier."""
 STEP_LATENCY = 60
 """Cycles from reading fragments until their first product is done; a warp's next step follows it."""
@@ -137,18 +139,16 @@ def tensor_cycles(spec: ConvTranspose2dSpec, layout: TensorLayout, target: Targe
     busy = max(
         sums * met * layout.ci_block * size / 2 / limits.tensor_lanes,
         (products * (tiles + fragments) * PRODUCT_INSTRUCTIONS + copying) / ISSUED_PER_CYCLE,
-        (in_shared + (2 * gathered + copied) * size) / SHARED_BYTES_PER_CYCLE,
+        (in_shared + (2 * gathered + copied) * size) / SHARED_BYTES_PER_CYCLE + gathered / WARP * READ_CYCLES,
         fetched / CACHE_BYTES_PER_CYCLE,
     )
     alone = STAGE_LATENCY + busy / 2 + most * depths * (STEP_LATENCY + tiles * PRODUCT_CYCLES * size / 2)
 
     outputs = layout.phases * layout.co_block * layout.row_block * layout.column_block
     spread = spec.stride[1] / layout.phases
-    store = max(
-        sums / WARP * (STORE_INSTRUCTIONS + 2 * layout.depth_warps) / ISSUED_PER_CYCLE,
-        outputs * size / BYTES_PER_CYCLE,
-        outputs * size * min(spread, SECTOR_BYTES / size) / CACHE_BYTES_PER_CYCLE,
-    )
+    issued = sums / WARP * (STORE_INSTRUCTIONS + 2 * layout.depth_warps) / ISSUED_PER_CYCLE
+    sectors = outputs * size * min(spread, SECTOR_BYTES / size)
+    store = issued + max(outputs * size / BYTES_PER_CYCLE, sectors / CACHE_BYTES_PER_CYCLE)
     waves = -(-blocks // (resident * limits.processors))
     reading = layout.steps(spec) * max(resident * busy, alone)
     return LAUNCH_CYCLES + waves * (reading + max(resident * store, tiles * STORE_LATENCY))

@@ -125,6 +125,11 @@ class Layout:
         )
         return cls(lanes=lanes, taps=taps, gathers=bool(values["gathers"]), **numbers)
 
+    @property
+    def sum_order(self) -> tuple[object, ...]:
+        """What the bits of a sum depend on besides the layer: the unit that multiplies, which the type stands for."""
+        return (type(self),)
+
     def blocks(self, spec: ConvTranspose2dSpec) -> int:
         """Number of channel blocks in a group."""
         return -(-(spec.co // spec.groups) // self.co_block)

@@ -62,21 +62,24 @@ def store_sums(sch: Schedule, acc: SBlockRV, band: SBlockRV, fragment: LoopRV) -
 
 
 def order_products(sch: Schedule, acc: SBlockRV, block: LoopRV) -> tuple[LoopRV, LoopRV, LoopRV]:
-    """Keep a warp's sums in fragments; returns the loops over stages, input channels and fragments of positions."""
+    """Keep a warp's sums in fragments; returns the loops over stages, taps and fragments of positions.
+
+    Input channels go before taps, so that their order in a sum is that of all layouts with as many ``depth_warps``.
+    """
     sch.compute_at(acc, block, preserve_unit_loops=True)
     wd, wi, wc, wp, ot, pt, oi, pi, ko, th, tw, ki, kj = sch.get_loops(acc)[-13:]
     sch.bind(sch.fuse(wd, wi, wc, wp), "threadIdx.y")
-    sch.reorder(ko, th, tw, ki, pt, ot, oi, pi, kj)
+    sch.reorder(ko, ki, th, tw, pt, ot, oi, pi, kj)
     sch.annotate(th, TAPS, "rows")
     sch.annotate(tw, TAPS, "columns")
-    return ko, ki, pt
+    return ko, tw, pt
 
 
 def multiply(sch: Schedule, acc: SBlockRV, sums: SBlockRV) -> None:
     """Replace the innermost loops of sums and products by what tensor cores do."""
     spec, _ = _declared(sch)
     depth = fragment_depth(spec)
-    ko, _, _, ki, pt, ot, oi, _, _ = sch.get_loops(acc)[-9:]
+    ko, ki, _, _, pt, ot, oi, _, _ = sch.get_loops(acc)[-9:]
     for loop in (ki, pt, ot):
         sch.unroll(loop)
     init = sch.decompose_reduction(acc, ko)

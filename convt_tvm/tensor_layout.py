@@ -132,6 +132,11 @@ class TensorLayout(Layout):
         return self.positions // FRAGMENT // self.position_warps
 
     @property
+    def sum_order(self) -> tuple[object, ...]:
+        """The type, and how many parts a sum has."""
+        return type(self), self.depth_warps
+
+    @property
     def sums_skew(self) -> int:
         """Sums that those of each phase are apart in shared memory, besides whole turns of its 32 banks."""
         return max(8, 32 // self.phases) if self.phases > 1 else 0

@@ -6,6 +6,7 @@ from itertools import islice
 from random import Random
 
 import pytest
+import torch
 from emulated_kernels import cheapest, is_exact, needs_toolkit, plant
 
 from convt_tvm import emulator
@@ -16,7 +17,7 @@ from convt_tvm.cost_cuda import MAX_REGISTERS, SHARED_BYTES
 from convt_tvm.cost_tensor import fits_tensor_cores, tensor_layouts, tensor_shared_bytes
 from convt_tvm.emulate import EmulatedKernel, check_emulated
 from convt_tvm.fuzz import Domain, fuzzed_specs
-from convt_tvm.reference import TF32_UNIT
+from convt_tvm.reference import TF32_UNIT, normal_inputs
 from convt_tvm.space import choices, default_choice
 from convt_tvm.spec import CONTIGUOUS, ConvTranspose2dSpec
 from convt_tvm.special import judge_special, special_inputs
@@ -257,3 +258,27 @@ def test_a_product_that_some_lanes_skip_is_caught(monkeypatch):
     plant(monkeypatch, "nvcuda::wmma::mma_sync(acc", "if (threadIdx.x) nvcuda::wmma::mma_sync(acc")
     with pytest.raises(RuntimeError, match="product of matrices that not all lanes of a warp reach"):
         is_exact(EmulatedKernel(SPEC, TARGET, tensor()))
+
+
+@needs_toolkit
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_bits_of_a_sum_depend_on_the_number_of_depths_alone(dtype):
+    spec = replace(SPEC, ci=70, kernel_size=4, output_padding=0, dtype=dtype)
+    inputs = normal_inputs(spec, seed=0)
+    found = {
+        (depths, stage, phases): EmulatedKernel(
+            spec, TARGET, divided(spec, depth_warps=depths, ci_block=stage, phases=phases)
+        )(*inputs)
+        for depths, stage, phases in ((1, 16, 1), (1, 32, 2), (2, 32, 2), (2, 64, 1))
+    }
+    one, same, two, alike = found.values()
+    assert torch.equal(one, same)
+    assert torch.equal(two, alike)
+    assert not torch.equal(one, two)
+
+
+def test_an_image_is_summed_alike_in_every_batch():
+    spec = resolve(["dcgan/3"])[0].spec
+    for n in (1, 8, 64):
+        choice = default_choice(replace(spec, n=n, dtype="float16"), TARGET)
+        assert choice.layout.sum_order == default_choice(replace(spec, dtype="float16"), TARGET).layout.sum_order
