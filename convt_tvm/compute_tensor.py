@@ -1,28 +1,33 @@
 """The phase form as matrix products for tensor cores: the arithmetic of `convt_tvm.compute`, in whole fragments.
 
-For each `convt_tvm.tensor_layout.Patch`
+    acc[n, g, b, ph, pb, rb, cb, wd, wi, wc, wp, ot, pt, oi, pi]
+        += weights[g*B + b, ph, th, pw, tw, k, o] * inputs[n, g, ph, rb, cb, ko, th, tw, pw, p, kd]
 
-    acc[n, g, b, ph, pw, rb, cb, wo, wp, ot, pt, oi, pi] += weights[g*B + b, ph, pw, th, tw, ic, o]
-                                                          * inputs[n, g, ph, pw, rb, cb, th, tw, ko, p, ki*depth + kj]
+with channels ``o = (wc*channel_tiles + ot)*16 + oi``, positions ``p = (pt*position_warps + wp)*16 + pi`` (see
+`convt_tvm.tensor_layout`), column phases ``pw = pb*phases + wi``, and input channels ``k = ko*ci_block + kd``,
+``kd = (ki*depth_warps + wd)*depth + kj``. The sums over ``wd`` are added up in the end:
 
-with channels ``o = (wo*channel_tiles + ot)*16 + oi``, positions ``p = (wp*position_tiles + pt)*16 + pi`` of a tile of
-``row_block x column_block``, and input channels ``ic = ko*ci_block + ki*depth + kj``. ``inputs`` is what one tap reads,
-the matrix that the weights of that tap are multiplied with. It exists a stage at a time, in shared memory.
+    band[n, g, b, ph, pb, rb, cb, ot, pt, wc, oi, wp, pi, wi] = acc[..., 0, ...] + acc[..., 1, ...] + ... + bias
 
-All axes that a schedule needs are declared, so that no index is divided but that of a position by the tile's width.
+``inputs`` is what one tap reads, the matrix that the weights of that tap are multiplied with: a part of ``gather``, the
+window of a tile with input channels side by side, shifted by the tap. Both exist a stage at a time, in shared memory.
+Phases have as many taps as the one that has most; `convt_tvm.lower_tensor` leaves out those they do not have.
+
+All axes that a schedule needs are declared, so that no index is divided but that of a position by the window's width.
 """
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from tvm import te, tirx
 
 from convt_tvm.compute import lookup, parameters
-from convt_tvm.compute_cuda import cuda_function, progression
-from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.compute_cuda import cuda_function
+from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.target import Target
 from convt_tvm.tensor_intrinsics import operand_dtype
-from convt_tvm.tensor_layout import FRAGMENT, Patch, TensorLayout, fragment_depth, patches
-from convt_tvm.thread_layout import row_starts
+from convt_tvm.tensor_layout import FRAGMENT, TensorLayout, fragment_depth, reaches_of
 
 __all__ = ["declare_tensor_pack", "declare_tensor_phases", "tensor_layout_of"]
 
@@ -33,16 +38,13 @@ _ROUND = "nvcuda::wmma::__float_to_tf32"
 def declare_tensor_phases(spec: ConvTranspose2dSpec, layout: TensorLayout, target: Target) -> tirx.PrimFunc:
     """The phase form of `spec` as a PrimFunc to schedule.
 
-    Parameters are ``input``, ``packed``, ``bias`` where the spec has one, and ``band0``, ``band1``, ... with the axes
-    of the accumulators, one for each patch. Blocks are named ``gather<k>``, ``acc<k>`` and ``band<k>``.
+    Parameters are ``input``, ``packed``, ``bias`` where the spec has one, and ``band``. Blocks are named ``gather``,
+    ``taps``, ``inputs``, ``weights``, ``acc`` and ``band``.
     """
     source, packed, bias = parameters(spec, layout, spec.n)
-    data = source.tensor
-    outputs = []
-    for patch in patches(spec):
-        acc = _accumulate(spec, layout, patch, data, packed) if patch.taps else None
-        outputs.append(_finish(spec, layout, patch, acc, bias))
-    return cuda_function([data, packed, *([bias] if spec.bias else []), *outputs], spec, layout, target)
+    acc = _accumulate(spec, layout, source.tensor, packed)
+    arguments = [source.tensor, packed, *([bias] if spec.bias else []), _finish(spec, layout, acc, bias)]
+    return cuda_function(arguments, spec, layout, target)
 
 
 def tensor_layout_of(function: tirx.PrimFunc) -> TensorLayout:
@@ -55,121 +57,146 @@ def _operand(spec: ConvTranspose2dSpec, value: Expr) -> Expr:
     return value if spec.dtype != "float32" else tirx.call_pure_extern("float32", _ROUND, value)
 
 
-def _tiles(spec: ConvTranspose2dSpec, layout: TensorLayout, patch: Patch) -> tuple[int, ...]:
-    """Extents of the axes n, g, ph, pw, rb, cb of a patch."""
-    return (
-        spec.input_shape[0],
-        spec.groups,
-        len(patch.band.phases),
-        len(patch.columns),
-        layout.rows(patch.band) // layout.row_block,
-        layout.patch_columns(patch) // layout.column_block,
-    )
+def _shift(values: Sequence[int], index: Expr) -> Expr:
+    """``values[index]`` by arithmetic: TVM takes a select for all that it may be, and fragments need one place."""
+    steps = [after - before for before, after in pairwise(values)]
+    if len(set(steps)) == 1:
+        return values[0] + index * steps[0]
+    # 1 from the place of a step on, 0 before.
+    taken = (step * tirx.min(index // place, 1) for place, step in enumerate(steps, start=1) if step)
+    return sum(taken, tirx.const(values[0], "int32"))
 
 
-def _axes(spec: ConvTranspose2dSpec, layout: TensorLayout, patch: Patch) -> tuple[int, ...]:
-    """Extents of the axes of a patch, in the order of the module's formula."""
-    n, g, *tile = _tiles(spec, layout, patch)
-    warps = layout.channel_warps, layout.position_warps
-    return n, g, layout.blocks(spec), *tile, *warps, layout.channel_tiles, layout.position_tiles, FRAGMENT, FRAGMENT
+def _gather(spec: ConvTranspose2dSpec, layout: TensorLayout, data: Any) -> Any:
+    """The window of each tile and row phase, channels side by side, the border and surplus channels as zeros.
 
-
-def _gather(spec: ConvTranspose2dSpec, layout: TensorLayout, patch: Patch, data: Any) -> Any:
-    """What the taps read, channels side by side, the border and surplus channels as zeros."""
-    rows, columns = patch.band.phases, patch.columns
-    in_channels = spec.ci // spec.groups
-    row_base, column_base = [phase.base for phase in rows], [phase.base for phase in columns]
-
-    def read(*axes: Expr) -> Expr:
-        n, g, ph, pw, rb, cb, th, tw, ko, p, k = axes
-        h = rb * layout.row_block + p // layout.column_block + lookup(row_base, ph) - th * rows[0].input_step
-        w = cb * layout.column_block + p % layout.column_block + lookup(column_base, pw) - tw * columns[0].input_step
-        ic = ko * layout.ci_block + k
-        inside = [h >= 0, h < spec.ih, w >= 0, w < spec.iw]
-        if in_channels % layout.ci_block:
-            inside.append(ic < in_channels)
-        value = _operand(spec, data[n, g * in_channels + ic, h, w])
-        return tirx.if_then_else(tirx.all(*inside), value, tirx.const(0, spec.dtype))
-
-    taps = patch.band.taps, patch.column_taps
-    stage = layout.steps(spec), layout.positions, layout.ci_block
-    return te.compute((*_tiles(spec, layout, patch), *taps, *stage), read, name=f"gather{patch.index}")
-
-
-def _taps(spec: ConvTranspose2dSpec, layout: TensorLayout, patch: Patch, packed: Any) -> Any:
-    """The weights of a patch, by its own phases and taps.
-
-    A stage of its own, although a schedule's copy to shared memory would do: TVM 0.27 drops constants that are added to
-    a block's index when it is tensorized, such as the first row in the packed weight.
+    What is beyond the border is read at its nearest place inside and then dropped: reads without conditions are under
+    way at the same time.
     """
-    row_start = [row_starts(spec)[phase.residue] for phase in patch.band.phases]
+    rows, columns = reaches_of(spec)
+    in_channels, pitch = spec.ci // spec.groups, layout.pitch(spec)
+
+    def place(axes: Sequence[Expr]) -> list[tuple[Expr, int]]:
+        """Channel of the group, row and column, each with what it must be below."""
+        _, _, ph, rb, cb, ko, p, k = axes
+        h = rb * layout.row_block + p // pitch + (lookup(rows.shifts, ph) + rows.first)
+        w = cb * layout.column_block + p % pitch + columns.first
+        return [(ko * layout.ci_block + k, in_channels), (h, spec.ih), (w, spec.iw)]
 
     def read(*axes: Expr) -> Expr:
-        block, ph, pw, th, tw, ic, o = axes
-        return packed[block, progression(row_start, ph) + th, progression(patch.first_columns, pw) + tw, ic, o]
+        ic, h, w = (tirx.max(tirx.min(index, size - 1), 0) for index, size in place(axes))
+        return _operand(spec, data[axes[0], axes[1] * in_channels + ic, h, w])
+
+    def keep(*axes: Expr) -> Expr:
+        inside = [condition for index, size in place(axes) for condition in (index >= 0, index < size)]
+        kept = tirx.Select(tirx.all(*inside), tirx.reinterpret(bits, fetched(*axes)), tirx.const(0, bits))
+        return tirx.reinterpret(spec.dtype, kept)
+
+    # CUDA makes a 16-bit zero by a conversion in assembly, which compilers keep in a branch of its own.
+    bits = f"uint{8 * DTYPE_BYTES[spec.dtype]}"
+    lead = (spec.input_shape[0], spec.groups, len(rows.taps), *layout.tiles(spec), layout.steps(spec))
+    shape = (*lead, layout.window_positions(spec), layout.ci_block)
+    fetched = te.compute(shape, read, name="fetch")
+    return te.compute(shape, keep, name="gather")
+
+
+def _taps(spec: ConvTranspose2dSpec, layout: TensorLayout, packed: Any) -> Any:
+    """The packed weights, by phases and taps."""
+    rows, columns = reaches_of(spec)
+
+    def read(*axes: Expr) -> Expr:
+        block, ph, th, pw, tw, ic, o = axes
+        return packed[block, ph * rows.most_taps + th, pw * columns.most_taps + tw, ic, o]
 
     blocks, _, _, depth, co_block = layout.packed_shape(spec)
-    phases, taps = (len(patch.band.phases), len(patch.columns)), (patch.band.taps, patch.column_taps)
-    return te.compute((blocks, *phases, *taps, depth, co_block), read, name=f"taps{patch.index}")
+    taps = (len(rows.taps), rows.most_taps, len(columns.taps), columns.most_taps)
+    return te.compute((blocks, *taps, depth, co_block), read, name="taps")
 
 
-def _fragments(spec: ConvTranspose2dSpec, matrix: Any, name: str) -> Any:
-    """A matrix as tensor cores hold it: the same values in the type of fragments."""
-    return te.compute(matrix.shape, lambda *axes: matrix(*axes).astype(operand_dtype(spec.dtype)), name=name)
+def _accumulate(spec: ConvTranspose2dSpec, layout: TensorLayout, data: Any, packed: Any) -> Any:
+    """The matrix products."""
+    rows, columns = reaches_of(spec)
+    depth, in_blocks = fragment_depth(spec), layout.blocks(spec)
+    depths = layout.ci_block // depth // layout.depth_warps
+    gather, taps = _gather(spec, layout, data), _taps(spec, layout, packed)
+    operand = operand_dtype(spec.dtype)
+    weights = te.compute(taps.shape, lambda *axes: taps(*axes).astype(operand), name="weights")
 
+    def shifted(*axes: Expr) -> Expr:
+        n, g, ph, rb, cb, ko, th, tw, pw, p, k = axes
+        down = (rows.most_taps - 1 - th) * (rows.step * layout.pitch(spec))
+        along = (columns.most_taps - 1 - tw) * columns.step + _shift(columns.shifts, pw)
+        return gather[n, g, ph, rb, cb, ko, p + (down + along), k].astype(operand)
 
-def _accumulate(spec: ConvTranspose2dSpec, layout: TensorLayout, patch: Patch, data: Any, packed: Any) -> Any:
-    """The matrix products of one patch."""
-    depth = fragment_depth(spec)
-    inputs = _fragments(spec, _gather(spec, layout, patch, data), f"inputs{patch.index}")
-    weights = _fragments(spec, _taps(spec, layout, patch, packed), f"weights{patch.index}")
-    th = te.reduce_axis((0, patch.band.taps), name="th")
-    tw = te.reduce_axis((0, patch.column_taps), name="tw")
+    *lead, _, in_depth = gather.shape
+    each = (rows.most_taps, columns.most_taps, len(columns.taps))
+    inputs = te.compute((*lead, *each, layout.positions, in_depth), shifted, name="inputs")
+
+    th = te.reduce_axis((0, rows.most_taps), name="th")
+    tw = te.reduce_axis((0, columns.most_taps), name="tw")
     ko = te.reduce_axis((0, layout.steps(spec)), name="ko")
-    ki = te.reduce_axis((0, layout.ci_block // depth), name="ki")
+    ki = te.reduce_axis((0, depths), name="ki")
     kj = te.reduce_axis((0, depth), name="kj")
 
     def total(*axes: Expr) -> Expr:
-        n, g, b, ph, pw, rb, cb, wo, wp, ot, pt, oi, pi = axes
-        channel = (wo * layout.channel_tiles + ot) * FRAGMENT + oi
-        position = (wp * layout.position_tiles + pt) * FRAGMENT + pi
-        k = ki * depth + kj
-        weight = weights[g * layout.blocks(spec) + b, ph, pw, th, tw, ko * layout.ci_block + k, channel]
-        value = inputs[n, g, ph, pw, rb, cb, th, tw, ko, position, k]
+        n, g, b, ph, pb, rb, cb, wd, wi, wc, wp, ot, pt, oi, pi = axes
+        pw = pb * layout.phases + wi
+        channel = (wc * layout.channel_tiles + ot) * FRAGMENT + oi
+        position = (pt * layout.position_warps + wp) * FRAGMENT + pi
+        k = (ki * layout.depth_warps + wd) * depth + kj
+        weight = weights[g * in_blocks + b, ph, th, pw, tw, ko * layout.ci_block + k, channel]
+        value = inputs[n, g, ph, rb, cb, ko, th, tw, pw, position, k]
         product = weight.astype(spec.accumulator_dtype) * value.astype(spec.accumulator_dtype)
-        return te.sum(product, axis=[th, tw, ko, ki, kj])
+        return te.sum(product, axis=[ko, th, tw, ki, kj])
 
-    return te.compute(_axes(spec, layout, patch), total, name=f"acc{patch.index}")
+    warps = layout.depth_warps, layout.phases, layout.channel_warps, layout.position_warps
+    tiles = layout.channel_tiles, layout.position_tiles
+    return te.compute((*_blocks(spec, layout), *warps, *tiles, FRAGMENT, FRAGMENT), total, name="acc")
 
 
-def _finish(spec: ConvTranspose2dSpec, layout: TensorLayout, patch: Patch, acc: Any, bias: Any) -> Any:
-    """Sums plus bias in the output's dtype; `acc` is None where no tap reaches."""
+def _blocks(spec: ConvTranspose2dSpec, layout: TensorLayout) -> tuple[int, ...]:
+    """Extents of the axes n, g, b, ph, pb, rb, cb."""
+    rows, columns = reaches_of(spec)
+    phases = len(rows.taps), len(columns.taps) // layout.phases
+    return spec.input_shape[0], spec.groups, layout.blocks(spec), *phases, *layout.tiles(spec)
+
+
+def _finish(spec: ConvTranspose2dSpec, layout: TensorLayout, acc: Any, bias: Any) -> Any:
+    """Sums of all depths plus bias in the output's dtype."""
     channels = spec.co // spec.groups
 
     def finish(*axes: Expr) -> Expr:
-        _, g, b, _, _, _, _, wo, _, ot, _, oi, _ = axes
-        total = tirx.const(0, spec.accumulator_dtype) if acc is None else acc[axes]
+        *block, ot, pt, wc, oi, wp, pi, wi = axes
+        total = acc[*block, 0, wi, wc, wp, ot, pt, oi, pi]
+        for wd in range(1, layout.depth_warps):
+            total = total + acc[*block, wd, wi, wc, wp, ot, pt, oi, pi]
         if spec.bias:
-            channel = b * layout.co_block + (wo * layout.channel_tiles + ot) * FRAGMENT + oi
+            channel = block[2] * layout.co_block + (wc * layout.channel_tiles + ot) * FRAGMENT + oi
             if channels % layout.co_block:
                 channel = tirx.min(channel, channels - 1)
-            total = total + bias[g * channels + channel].astype(spec.accumulator_dtype)
+            total = total + bias[block[1] * channels + channel].astype(spec.accumulator_dtype)
         return total.astype(spec.dtype)
 
-    return te.compute(_axes(spec, layout, patch), finish, name=f"band{patch.index}")
+    tiles = layout.channel_tiles, layout.position_tiles
+    lanes = layout.channel_warps, FRAGMENT, layout.position_warps, FRAGMENT, layout.phases
+    return te.compute((*_blocks(spec, layout), *tiles, *lanes), finish, name="band")
 
 
 def declare_tensor_pack(spec: ConvTranspose2dSpec, layout: TensorLayout, target: Target) -> tirx.PrimFunc:
-    """The packing of a plain weight: ``weight`` (ci, co/groups, kh, kw) to ``ordered[block, kh, kw, ic, o]``."""
+    """The packing of a plain ``weight`` (ci, co/groups, kh, kw) as ``ordered``, of `TensorLayout.packed_shape`."""
     in_channels, channels = spec.ci // spec.groups, spec.co // spec.groups
+    blocks = layout.blocks(spec)
     weight = te.placeholder(spec.weight_shape, spec.dtype, name="weight")
-    blocks, kh, kw, depth, co_block = layout.packed_shape(spec)
+    most_taps = [reach.most_taps for reach in reaches_of(spec)]
 
-    def order(g: Expr, b: Expr, y: Expr, x: Expr, ic: Expr, o: Expr) -> Expr:
-        channel = b * co_block + o
-        value = _operand(spec, weight[g * in_channels + ic, channel, y, x])
-        inside = tirx.all(channel < channels, ic < in_channels)
-        return tirx.if_then_else(inside, value, tirx.const(0, spec.dtype))
+    def order(block: Expr, y: Expr, x: Expr, ic: Expr, o: Expr) -> Expr:
+        channel = block % blocks * layout.co_block + o
+        inside, places = [channel < channels, ic < in_channels], []
+        for axis, most, index in zip(spec.axes, most_taps, (y, x), strict=True):
+            tap, phases = index % most, axis.phases
+            inside.append(tap < lookup([phase.taps for phase in phases], index // most))
+            places.append(lookup([phase.first_tap for phase in phases], index // most) + tap * phases[0].tap_step)
+        value = _operand(spec, weight[block // blocks * in_channels + ic, channel, *places])
+        return tirx.if_then_else(tirx.all(*inside), value, tirx.const(0, spec.dtype))
 
-    shape = (spec.groups, blocks // spec.groups, kh, kw, depth, co_block)
-    return cuda_function([weight, te.compute(shape, order, name="ordered")], spec, layout, target)
+    return cuda_function([weight, te.compute(layout.packed_shape(spec), order, name="ordered")], spec, layout, target)

@@ -1,54 +1,70 @@
 """Estimated cost of matrix products on tensor cores: the counterpart of `convt_tvm.cost_cuda`, whose model it shares.
 
-A step of a block is one stage: input channels of one tap. It keeps the multiprocessor busy for the largest of
+A step of a block is one stage: some input channels of its window, and their weights of all taps. It keeps the
+multiprocessor busy for the largest of
 
-- its products, at the rate of the tensor cores,
-- its reads of fragments from shared memory, 128 bytes a cycle,
+- its products, at the rate of the tensor cores, those of surplus positions, channels and border columns included,
+- what it moves in and out of shared memory, 128 bytes a cycle, where positions of a window share banks in pairs,
 - its instructions, four a cycle, of which copying to shared memory takes most,
+- what it fetches from the second cache.
 
-and it waits for global memory meanwhile. The rates are NVIDIA's published ones; none was measured by this project.
+A block alone takes longer: it waits for global memory, then its warps work through their products one after the other.
+Blocks of a multiprocessor overlap. The rates are NVIDIA's published ones; the latencies are guesses that agree with
+what whole kernels took on an H100.
 """
 
 from collections.abc import Iterator
 from itertools import product
+from math import prod
 
 from convt_tvm.cost_cuda import (
     BYTES_PER_CYCLE,
     CACHE_BYTES_PER_CYCLE,
-    GLOBAL_LATENCY,
     ISSUED_PER_CYCLE,
     LAUNCH_CYCLES,
-    MAX_REGISTERS,
     RESERVED_SHARED_BYTES,
     SHARED_BYTES,
-    SPARE_REGISTERS,
-    STORE_INSTRUCTIONS,
-    powers,
 )
-from convt_tvm.gpu import ARCHITECTURES, Limits, capability
+from convt_tvm.gpu import ARCHITECTURES, capability
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.target import Target
-from convt_tvm.tensor_layout import FRAGMENT, SKEW_BYTES, WARP, Patch, TensorLayout, fragment_depth, patches
+from convt_tvm.tensor_layout import FRAGMENT, WARP, WINDOW_SKEW, TensorLayout, fragment_depth, reaches_of
 
 __all__ = ["fits_tensor_cores", "tensor_cycles", "tensor_layouts", "tensor_shared_bytes"]
 
-MAX_WARPS = 8
+MAX_WARPS = 16
 MAX_TILES = 8
 """Fragments of sums that a warp keeps: 8 registers each."""
-STAGE_BYTES = (32, 64, 128)
+MAX_PHASES = 8
+STAGE_BYTES = (32, 64, 128, 256, 512)
 """Input channels of a stage, in their own dtype."""
-MAX_COLUMNS = 64
+COLUMNS = (16, 32, 64, 128)
+"""Columns of a tile, besides all there are."""
 GATHERED_INSTRUCTIONS = 2.5
 """For an input value copied to shared memory: its load, and a share of coordinates, bounds and a vector's store."""
 COPY_INSTRUCTIONS = 8
 """For a vector of weights copied to shared memory."""
 PRODUCT_INSTRUCTIONS = 2
 """For one product of fragments; a fragment's load is as many."""
+STORE_INSTRUCTIONS = 10
+"""For each output: bounds, bias, address, store; and as many sums as there are depths to load and add."""
 SHARED_BYTES_PER_CYCLE = 128
+READ_CYCLES = 2
+"""For a warp's read of an input value each, in the unit that also serves shared memory."""
 SECTOR_BYTES = 32
-"""What is moved of a row too much, at both ends together: memory moves whole sectors."""
+STAGE_LATENCY = 1300
+"""Cycles from asking global memory for a stage until after the barrier."""
+STEP_LATENCY = 60
+"""Cycles from reading fragments until their first product is done; a warp's next step follows it."""
+PRODUCT_CYCLES = 16
+"""For a product of fragments on the quarter of a multiprocessor that a warp runs on."""
+STORE_LATENCY = 150
+"""Cycles for a fragment of each warp's sums: two barriers, and shared memory written and read."""
 FRAGMENT_REGISTERS = 8
 """Of each lane, for 16 x 16 sums, and for as many 16-bit operands: wmma keeps those twice."""
+SPARE_REGISTERS = 40
+"""Of a thread, besides sums and operands: addresses, loop counters, bounds."""
+BLOCK_REGISTERS = 65536
 
 
 def fits_tensor_cores(spec: ConvTranspose2dSpec, target: Target) -> bool:
@@ -62,97 +78,129 @@ def fits_tensor_cores(spec: ConvTranspose2dSpec, target: Target) -> bool:
     return fits.get(spec.dtype, False) and channels >= FRAGMENT
 
 
+def _skewed(length: int, skew: tuple[int, int]) -> int:
+    """The distance of rows of `length` bytes: the next that is a multiple of the first of `skew` plus the second."""
+    factor, offset = skew
+    return length + (offset - length) % factor
+
+
+def _stage_rows(spec: ConvTranspose2dSpec, layout: TensorLayout) -> int:
+    """Rows of weights in a stage: taps of all phases times input channels."""
+    rows, columns = reaches_of(spec)
+    return rows.most_taps * columns.most_taps * layout.phases * layout.ci_block
+
+
 def tensor_shared_bytes(spec: ConvTranspose2dSpec, layout: TensorLayout) -> int:
     """Shared memory that a block takes for one stage of inputs and weights, and for a fragment of each warp's sums."""
     size = DTYPE_BYTES[spec.dtype]
-    inputs = layout.positions * (layout.ci_block * size + SKEW_BYTES)
-    weights = layout.ci_block * (layout.co_block * size + SKEW_BYTES)
-    sums = layout.warps * FRAGMENT * FRAGMENT * 4
-    return inputs + weights + sums
+    inputs = layout.window_positions(spec) * _skewed(layout.ci_block * size, WINDOW_SKEW)
+    weights = _stage_rows(spec, layout) * _skewed(layout.co_block * size, layout.weights_skew(spec))
+    sums = layout.warps * FRAGMENT * FRAGMENT * 4 + layout.depth_warps * layout.phases * layout.sums_skew * 4
+    return -(-inputs // 64) * 64 + -(-weights // 64) * 64 + sums
 
 
-def _registers(layout: TensorLayout) -> int:
-    """Of a thread, about."""
-    tiles = layout.channel_tiles * layout.position_tiles + layout.channel_tiles + layout.position_tiles
-    return tiles * FRAGMENT_REGISTERS + SPARE_REGISTERS + 24
-
-
-def _patch_cycles(spec: ConvTranspose2dSpec, layout: TensorLayout, patch: Patch, limits: Limits) -> float:
-    size, depth = DTYPE_BYTES[spec.dtype], fragment_depth(spec)
-    tiles = layout.rows(patch.band) // layout.row_block * (layout.patch_columns(patch) // layout.column_block)
-    phases = len(patch.band.phases) * len(patch.columns)
-    blocks = spec.input_shape[0] * spec.groups * phases * tiles * layout.blocks(spec)
-    sums = layout.co_block * layout.positions
-    # Rows that a tile holds whole follow each other in memory.
-    runs = 1 if layout.column_block >= spec.iw else layout.row_block
-    written = layout.co_block * (layout.positions * size * spec.stride[1] + runs * SECTOR_BYTES)
-    store = max(
-        sums / WARP * STORE_INSTRUCTIONS / ISSUED_PER_CYCLE,
-        sums * size / BYTES_PER_CYCLE,
-        written / CACHE_BYTES_PER_CYCLE,
-    )
-    if not patch.taps:
-        return LAUNCH_CYCLES + -(-blocks // limits.processors) * store
-    resident = min(
-        limits.blocks,
-        limits.threads // (layout.warps * WARP),
-        limits.registers // (layout.warps * WARP * _registers(layout)),
-        limits.shared_bytes // (tensor_shared_bytes(spec, layout) + RESERVED_SHARED_BYTES),
-        -(-blocks // limits.processors),
-    )
-    depths = layout.ci_block // depth
-    fragments = layout.channel_tiles + layout.position_tiles
-    products = layout.channel_tiles * layout.position_tiles
-    gathered, copied = layout.positions * layout.ci_block, layout.co_block * layout.ci_block
-    copying = gathered / WARP * GATHERED_INSTRUCTIONS + copied * size / 16 / WARP * COPY_INSTRUCTIONS
-    issued = depths * layout.warps * (products + fragments) * PRODUCT_INSTRUCTIONS + copying
-    read = depths * layout.warps * fragments * FRAGMENT * depth * size
-    busy = max(
-        sums * layout.ci_block * size / 2 / limits.tensor_lanes,
-        issued / ISSUED_PER_CYCLE,
-        read / SHARED_BYTES_PER_CYCLE,
-        ((gathered + copied) * size + layout.ci_block * runs * SECTOR_BYTES) / CACHE_BYTES_PER_CYCLE,
-    )
-    steps = patch.taps * layout.steps(spec)
-    waves = -(-blocks // (resident * limits.processors))
-    return LAUNCH_CYCLES + waves * (steps * max(resident * busy, busy + GLOBAL_LATENCY) + resident * store)
+def _registers(spec: ConvTranspose2dSpec, layout: TensorLayout) -> int:
+    """Of a thread, about: sums, and operands or what it copies of a stage, whichever is more."""
+    size, threads = DTYPE_BYTES[spec.dtype], layout.warps * WARP
+    window, weights = layout.window_positions(spec) * layout.ci_block, _stage_rows(spec, layout) * layout.co_block
+    copied = sum(-(-values * size // 16 // threads) * 4 for values in (window, weights))
+    operands = (layout.channel_tiles + 1) * FRAGMENT_REGISTERS
+    return layout.channel_tiles * layout.position_tiles * FRAGMENT_REGISTERS + max(copied, operands) + SPARE_REGISTERS
 
 
 def tensor_cycles(spec: ConvTranspose2dSpec, layout: TensorLayout, target: Target) -> float:
-    """Estimated cycles for all patches, one launch each, on the newest architecture of `target`."""
-    limits = ARCHITECTURES[target.gpu_archs[-1]]
-    return sum(_patch_cycles(spec, layout, patch, limits) for patch in patches(spec))
+    """Estimated cycles on the newest architecture of `target`."""
+    limits, size = ARCHITECTURES[target.gpu_archs[-1]], DTYPE_BYTES[spec.dtype]
+    rows, columns = reaches_of(spec)
+    phases = len(rows.taps) * (len(columns.taps) // layout.phases)
+    blocks = spec.input_shape[0] * spec.groups * phases * prod(layout.tiles(spec)) * layout.blocks(spec)
+    most = rows.most_taps * columns.most_taps
+    met = sum(rows.taps) * sum(columns.taps) / (len(rows.taps) * len(columns.taps))
+    threads = layout.warps * WARP
+    resident = min(
+        limits.blocks,
+        limits.threads // threads,
+        limits.registers // (threads * _registers(spec, layout)),
+        limits.shared_bytes // (tensor_shared_bytes(spec, layout) + RESERVED_SHARED_BYTES),
+        -(-blocks // limits.processors),
+    )
+
+    tiles = layout.channel_tiles * layout.position_tiles
+    depths = layout.ci_block // fragment_depth(spec) // layout.depth_warps
+    sums = layout.phases * layout.co_block * layout.positions
+    gathered = layout.window_positions(spec) * layout.ci_block
+    copied = _stage_rows(spec, layout) * layout.co_block
+    products = met * depths * layout.warps
+    fragments = layout.channel_tiles + layout.position_tiles
+    copying = gathered / WARP * GATHERED_INSTRUCTIONS + copied * size / 16 / WARP * COPY_INSTRUCTIONS
+    in_shared = products * (layout.channel_tiles + 2 * layout.position_tiles) * FRAGMENT * 32
+    runs = -(-layout.window_positions(spec) // (spec.iw if layout.pitch(spec) >= spec.iw else layout.pitch(spec)))
+    fetched = (gathered + copied) * size + (layout.ci_block * runs * SECTOR_BYTES if runs > 1 else 0)
+    busy = max(
+        sums * met * layout.ci_block * size / 2 / limits.tensor_lanes,
+        (products * (tiles + fragments) * PRODUCT_INSTRUCTIONS + copying) / ISSUED_PER_CYCLE,
+        (in_shared + (2 * gathered + copied) * size) / SHARED_BYTES_PER_CYCLE + gathered / WARP * READ_CYCLES,
+        fetched / CACHE_BYTES_PER_CYCLE,
+    )
+    alone = STAGE_LATENCY + busy / 2 + most * depths * (STEP_LATENCY + tiles * PRODUCT_CYCLES * size / 2)
+
+    outputs = layout.phases * layout.co_block * layout.row_block * layout.column_block
+    spread = spec.stride[1] / layout.phases
+    issued = sums / WARP * (STORE_INSTRUCTIONS + 2 * layout.depth_warps) / ISSUED_PER_CYCLE
+    sectors = outputs * size * min(spread, SECTOR_BYTES / size)
+    store = issued + max(outputs * size / BYTES_PER_CYCLE, sectors / CACHE_BYTES_PER_CYCLE)
+    waves = -(-blocks // (resident * limits.processors))
+    reading = layout.steps(spec) * max(resident * busy, alone)
+    return LAUNCH_CYCLES + waves * (reading + max(resident * store, tiles * STORE_LATENCY))
 
 
 def tensor_layouts(spec: ConvTranspose2dSpec) -> Iterator[TensorLayout]:
     """Layouts whose threads, registers and shared memory are within an architecture's limits."""
-    channels, depth = spec.co // spec.groups, spec.ci // spec.groups
-    height, width = (max(phase.count for phase in axis.phases) for axis in spec.axes)
-    tiles = product((1, 2, 4), (1, 2, 4), (1, 2, 4, 8), (1, 2, 4, 8))
-    for channel_tiles, position_tiles, channel_warps, position_warps in tiles:
-        co_block = channel_tiles * channel_warps * FRAGMENT
-        positions = position_tiles * position_warps * FRAGMENT
-        if channel_tiles * position_tiles > MAX_TILES or channel_warps * position_warps > MAX_WARPS:
+    channels, in_channels = spec.co // spec.groups, spec.ci // spec.groups
+    size, depth = DTYPE_BYTES[spec.dtype], fragment_depth(spec)
+    count = len(spec.axes[1].phases)
+    joined = max(phases for phases in range(1, MAX_PHASES + 1) if count % phases == 0)
+    stages = [stage // size for stage in STAGE_BYTES if stage // size < in_channels + depth]
+    warps = product((1, 2, 4), (1, 2, 4), sorted({1, joined}), (1, 2, 4, 8))
+    for channel_warps, position_warps, phases, depth_warps in warps:
+        if channel_warps * position_warps * phases * depth_warps > MAX_WARPS:
             continue
-        if co_block >= 2 * channels and co_block > FRAGMENT:
-            continue
-        widths = powers(width, min(MAX_COLUMNS, positions))
-        for columns in widths:
-            rows = positions // columns
-            if rows >= 2 * height and (columns < widths[-1] or positions > FRAGMENT):
+        for channel_tiles, position_tiles in product((1, 2, 4), (1, 2, 4)):
+            co_block, positions = channel_tiles * channel_warps * FRAGMENT, position_tiles * position_warps * FRAGMENT
+            if channel_tiles * position_tiles > MAX_TILES or (co_block >= 2 * channels and co_block > FRAGMENT):
                 continue
-            for ci_block in (size // DTYPE_BYTES[spec.dtype] for size in STAGE_BYTES):
-                layout = TensorLayout(
-                    lanes="ow",
-                    co_block=co_block,
-                    row_block=rows,
-                    column_block=columns,
-                    vector_lanes=1,
-                    row_chunk=rows,
-                    channel_warps=channel_warps,
-                    position_warps=position_warps,
-                    ci_block=ci_block,
-                )
-                fits = _registers(layout) <= MAX_REGISTERS and tensor_shared_bytes(spec, layout) <= SHARED_BYTES
-                if fits and ci_block < depth + FRAGMENT:
-                    yield layout
+            for row_block, column_block in _tiles(spec, positions):
+                for ci_block in stages:
+                    if ci_block % (depth_warps * depth):
+                        continue
+                    layout = TensorLayout(
+                        lanes="ow",
+                        co_block=co_block,
+                        row_block=row_block,
+                        column_block=column_block,
+                        vector_lanes=1,
+                        row_chunk=row_block,
+                        phases=phases,
+                        positions=positions,
+                        channel_warps=channel_warps,
+                        position_warps=position_warps,
+                        depth_warps=depth_warps,
+                        ci_block=ci_block,
+                    )
+                    registers = min(255, BLOCK_REGISTERS // (layout.warps * WARP))
+                    if tensor_shared_bytes(spec, layout) <= SHARED_BYTES and _registers(spec, layout) <= registers:
+                        yield layout
+
+
+def _tiles(spec: ConvTranspose2dSpec, positions: int) -> Iterator[tuple[int, int]]:
+    """Rows and columns of tiles that so many positions cover, and half as many would not."""
+    height, width = (max(phase.count for phase in axis.phases) for axis in spec.axes)
+    span = reaches_of(spec)[1].span
+    for columns in sorted({width, *(size for size in COLUMNS if size < width)}):
+        pitch = columns + span
+        rows = min(height, (positions - columns) // pitch + 1)
+        if rows < 1:
+            continue
+        rows = -(-height // -(-height // rows))
+        if positions == FRAGMENT or (rows - 1) * pitch + columns > positions // 2:
+            yield rows, columns

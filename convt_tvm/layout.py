@@ -126,12 +126,9 @@ class Layout:
         return cls(lanes=lanes, taps=taps, gathers=bool(values["gathers"]), **numbers)
 
     @property
-    def order(self) -> tuple[Any, ...]:
-        """What of the layout decides in which order, and by which unit, the products of an output are summed.
-
-        Layouts of the same order give the same bits.
-        """
-        return (type(self).__name__,)
+    def sum_order(self) -> tuple[object, ...]:
+        """What the bits of a sum depend on besides the layer: the unit that multiplies, which the type stands for."""
+        return (type(self),)
 
     def blocks(self, spec: ConvTranspose2dSpec) -> int:
         """Number of channel blocks in a group."""

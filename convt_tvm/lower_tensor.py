@@ -1,5 +1,6 @@
 """From matrix products scheduled for tensor cores to the two functions of a kernel library."""
 
+from math import prod
 from typing import Any
 
 import tvm
@@ -7,8 +8,10 @@ from tvm import tirx
 
 from convt_tvm.compute import lookup, spec_of
 from convt_tvm.compute_tensor import tensor_layout_of
-from convt_tvm.lower_cuda import Store, assemble, store_packed
-from convt_tvm.tensor_layout import FRAGMENT, Patch, patches
+from convt_tvm.lower_cuda import assemble
+from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.statements import rebuild, rewrite
+from convt_tvm.tensor_layout import FRAGMENT, TAPS, TensorLayout, reaches_of
 
 __all__ = ["lower_tensor_kernel", "lower_tensor_pack"]
 
@@ -17,27 +20,66 @@ def lower_tensor_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
     """The scheduled matrix products `function` as ``convt(input, packed, [bias,] output)``, output NCHW."""
     spec, layout = spec_of(function), tensor_layout_of(function)
     channels, (stride_h, stride_w) = spec.co // spec.groups, spec.stride
+    pitch = layout.pitch(spec)
     output = tirx.decl_buffer(spec.output_shape, spec.dtype, name="output")
 
-    def store_patch(patch: Patch) -> Store:
-        row_residues = [phase.residue for phase in patch.band.phases]
-        column_residues = [phase.residue for phase in patch.columns]
+    def store(node: Any) -> Any:
+        n, g, b, ph, pb, rb, cb, ot, pt, wc, oi, wp, pi, wi = node.indices
+        channel = b * layout.co_block + (wc * layout.channel_tiles + ot) * FRAGMENT + oi
+        position = (pt * layout.position_warps + wp) * FRAGMENT + pi
+        down, along = position // pitch, position % pitch
+        row = (rb * layout.row_block + down) * stride_h + ph
+        column = (cb * layout.column_block + along) * stride_w + pb * layout.phases + wi
+        statement = tirx.BufferStore(output, node.value, [n, g * channels + channel, row, column])
+        limits = (
+            (down, layout.row_block),
+            (along, layout.column_block),
+            (channel, channels),
+            (row, spec.oh),
+            (column, spec.ow),
+        )
+        return tirx.IfThenElse(tirx.all(*(index < size for index, size in limits)), statement, None)
 
-        def store(node: Any) -> Any:
-            n, g, b, ph, pw, rb, cb, wo, wp, ot, pt, oi, pi = node.indices
-            channel = b * layout.co_block + (wo * layout.channel_tiles + ot) * FRAGMENT + oi
-            position = (wp * layout.position_tiles + pt) * FRAGMENT + pi
-            qh = rb * layout.row_block + position // layout.column_block
-            qw = cb * layout.column_block + position % layout.column_block
-            row, column = qh * stride_h + lookup(row_residues, ph), qw * stride_w + lookup(column_residues, pw)
-            statement = tirx.BufferStore(output, node.value, [n, g * channels + channel, row, column])
-            return tirx.IfThenElse(tirx.all(channel < channels, row < spec.oh, column < spec.ow), statement, None)
+    module = assemble(function, "convt", output, {"band": store})
+    rows, columns = reaches_of(spec)
+    if set(rows.taps) == {rows.most_taps} and set(columns.taps) == {columns.most_taps}:
+        return module
+    whole = module["convt"]
+    body = _leave_out(whole.body, spec, layout)
+    return tvm.IRModule({"convt": tirx.PrimFunc(whole.params, body, whole.ret_type).with_attrs(whole.attrs)})
 
-        return store
 
-    return assemble(function, "convt", output, {f"band{patch.index}": store_patch(patch) for patch in patches(spec)})
+def _leave_out(body: Any, spec: ConvTranspose2dSpec, layout: TensorLayout) -> Any:
+    """`body` without the products of taps that a phase does not have.
+
+    Their weights are zeros, but inputs need not be finite. All lanes of a warp compute the same phase.
+    """
+    rows, columns = reaches_of(spec)
+    threads: dict[str, Any] = {}
+
+    def change(node: Any) -> Any | None:
+        if isinstance(node, tirx.AttrStmt) and node.attr_key == "thread_extent":
+            threads[str(node.node.thread_tag)] = node.node.var
+        if not isinstance(node, tirx.For) or TAPS not in node.annotations:
+            return None
+        # As `convt_tvm.schedule_tensor.bind_blocks` fuses n, g, ph, pb, rb, cb, b, and `order_products` wd, wi, wc, wp.
+        rest = threads["blockIdx.x"] // (prod(layout.tiles(spec)) * layout.blocks(spec))
+        parts = len(columns.taps) // layout.phases
+        if str(node.annotations[TAPS]) == "rows":
+            taps = lookup(rows.taps, rest // parts % len(rows.taps))
+        else:
+            warp = threads.get("threadIdx.y", tirx.const(0, "int32"))
+            joined = warp // (layout.channel_warps * layout.position_warps) % layout.phases
+            taps = lookup(columns.taps, rest % parts * layout.phases + joined)
+        return rebuild(node, tirx.IfThenElse(node.loop_var < taps, rewrite(node.body, change), None))
+
+    return rewrite(body, change)
 
 
 def lower_tensor_pack(function: tirx.PrimFunc) -> tvm.IRModule:
     """The scheduled packing `function` as ``pack(weight, packed)``."""
-    return store_packed(function, spec_of(function), tensor_layout_of(function))
+    spec, layout = spec_of(function), tensor_layout_of(function)
+    packed = tirx.decl_buffer(layout.packed_shape(spec), layout.packed_dtype(spec), name="packed")
+    return assemble(
+        function, "pack", packed, {"ordered": lambda node: tirx.BufferStore(packed, node.value, node.indices)}
+    )

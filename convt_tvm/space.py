@@ -71,12 +71,13 @@ def choices(spec: ConvTranspose2dSpec, target: Target, schedule: str | None = No
 def default_choice(spec: ConvTranspose2dSpec, target: Target) -> Choice:
     """What runs when nothing was tuned; raises BuildError if no space applies.
 
-    The order of sums is that of a single image, so that an image has the same bits in every batch.
+    What the bits of a sum depend on (`Layout.sum_order`) is that of a single image, which then has the same bits in
+    every batch.
     """
     found = choices(spec, target)
-    if spec.n not in (None, 1) and len({choice.layout.order for choice in found}) > 1:
-        order = choices(spec.with_batch(1), target)[0].layout.order
-        found = [choice for choice in found if choice.layout.order == order]
+    if spec.n not in (None, 1) and len({choice.layout.sum_order for choice in found}) > 1:
+        order = choices(spec.with_batch(1), target)[0].layout.sum_order
+        found = [choice for choice in found if choice.layout.sum_order == order]
     if not found:
         raise BuildError(
             f"no schedule space applies to {spec.name} on {target.name}; there are "

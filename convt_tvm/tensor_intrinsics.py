@@ -17,9 +17,31 @@ from tvm.tirx import Cast
 
 from convt_tvm.tensor_layout import FRAGMENT
 
-__all__ = ["fill_intrinsic", "load_intrinsic", "name_tf32", "operand_dtype", "product_intrinsic", "store_intrinsic"]
+__all__ = [
+    "fill_intrinsic",
+    "load_intrinsic",
+    "name_tf32",
+    "operand_dtype",
+    "product_intrinsic",
+    "read_shared",
+    "store_intrinsic",
+]
 
 _STANDS_FOR_TF32 = re.compile(r"(nvcuda::wmma::fragment<nvcuda::wmma::matrix_[ab], 16, 16, 8, )nv_bfloat16")
+
+_FRAGMENT = re.compile(
+    r"(nvcuda::wmma::fragment<nvcuda::wmma::matrix_([ab]), 16, 16, (\d+), "
+    r"(nv_bfloat16|nvcuda::wmma::precision::tf32), nvcuda::wmma::col_major>)"
+)
+_READ_SHARED = """\
+static __device__ __forceinline__ void convt_read_shared({fragment}& f, const void* address, unsigned distance) {{
+  static_assert(sizeof(f.x) == 16, "four registers");
+  unsigned* x = reinterpret_cast<unsigned*>(f.x);
+  const unsigned place = static_cast<unsigned>(__cvta_generic_to_shared(address));
+  asm volatile("{instruction} {{%0, %1, %2, %3}}, [%4], %5;"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(place), "r"(distance) : "memory");
+}}
+"""
 
 
 def _index(buffer: Any, stride: Any, rows: int, columns: int) -> Any:
@@ -40,6 +62,23 @@ def operand_dtype(dtype: str) -> str:
 def name_tf32(code: str) -> str:
     """CUDA C++ in which the fragments that stand for tf32 are of tf32."""
     return _STANDS_FOR_TF32.sub(r"\1nvcuda::wmma::precision::tf32", code)
+
+
+def read_shared(code: str) -> str:
+    """CUDA C++ in which fragments of bfloat16 and tf32 are read from shared memory, said in PTX.
+
+    nvcc 13.0 finds out for half alone that an address is in shared memory. For the others it reads from an address that
+    may be anywhere, 4 bytes at a time, and not a row of 16 bytes as it can from shared memory.
+    """
+    found = sorted(set(_FRAGMENT.findall(code)))
+    if not found:
+        return code
+    functions = []
+    for fragment, use, depth, dtype in found:
+        name = f"wmma.load.{use}.sync.aligned.col.m16n16k{depth}.shared.{'tf32' if 'tf32' in dtype else 'bf16'}"
+        functions.append(_READ_SHARED.format(fragment=fragment, instruction=name))
+    code = code.replace("nvcuda::wmma::load_matrix_sync(", "convt_read_shared(")
+    return code.replace("#include <mma.h>", "\n".join(["#include <mma.h>", *functions]), 1)
 
 
 @functools.cache

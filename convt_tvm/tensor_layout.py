@@ -1,23 +1,44 @@
 """How a phase form is laid out as matrix products for a GPU's tensor cores: integers in, integers out.
 
 The outputs of one row phase and one column phase are a matrix product: weights of ``K = taps * input channels`` by
-output channels, times inputs of ``K`` by positions. Phases with the same taps on both axes share one; see `patches`.
+output channels, times inputs of ``K`` by positions. A thread block computes several column phases, each with products
+of its own, from one window of the input.
+
+Positions of a tile are numbered through the rows of that window, those beside the tile's columns included: with
+``pitch`` columns in a row, position ``p`` is column ``p % pitch`` of row ``p // pitch``. What a tap reads is then at
+``p`` plus a constant of the tap, whatever the tile's width, and any 16 neighbouring positions are one operand of a
+product. The sums of positions beside the tile are dropped.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
 
-from convt_tvm.layout import Band, Layout, bands
+from convt_tvm.layout import Layout
 from convt_tvm.phases import Phase
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 
-__all__ = ["FRAGMENT", "SKEW_BYTES", "WARP", "Patch", "TensorLayout", "fragment_depth", "patches"]
+__all__ = [
+    "FRAGMENT",
+    "TAPS",
+    "WARP",
+    "WINDOW_SKEW",
+    "Reach",
+    "TensorLayout",
+    "fragment_depth",
+    "reaches_of",
+]
 
 FRAGMENT = 16
 """Channels and positions that one warp-level product computes."""
 WARP = 32
-SKEW_BYTES = 16
-"""Between rows in shared memory: eight rows of 16 bytes, which a fragment is read by, then lie in different banks."""
+WINDOW_SKEW = (64, 32)
+"""How far positions of a window in shared memory are apart, in bytes: a multiple of the first, plus the second.
+
+Every position may begin a fragment, and wmma demands multiples of 32 bytes. Of eight positions, 16 bytes of which are
+read at a time, two lie in the same banks.
+"""
+TAPS = "convt.taps"
+"""Annotation of the loops over taps of ``rows`` and of ``columns``, of which not every phase has all."""
 
 
 def fragment_depth(spec: ConvTranspose2dSpec) -> int:
@@ -26,76 +47,79 @@ def fragment_depth(spec: ConvTranspose2dSpec) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Patch:
-    """Row phases and column phases with the same number of taps on either axis: the outputs of one launch.
+class Reach:
+    """What the phases of one axis read, as blocks need it that compute the same number of taps for each phase.
 
-    ``first_columns`` has, for each column phase, its first kernel column in packed order.
+    Tap ``u`` of phase ``a`` reads input ``q + first + shifts[a] + (most_taps - 1 - u) * step``, where ``first`` and no
+    shift depends on the tap. A phase has ``taps[a]`` of them, and where it has none a shift that means nothing.
     """
 
-    index: int
-    band: Band
-    columns: tuple[Phase, ...]
-    first_columns: tuple[int, ...]
+    first: int
+    shifts: tuple[int, ...]
+    taps: tuple[int, ...]
+    most_taps: int
+    step: int
 
     @property
-    def column_taps(self) -> int:
-        """Column taps of each of its phases."""
-        return self.columns[0].taps
+    def tap_span(self) -> int:
+        """How far the taps of one phase are apart."""
+        return (self.most_taps - 1) * self.step
 
     @property
-    def taps(self) -> int:
-        """Kernel taps that reach an output; 0 where outputs hold the bias alone."""
-        return self.band.taps * self.column_taps
-
-    @property
-    def width(self) -> int:
-        """Columns in the widest of its column phases."""
-        return max(phase.count for phase in self.columns)
+    def span(self) -> int:
+        """How far what all phases read for outputs of the same number is apart."""
+        return max(self.shifts) + self.tap_span
 
 
 @lru_cache(maxsize=64)
-def patches(spec: ConvTranspose2dSpec) -> tuple[Patch, ...]:
-    """Patches of `spec`, which together hold every output once."""
-    grouped: dict[int, list[tuple[Phase, int]]] = {}
-    before = 0
-    for phase in spec.axes[1].phases:
-        grouped.setdefault(phase.taps, []).append((phase, before))
-        before += phase.taps
-    pairs = [(band, group) for band in bands(spec) for group in grouped.values()]
-    return tuple(
-        Patch(index, band, tuple(phase for phase, _ in group), tuple(first for _, first in group))
-        for index, (band, group) in enumerate(pairs)
-    )
+def reaches_of(spec: ConvTranspose2dSpec) -> tuple[Reach, Reach]:
+    """The reach of rows and that of columns."""
+    rows, columns = (axis.phases for axis in spec.axes)
+
+    def reach(phases: tuple[Phase, ...]) -> Reach:
+        lowest = min((phase.base for phase in phases if phase.taps), default=0)
+        most_taps, step = max(1, *(phase.taps for phase in phases)), phases[0].input_step
+        return Reach(
+            first=lowest - (most_taps - 1) * step,
+            shifts=tuple(phase.base - lowest if phase.taps else 0 for phase in phases),
+            taps=tuple(phase.taps for phase in phases),
+            most_taps=most_taps,
+            step=step,
+        )
+
+    return reach(rows), reach(columns)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorLayout(Layout):
     """How a phase form is laid out for tensor cores.
 
-    A thread block computes ``co_block`` channels of ``row_block`` rows of ``column_block`` columns of one phase of
-    either axis. Weights are packed in the spec's own dtype, input channels filled up with zeros to whole stages.
+    A thread block computes ``co_block`` channels of ``row_block`` rows of ``column_block`` columns, in one row phase
+    and ``phases`` column phases. Weights are packed in the spec's own dtype, by phases, each with as many taps as the
+    phase that has most, input channels filled up to whole stages; what there is none of is zeros.
 
     Parameters
     ----------
-    channel_warps, position_warps
-        Warps that share a block's channels, and its positions.
+    positions
+        Positions that a block computes, those beside its tile included: what covers the tile, in whole fragments.
+    channel_warps, position_warps, depth_warps
+        Warps that share a block's channels of one phase, its positions, and the input channels of a stage, whose sums
+        are then added up. Each phase has its own.
     ci_block
-        Input channels of one tap that are staged in shared memory at a time; a multiple of `fragment_depth`.
+        Input channels that are staged in shared memory at a time, for all taps; a multiple of `fragment_depth` for
+        each of ``depth_warps``.
     """
 
+    positions: int
     channel_warps: int
     position_warps: int
+    depth_warps: int
     ci_block: int
 
     @property
     def warps(self) -> int:
         """Warps in a block."""
-        return self.channel_warps * self.position_warps
-
-    @property
-    def positions(self) -> int:
-        """Positions that a block computes."""
-        return self.row_block * self.column_block
+        return self.depth_warps * self.phases * self.channel_warps * self.position_warps
 
     @property
     def channel_tiles(self) -> int:
@@ -107,17 +131,47 @@ class TensorLayout(Layout):
         """Fragments of positions that one warp computes."""
         return self.positions // FRAGMENT // self.position_warps
 
+    @property
+    def sum_order(self) -> tuple[object, ...]:
+        """The type, and how many parts a sum has."""
+        return type(self), self.depth_warps
+
+    @property
+    def sums_skew(self) -> int:
+        """Sums that those of each phase are apart in shared memory, besides whole turns of its 32 banks."""
+        return max(8, 32 // self.phases) if self.phases > 1 else 0
+
+    def weights_skew(self, spec: ConvTranspose2dSpec) -> tuple[int, int]:
+        """How far rows of weights in shared memory are apart, in bytes: a multiple of the first, plus the second.
+
+        Fragments begin at every sixteenth row (of tf32, every eighth), so at multiples of 32 bytes, as wmma demands.
+        Eight rows of 16 bytes, which a fragment is read by, lie in different banks. The shortest rows are left as they
+        are, where two of the eight share a bank, as half as much memory again would be lost.
+        """
+        return (32, 16 if self.co_block * DTYPE_BYTES[spec.dtype] > 32 else 0)
+
     def steps(self, spec: ConvTranspose2dSpec) -> int:
-        """Stages of input channels for each tap."""
+        """Stages of input channels."""
         return -(-(spec.ci // spec.groups) // self.ci_block)
 
-    def patch_columns(self, patch: Patch) -> int:
-        """Columns computed in each column phase of `patch`."""
-        return -(-patch.width // self.column_block) * self.column_block
+    def pitch(self, spec: ConvTranspose2dSpec) -> int:
+        """Columns in a row of the window of a tile."""
+        return self.column_block + reaches_of(spec)[1].span
+
+    def window_positions(self, spec: ConvTranspose2dSpec) -> int:
+        """Positions of the window that the products of a block read."""
+        rows, columns = reaches_of(spec)
+        return self.positions + rows.tap_span * self.pitch(spec) + columns.span
+
+    def tiles(self, spec: ConvTranspose2dSpec) -> tuple[int, int]:
+        """Tiles of rows and of columns that each phase has."""
+        height, width = (max(phase.count for phase in axis.phases) for axis in spec.axes)
+        return -(-height // self.row_block), -(-width // self.column_block)
 
     def packed_shape(self, spec: ConvTranspose2dSpec) -> tuple[int, int, int, int, int]:
-        """Shape of the packed weight: ``(groups * blocks, kh, kw, whole stages of channels, co_block)``."""
-        return spec.groups * self.blocks(spec), *spec.kernel_size, self.steps(spec) * self.ci_block, self.co_block
+        """Shape of the packed weight: ``(groups * blocks, row phases * taps, column phases * taps, ci, co_block)``."""
+        rows, columns = (len(reach.taps) * reach.most_taps for reach in reaches_of(spec))
+        return spec.groups * self.blocks(spec), rows, columns, self.steps(spec) * self.ci_block, self.co_block
 
     def packed_dtype(self, spec: ConvTranspose2dSpec) -> str:
         """The dtype of the packed weight: what the products take."""

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from itertools import accumulate
 from math import gcd
-from typing import Any
 
 from convt_tvm.layout import Layout
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
@@ -52,10 +51,10 @@ class ThreadLayout(Layout):
     depth_threads: int = 1
 
     @property
-    def order(self) -> tuple[Any, ...]:
+    def sum_order(self) -> tuple[object, ...]:
         """As in `Layout`: which input channels are summed together."""
         shared = self.depth_threads > 1
-        return type(self).__name__, self.depth_threads, self.depth_block if shared else 0
+        return type(self), self.depth_threads, self.depth_block if shared else 0
 
     @property
     def lanes_block(self) -> int:

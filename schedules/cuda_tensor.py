@@ -1,28 +1,32 @@
 """CUDA: matrix products on tensor cores. For float16 and bfloat16 with 16 channels and more, and tf32 where allowed.
 
-One launch for each patch, the phases that have the same taps on either axis. The outputs of one phase are a matrix
-product: weights of ``taps * input channels`` by output channels, times inputs of as many by positions. From
+One launch. The outputs of one phase are a matrix product: weights of ``taps * input channels`` by output channels,
+times inputs of as many by positions. A block computes one row phase and several column phases. From
 
-    for n, g, b, ph, pw, rb, cb, wo, wp, ot, pt, oi, pi, th, tw, ko, ki, kj:   acc += weights * inputs
-    for n, g, b, ph, pw, rb, cb, wo, wp, ot, pt, oi, pi:                       band = acc + bias
+    for n, g, ph, rb, cb, ko, p, k:                                                gather = input, or 0 at the border
+    for n, g, b, ph, pb, rb, cb, wd, wi, wc, wp, ot, pt, oi, pi, ko, th, tw, ki, kj:  acc += weights * inputs
+    for n, g, b, ph, pb, rb, cb, ot, pt, wc, oi, wp, pi, wi:                       band = acc of all wd + bias
 
 to
 
-    blockIdx.x = n, g, ph, pw, rb, cb, b
-      for th, tw, ko:                           a stage: ci_block input channels of one tap
-        gather: to registers, then shared       lanes along positions, 16 bytes of channels each
-        taps: weights to shared memory          16 bytes each
-        for ki:                                 unrolled
-          inputs, weights to fragments
-          for ot, pt:                           unrolled: threadIdx.y = wo, wp; 16 x 16 (x kj) in one instruction
+    blockIdx.x = n, g, ph, pb, rb, cb, b
+      for ko:                                   a stage: ci_block input channels
+        gather: to registers, then shared       the window; lanes along positions, 16 bytes of channels each
+        taps: weights to shared memory          of all taps, 16 bytes each
+        for ki: for th, tw:                     threadIdx.y = wd, wi, wc, wp
+          weights to fragments
+          for pt: inputs to a fragment          the window from the tap's place on
+            for ot:                             16 x 16 (x kj) in one instruction
       for ot, pt:
         sums to shared memory                   a fragment of each warp
-        threadIdx.y = wo, wp, threadIdx.x = oi, pi: the output
+        threadIdx.y, threadIdx.x = wc, oi, wp, pi, wi: the output, columns of all phases side by side
 
-The inputs of each tap are gathered anew, out of the caches: any stride, dilation and border costs the same, and no
-zero is multiplied but those of surplus channels and positions. Rows in shared memory are 16 bytes more than a multiple
-of 32 apart, so that eight of them, which are read at a time, lie in different banks. A stage is waited for before it is
-multiplied: no copy is asynchronous.
+Inputs are fetched once for all taps and for the column phases of a block, and a tap is a place in the window to read
+from: see `convt_tvm.tensor_layout`. Any stride, dilation and border costs the same. Zeros are multiplied for surplus
+channels, and products thrown away for positions beside a tile and beyond the image. Warps ``wd`` share the input
+channels of a stage, and their sums are added up in one order: layers of few positions and many channels have few
+blocks, each of which waits for its stages one after the other. The bits of a sum depend on how many ``wd`` there are
+and on nothing else of a layout. No copy is asynchronous.
 
 float16 and bfloat16 are multiplied exactly and summed in float32, which GPUs round in their own way; float32 is rounded
 to tf32 first, and only where the target says ``+tf32``.
@@ -32,13 +36,12 @@ from collections.abc import Iterator
 
 from tvm.s_tir import Schedule
 
-from convt_tvm.compute import spec_of
 from convt_tvm.cost_tensor import fits_tensor_cores, tensor_cycles, tensor_layouts
 from convt_tvm.layout import Layout
-from convt_tvm.schedule_tensor import bind_patch, multiply, order_products, stage_inputs, stage_weights, store_sums
+from convt_tvm.schedule_tensor import bind_blocks, multiply, order_products, stage_inputs, stage_weights, store_sums
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
-from convt_tvm.tensor_layout import patches
+from convt_tvm.tensor_layout import reaches_of
 
 NAME = "cuda_tensor"
 TARGET_KIND = "cuda"
@@ -46,7 +49,8 @@ TARGET_KIND = "cuda"
 
 def applies(spec: ConvTranspose2dSpec) -> bool:
     """Where some tap reaches the output, and sums are not kept in float64; `layouts` knows what the target has."""
-    return spec.accumulator_dtype == "float32" and any(patch.taps for patch in patches(spec))
+    rows, columns = reaches_of(spec)
+    return spec.accumulator_dtype == "float32" and any(rows.taps) and any(columns.taps)
 
 
 def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout, float]]:
@@ -57,14 +61,11 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
 
 def space(sch: Schedule) -> None:
     """Schedule the matrix products in `sch` in place; deterministic for a declaration."""
-    for patch in patches(spec_of(sch.mod["main"])):
-        band = sch.get_sblock(f"band{patch.index}")
-        block, fragment = bind_patch(sch, band)
-        if patch.taps:
-            names = ("gather", "inputs", "taps", "weights", "acc")
-            gather, inputs, taps, weights, acc = (sch.get_sblock(f"{name}{patch.index}") for name in names)
-            sums = store_sums(sch, acc, band, fragment)
-            stage, step = order_products(sch, acc, block)
-            stage_inputs(sch, gather, inputs, stage, step)
-            stage_weights(sch, taps, weights, stage, step)
-            multiply(sch, acc, sums)
+    names = ("fetch", "gather", "inputs", "taps", "weights", "acc", "band")
+    fetch, gather, inputs, taps, weights, acc, band = (sch.get_sblock(name) for name in names)
+    block, fragment = bind_blocks(sch, band)
+    sums = store_sums(sch, acc, band, fragment)
+    stage, step, part = order_products(sch, acc, block)
+    stage_inputs(sch, fetch, gather, inputs, stage, part)
+    stage_weights(sch, taps, weights, stage, step)
+    multiply(sch, acc, sums)
