@@ -54,7 +54,7 @@ CYCLES_ALONE = 3
 UNJOINED = 2
 """How much more it costs to write parts of sectors if other blocks write the other parts."""
 SECTOR_BYTES = 32
-SECTOR_CYCLES = 2
+SECTOR_CYCLES = 1.5
 """For a part of a sector that is written, of a multiprocessor."""
 STORE_INSTRUCTIONS = 8
 """For each output: bounds, bias, address, store."""

@@ -55,7 +55,8 @@ MAY_IMPORT = {
     "schedule_cuda": "thread_layout",
     "schedule_tensor": "spec compute tensor_layout tensor_intrinsics compute_tensor",
     "schedules": "spec processor target layout depthwise_layout dot_layout tile_layout tensor_layout thread_layout "
-    "compute compute_tiles compute_cuda compute_tensor cost cost_cuda cost_tensor schedule schedule_cuda schedule_tensor",
+    "compute compute_tiles compute_cuda compute_tensor cost cost_cuda cost_tensor schedule schedule_cuda "
+    "schedule_tensor",
     "records": "digests errors",
     "store": "errors records",
     "database": "errors gpu spec target machine threads records store",
