@@ -28,6 +28,7 @@ from convt_tvm.fingerprint import source_fingerprint
 from convt_tvm.libraries import CUDA_RUNTIME_FILE, find_runtime
 from convt_tvm.manifest import RUNTIME_FILE
 from convt_tvm.records import Candidate
+from convt_tvm.rows import PRECISIONS
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
 from convt_tvm.workers import Answer, work_through
@@ -36,10 +37,8 @@ from convt_tvm.workloads import Workload
 if TYPE_CHECKING:
     from convt_tvm.space import Choice
 
-__all__ = ["PRECISIONS", "Bundle", "Carried", "Entry", "make_bundle", "variants"]
+__all__ = ["Bundle", "Carried", "Entry", "make_bundle", "variants"]
 
-PRECISIONS = ("float32", "tf32", "float16", "bfloat16", "float64")
-"""Dtypes, and float32 multiplied as tf32, which GPUs have tensor cores for."""
 _PACKAGES = ("filelock",)
 """What the machine may lack, pure Python all of it. torch, numpy and apache-tvm-ffi it has, or wheels bring them."""
 _LEFT_OUT = ("__pycache__", ".lock", "bench", "numerics")

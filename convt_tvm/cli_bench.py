@@ -132,7 +132,8 @@ def report(
     """Turn stored rows, or the logs of tuning sessions, into tables and plots; measures nothing.
 
     ROWS are those of bench, of which the last run of each workload and number of threads counts, or the rows.jsonl of
-    `check --report`, for which the section is numerics. With --json, the rows, one a line, or one line for each search.
+    `check --report`. The README's section is results, results-gpu for rows of GPUs, numerics for those of check. With
+    --json, the rows, one a line, or one line for each search.
     """
     if (path is None) == (not session):
         raise typer.BadParameter("name either a file of rows or, with --session, the log of a tuned workload.")
@@ -161,7 +162,8 @@ def report(
         from convt_tvm.rows import latest_runs, read_rows
 
         rows = read_rows(path)
-        section, text = "results", bench_report.to_markdown(rows)
+        section = "results-gpu" if any("gpu" in row.machine for row in rows) else "results"
+        text = bench_report.to_markdown(rows)
         values = [row.to_json() for run in latest_runs(rows) for row in run.rows.values()]
         draw = partial(bench_report.plot, rows)
     if as_json:

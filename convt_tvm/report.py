@@ -8,7 +8,7 @@ from typing import Any
 
 from convt_tvm.errors import RowsError
 from convt_tvm.pictures import COLOURS, new_figure
-from convt_tvm.rows import OURS, OURS_LAST, TORCH, Row, Run, geometric_means, latest_runs
+from convt_tvm.rows import OURS, OURS_LAST, PRECISIONS, TORCH, Row, Run, geometric_means, latest_runs
 
 __all__ = ["plot", "to_markdown", "update_section"]
 
@@ -29,11 +29,12 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}"
 
 
-def _title(setting: tuple[str, bool, int]) -> str:
-    gpu, cold, threads = setting
+def _title(setting: tuple[str, int, bool, int]) -> str:
+    gpu, precision, cold, threads = setting
+    name = PRECISIONS[precision]
     if gpu:
-        return f"{gpu}, {'cold' if cold else 'warm'} caches"
-    return f"{threads} thread{'' if threads == 1 else 's'}"
+        return f"{gpu}, {name}, {'cold' if cold else 'warm'} caches"
+    return f"{threads} thread{'' if threads == 1 else 's'}{'' if name == 'float32' else f', {name}'}"
 
 
 def _by_setting(rows: Sequence[Row]) -> dict[str, list[Run]]:
@@ -52,7 +53,13 @@ def _our_cell(run: Run, name: str) -> str:
     row = run.rows.get(name)
     if row is None:
         return ""
-    return row.status if row.median_us is None else _digits(row.median_us / 1e3)
+    return row.status if row.median_us is None else _time(row)
+
+
+def _time(row: Row, us: float | None = None) -> str:
+    """A row's median, or another time beside it, in the unit of its table."""
+    us = row.median_us if us is None else us
+    return _digits(us if us is None or row.setting[0] else us / 1e3)
 
 
 def _peer_cell(run: Run, name: str) -> str:
@@ -61,7 +68,7 @@ def _peer_cell(run: Run, name: str) -> str:
         return ""
     if row.median_us is None:
         return row.status
-    text = _digits(row.median_us / 1e3)
+    text = _time(row)
     return f"**{text}**" if row is run.best_peer else text
 
 
@@ -86,7 +93,7 @@ def _table(runs: Sequence[Run]) -> list[str]:
         over_best = _digits(run.over_best)
         cells = [
             ours.workload,
-            f"{_digits(ours.bound_us and ours.bound_us / 1e3)} {ours.bound_by or ''}".strip(),
+            "-" if ours.bound_us is None else f"{_time(ours, ours.bound_us)} {ours.bound_by}",
             *(_our_cell(run, name) for name in (OURS, *ours_last)),
             *(_peer_cell(run, name) for name in peers),
             f"**{over_best} behind**" if run.is_behind else over_best,
@@ -145,7 +152,8 @@ def to_markdown(rows: Sequence[Row]) -> str:
     for title, every in _by_setting(rows).items():
         runs = [run for run in every if not run.is_overhead]
         peaks = [run.ours.peak_gflops for run in runs if run.ours.peak_gflops is not None]
-        parts.append(f"**{title}**, milliseconds a call, median of {every[0].ours.rounds} rounds")
+        unit = "microseconds" if every[0].ours.setting[0] else "milliseconds"
+        parts.append(f"**{title}**, {unit} a call, median of {every[0].ours.rounds} rounds")
         if runs:
             parts.append("\n".join(_table(runs)))
             parts.append(_summary(runs))

@@ -14,6 +14,7 @@ __all__ = [
     "COPY",
     "OURS",
     "OURS_LAST",
+    "PRECISIONS",
     "TORCH",
     "TORCH_LAST",
     "Row",
@@ -24,6 +25,8 @@ __all__ = [
     "regressions",
 ]
 
+PRECISIONS = ("float32", "tf32", "float16", "bfloat16", "float64")
+"""Dtypes, and float32 multiplied as tf32, which GPUs have tensor cores for."""
 OURS, COPY, TORCH = "ours", "ours_again", "torch"
 """The kernel, a second copy of it that gives the noise floor, and the peer that runs are compared by."""
 OURS_LAST, TORCH_LAST = "ours_channels_last", "torch_channels_last"
@@ -111,10 +114,18 @@ class Row:
         return self.implementation in (OURS, COPY, OURS_LAST)
 
     @property
-    def setting(self) -> tuple[str, bool, int]:
-        """What rows have in common that may stand in one table: kind of machine, caches and threads."""
+    def precision(self) -> str:
+        """The dtype, or tf32 where float32 may be rounded to that."""
+        if self.target.endswith("+tf32"):
+            return "tf32"
+        return next((name for name in PRECISIONS[2:] if name in self.spec.split("_")), "float32")
+
+    @property
+    def setting(self) -> tuple[str, int, bool, int]:
+        """What rows have in common that may stand in one table: GPU, place in `PRECISIONS`, caches and threads."""
         gpu = self.machine.get("gpu")
-        return ("" if gpu is None else f"{gpu.get('name', 'GPU')}, {self.target}", self.cold, self.threads)
+        precision = PRECISIONS.index(self.precision)
+        return "" if gpu is None else str(gpu.get("name", "GPU")), precision, self.cold, self.threads
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values; infinities and NaN, which JSON lacks, become None."""

@@ -116,7 +116,8 @@ MAY_IMPORT = {
     "generic": "spec target machine layout compute records space compiler search",
     "tune": "errors spec workloads target machine fingerprint compute records store database space compiler "
     "reference measure place check bench trials remote search session metaschedule generic",
-    "bundle": "errors spec workloads target fingerprint manifest libraries records space emulator workers trials bench",
+    "bundle": "errors rows spec workloads target fingerprint manifest libraries records space emulator workers trials "
+    "bench",
     "bundle_run": "errors machine artifact runtime cuda_toolkit emulated_torch place check bench peers workloads "
     "json_lines records store search session workers trials tune bundle",
     "explain": "spec workloads target records database space roofline",
