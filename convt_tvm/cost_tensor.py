@@ -9,8 +9,7 @@ multiprocessor busy for the largest of
 - what it fetches from the second cache.
 
 A block alone takes longer: it waits for global memory, then its warps work through their products one after the other.
-Blocks of a multiprocessor overlap. The rates are NVIDIA's published ones; the latencies are guesses that agree with
-what whole kernels took on an H100.
+Blocks of a multiprocessor overlap. The rates are NVIDIA's published ones, the latencies guesses; none was measured.
 """
 
 from collections.abc import Iterator

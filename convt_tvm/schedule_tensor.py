@@ -46,18 +46,12 @@ def bind_blocks(sch: Schedule, band: SBlockRV) -> tuple[LoopRV, LoopRV]:
 
 
 def store_sums(sch: Schedule, acc: SBlockRV, band: SBlockRV, fragment: LoopRV) -> SBlockRV:
-    """Write sums to shared memory, a fragment of each warp at a time; returns the block that does.
-
-    Those of different phases, which neighbouring lanes read, lie in different banks.
-    """
+    """Write sums to shared memory, a fragment of each warp at a time; returns the block that does."""
     sch.set_scope(acc, 0, "wmma.accumulator")
     copy = sch.cache_read(band, 0, "shared")
     sch.compute_at(copy, fragment, preserve_unit_loops=True)
     wd, wi, wc, wp = sch.get_loops(copy)[-8:-4]
     sch.bind(sch.fuse(wd, wi, wc, wp), "threadIdx.y")
-    _, layout = _declared(sch)
-    if layout.sums_skew:
-        sch.storage_align(copy, 0, -7, 32, layout.sums_skew)
     return copy
 
 
@@ -76,8 +70,11 @@ def order_products(sch: Schedule, acc: SBlockRV, block: LoopRV) -> tuple[LoopRV,
 
 
 def multiply(sch: Schedule, acc: SBlockRV, sums: SBlockRV) -> None:
-    """Replace the innermost loops of sums and products by what tensor cores do."""
-    spec, _ = _declared(sch)
+    """Replace the innermost loops of sums and products by what tensor cores do.
+
+    In shared memory sums of different phases, which neighbouring lanes read, lie in different banks.
+    """
+    spec, layout = _declared(sch)
     depth = fragment_depth(spec)
     ko, ki, _, _, pt, ot, oi, _, _ = sch.get_loops(acc)[-9:]
     for loop in (ki, pt, ot):
@@ -88,7 +85,10 @@ def multiply(sch: Schedule, acc: SBlockRV, sums: SBlockRV) -> None:
         sch.unroll(loop)
     sch.tensorize(init_oi, fill_intrinsic(depth))
     sch.tensorize(oi, product_intrinsic(depth, spec.dtype))
-    sch.tensorize(sch.get_loops(sums)[-2], store_intrinsic(depth))
+    written = sch.blockize(sch.get_loops(sums)[-2])
+    if layout.sums_skew:
+        sch.storage_align(written, 0, -7, 32, layout.sums_skew)
+    sch.tensorize(written, store_intrinsic(depth))
 
 
 def _deal(sch: Schedule, vectors: LoopRV, inner: LoopRV, layout: TensorLayout) -> LoopRV:

@@ -67,8 +67,8 @@ def name_tf32(code: str) -> str:
 def read_shared(code: str) -> str:
     """CUDA C++ in which fragments of bfloat16 and tf32 are read from shared memory, said in PTX.
 
-    nvcc 13.0 finds out for half alone that an address is in shared memory. For the others it reads from an address that
-    may be anywhere, 4 bytes at a time, and not a row of 16 bytes as it can from shared memory.
+    nvcc 13.0 finds out for half alone that an address is in shared memory; for the others its PTX reads from an address
+    that may be anywhere, for which there is no instruction that reads whole matrices.
     """
     found = sorted(set(_FRAGMENT.findall(code)))
     if not found:

@@ -282,3 +282,12 @@ def test_an_image_is_summed_alike_in_every_batch():
     for n in (1, 8, 64):
         choice = default_choice(replace(spec, n=n, dtype="float16"), TARGET)
         assert choice.layout.sum_order == default_choice(replace(spec, dtype="float16"), TARGET).layout.sum_order
+
+
+@needs_toolkit
+def test_sums_of_neighbouring_phases_lie_in_different_banks(monkeypatch):
+    layout = divided(SPEC, phases=2).layout
+    assert layout.sums_skew == 16
+    size = layout.warps * 16 * 16 + layout.depth_warps * layout.phases * layout.sums_skew
+    plant(monkeypatch, f"acc_wmma_accumulator_shared_ptr[{size}]", f"acc_wmma_accumulator_shared_ptr[{size}]")
+    assert is_exact(EmulatedKernel(SPEC, TARGET, divided(SPEC, phases=2)))
