@@ -8,13 +8,14 @@ multiprocessor busy for the largest of
 - its instructions, four a cycle, of which copying to shared memory takes most,
 - what it fetches from the second cache.
 
-A block alone takes longer: it waits for global memory, then its warps work through their products one after the other.
-Blocks of a multiprocessor overlap. The rates are NVIDIA's published ones, the latencies guesses; none was measured.
+A block alone takes longer: it waits for global memory, unless it has fetched the stage during the one before, and its
+warps work through their products one after the other. Blocks of a multiprocessor overlap. The rates are NVIDIA's
+published ones, the latencies guesses; none was measured.
 """
 
 from collections.abc import Iterator
 from itertools import product
-from math import prod
+from math import inf, prod
 
 from convt_tvm.cost_cuda import (
     BYTES_PER_CYCLE,
@@ -28,6 +29,7 @@ from convt_tvm.gpu import ARCHITECTURES, capability
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.target import Target
 from convt_tvm.tensor_layout import FRAGMENT, WARP, WINDOW_SKEW, TensorLayout, fragment_depth, reaches_of
+from convt_tvm.thread_layout import MAX_FETCHED
 
 __all__ = ["fits_tensor_cores", "tensor_cycles", "tensor_layouts", "tensor_shared_bytes"]
 
@@ -98,13 +100,19 @@ def tensor_shared_bytes(spec: ConvTranspose2dSpec, layout: TensorLayout) -> int:
     return -(-inputs // 64) * 64 + -(-weights // 64) * 64 + sums
 
 
-def _registers(spec: ConvTranspose2dSpec, layout: TensorLayout) -> int:
-    """Of a thread, about: sums, and operands or what it copies of a stage, whichever is more."""
+def _fetched(spec: ConvTranspose2dSpec, layout: TensorLayout) -> int:
+    """Registers of a thread for what it copies of a stage: narrow values of the window have one each."""
     size, threads = DTYPE_BYTES[spec.dtype], layout.warps * WARP
+    vector = 16 // size
     window, weights = layout.window_positions(spec) * layout.ci_block, _stage_rows(spec, layout) * layout.co_block
-    copied = sum(-(-values * size // 16 // threads) * 4 for values in (window, weights))
+    return -(-window // vector // threads) * vector + -(-weights // vector // threads) * 4
+
+
+def _registers(spec: ConvTranspose2dSpec, layout: TensorLayout) -> int:
+    """Of a thread, about: sums, operands, and what it fetches of the next stage."""
     operands = (layout.channel_tiles + 1) * FRAGMENT_REGISTERS
-    return layout.channel_tiles * layout.position_tiles * FRAGMENT_REGISTERS + max(copied, operands) + SPARE_REGISTERS
+    fetched = min(_fetched(spec, layout), MAX_FETCHED) if layout.steps(spec) > 1 else 0
+    return layout.channel_tiles * layout.position_tiles * FRAGMENT_REGISTERS + operands + fetched + SPARE_REGISTERS
 
 
 def tensor_cycles(spec: ConvTranspose2dSpec, layout: TensorLayout, target: Target) -> float:
@@ -124,6 +132,8 @@ def tensor_cycles(spec: ConvTranspose2dSpec, layout: TensorLayout, target: Targe
         -(-blocks // limits.processors),
     )
 
+    if resident < 1:
+        return inf
     tiles = layout.channel_tiles * layout.position_tiles
     depths = layout.ci_block // fragment_depth(spec) // layout.depth_warps
     sums = layout.phases * layout.co_block * layout.positions
@@ -141,7 +151,9 @@ def tensor_cycles(spec: ConvTranspose2dSpec, layout: TensorLayout, target: Targe
         (in_shared + (2 * gathered + copied) * size) / SHARED_BYTES_PER_CYCLE + gathered / WARP * READ_CYCLES,
         fetched / CACHE_BYTES_PER_CYCLE,
     )
-    alone = STAGE_LATENCY + busy / 2 + most * depths * (STEP_LATENCY + tiles * PRODUCT_CYCLES * size / 2)
+    working = busy / 2 + most * depths * (STEP_LATENCY + tiles * PRODUCT_CYCLES * size / 2)
+    ahead = layout.steps(spec) > 1 and _fetched(spec, layout) <= MAX_FETCHED
+    alone = max(working, STAGE_LATENCY) if ahead else working + STAGE_LATENCY
 
     outputs = layout.phases * layout.co_block * layout.row_block * layout.column_block
     spread = spec.stride[1] / layout.phases

@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "compute_tensor": "spec target compute compute_cuda tensor_layout tensor_intrinsics",
     "cost": "spec target layout",
     "cost_cuda": "gpu spec target layout thread_layout",
-    "cost_tensor": "gpu spec target tensor_layout cost_cuda",
+    "cost_tensor": "gpu spec target thread_layout tensor_layout cost_cuda",
     "schedule": "spec layout compute",
     "schedule_cuda": "thread_layout",
     "schedule_tensor": "spec compute tensor_layout tensor_intrinsics compute_tensor",
