@@ -182,7 +182,7 @@ def make_bundle(
     wanted
         Workloads, each with what it is compiled for; every batch size fixed.
     candidates
-        How many of each workload's schedules to compile for measuring there, the cheapest by the cost rule first.
+        How many of each workload's schedules to compile for measuring there: the default and others unlike it.
     wheels
         Packages for the other machine's Python, to be carried.
     limit_bytes
@@ -199,7 +199,7 @@ def make_bundle(
     BundleError
         If the bundle is larger than its limit; or if a wheel is none.
     """
-    from convt_tvm.space import choices
+    from convt_tvm.space import varied_choices
     from convt_tvm.trials import build_job
 
     with TemporaryDirectory(prefix="convt-tvm-bundle-") as scratch:
@@ -211,7 +211,7 @@ def make_bundle(
             target = target.for_dtype(spec.dtype)
             homes[f"{home}/kernel"] = workload, target
             jobs.append(build_job(spec, target, None, root / home / "kernel"))
-            for place, choice in enumerate(choices(spec, target)[:candidates]):
+            for place, choice in enumerate(varied_choices(spec, target, candidates)):
                 carried[f"{home}/candidate{place}"] = choice
                 jobs.append(build_job(spec, target, choice.candidate, root / home / f"candidate{place}"))
         codes, failed = dict[str, str](), list[str]()

@@ -10,7 +10,9 @@ multiprocessor busy for the largest of
 
 A block alone takes longer: it waits for global memory, unless it has fetched the stage during the one before, and its
 warps work through their products one after the other. Blocks of a multiprocessor overlap. The rates are NVIDIA's
-published ones, the latencies guesses; none was measured.
+published ones; the latencies, and cycles for a read, are those that rank best what an H200 took for 165 kernels of 14
+public workloads in bfloat16: of the kernels compiled for a workload, the one ranked first took 1.08 times the fastest's
+time at most.
 """
 
 from collections.abc import Iterator
@@ -50,16 +52,16 @@ PRODUCT_INSTRUCTIONS = 2
 STORE_INSTRUCTIONS = 10
 """For each output: bounds, bias, address, store; and as many sums as there are depths to load and add."""
 SHARED_BYTES_PER_CYCLE = 128
-READ_CYCLES = 2
+READ_CYCLES = 4
 """For a warp's read of an input value each, in the unit that also serves shared memory."""
 SECTOR_BYTES = 32
-STAGE_LATENCY = 1300
+STAGE_LATENCY = 700
 """Cycles from asking global memory for a stage until after the barrier."""
-STEP_LATENCY = 60
+STEP_LATENCY = 30
 """Cycles from reading fragments until their first product is done; a warp's next step follows it."""
 PRODUCT_CYCLES = 16
 """For a product of fragments on the quarter of a multiprocessor that a warp runs on."""
-STORE_LATENCY = 150
+STORE_LATENCY = 300
 """Cycles for a fragment of each warp's sums: two barriers, and shared memory written and read."""
 FRAGMENT_REGISTERS = 8
 """Of each lane, for 16 x 16 sums, and for as many 16-bit operands: wmma keeps those twice."""

@@ -130,6 +130,11 @@ class Layout:
         """What the bits of a sum depend on besides the layer: the unit that multiplies, which the type stands for."""
         return (type(self),)
 
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """What matters most of a layout: the sums kept in registers, and how they are shared out."""
+        return self.lanes, self.co_block, self.row_block, self.column_block, self.phases, self.taps
+
     def blocks(self, spec: ConvTranspose2dSpec) -> int:
         """Number of channel blocks in a group."""
         return -(-(spec.co // spec.groups) // self.co_block)

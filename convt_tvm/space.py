@@ -18,7 +18,7 @@ from convt_tvm.records import Candidate
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
 
-__all__ = ["Choice", "Space", "choices", "default_choice", "find_choice", "spaces"]
+__all__ = ["Choice", "Space", "choices", "default_choice", "find_choice", "spaces", "varied_choices"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,19 @@ def default_choice(spec: ConvTranspose2dSpec, target: Target) -> Choice:
             f"{', '.join(f'{space.name} (for {space.target_kind})' for space in spaces())}."
         )
     return found[0]
+
+
+def varied_choices(spec: ConvTranspose2dSpec, target: Target, count: int) -> list[Choice]:
+    """What is worth measuring where `count` can be: the default, then of every `Layout.shape` the cheapest."""
+    if count < 1:
+        return []
+    found = [default_choice(spec, target)]
+    seen = {(found[0].space.name, found[0].layout.shape)}
+    for choice in choices(spec, target):
+        if len(found) < count and (key := (choice.space.name, choice.layout.shape)) not in seen:
+            seen.add(key)
+            found.append(choice)
+    return found
 
 
 def find_choice(spec: ConvTranspose2dSpec, target: Target, candidate: Candidate) -> Choice | None:

@@ -132,6 +132,11 @@ class TensorLayout(Layout):
         return self.positions // FRAGMENT // self.position_warps
 
     @property
+    def shape(self) -> tuple[object, ...]:
+        """As in `Layout`."""
+        return self.channel_tiles, self.position_tiles, self.phases, self.warps, self.depth_warps
+
+    @property
     def sum_order(self) -> tuple[object, ...]:
         """The type, and how many parts a sum has."""
         return type(self), self.depth_warps

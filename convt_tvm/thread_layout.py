@@ -57,6 +57,11 @@ class ThreadLayout(Layout):
         return type(self), self.depth_threads, self.depth_block if shared else 0
 
     @property
+    def shape(self) -> tuple[object, ...]:
+        """As in `Layout`."""
+        return self.channel_tile, self.column_tile, self.phases, self.depth_threads
+
+    @property
     def lanes_block(self) -> int:
         """Threads that share a block's positions; warps are made of them first."""
         return self.row_block * self.column_threads
