@@ -275,7 +275,7 @@ class _Run:
 
 
 class _InOrder:
-    """A search that proposes what the bundle carries, the cheapest by the cost rule first."""
+    """A search that proposes what the bundle carries, in its order."""
 
     def __init__(self, candidates: Sequence[Carried]) -> None:
         self._candidates = candidates

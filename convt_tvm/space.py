@@ -74,7 +74,10 @@ def default_choice(spec: ConvTranspose2dSpec, target: Target) -> Choice:
     What the bits of a sum depend on (`Layout.sum_order`) is that of a single image, which then has the same bits in
     every batch.
     """
-    found = choices(spec, target)
+    return _default(choices(spec, target), spec, target)
+
+
+def _default(found: list[Choice], spec: ConvTranspose2dSpec, target: Target) -> Choice:
     if spec.n not in (None, 1) and len({choice.layout.sum_order for choice in found}) > 1:
         order = choices(spec.with_batch(1), target)[0].layout.sum_order
         found = [choice for choice in found if choice.layout.sum_order == order]
@@ -90,9 +93,10 @@ def varied_choices(spec: ConvTranspose2dSpec, target: Target, count: int) -> lis
     """What is worth measuring where `count` can be: the default, then of every `Layout.shape` the cheapest."""
     if count < 1:
         return []
-    found = [default_choice(spec, target)]
+    everything = choices(spec, target)
+    found = [_default(everything, spec, target)]
     seen = {(found[0].space.name, found[0].layout.shape)}
-    for choice in choices(spec, target):
+    for choice in everything:
         if len(found) < count and (key := (choice.space.name, choice.layout.shape)) not in seen:
             seen.add(key)
             found.append(choice)
@@ -103,7 +107,18 @@ def find_choice(spec: ConvTranspose2dSpec, target: Target, candidate: Candidate)
     """The choice that a stored candidate stands for, or None if there is no such choice any more."""
     if candidate.trace is not None:
         return _replay(candidate)
-    return next((choice for choice in choices(spec, target) if choice.candidate == candidate), None)
+    for space in spaces():
+        if space.name == candidate.schedule and space.target_kind == target.kind and space.applies(spec):
+            found = _layouts(space, spec, target)
+            wanted = type(found[0][0]).from_json(candidate.layout) if found else None
+            return next((Choice(space, layout, cycles) for layout, cycles in found if layout == wanted), None)
+    return None
+
+
+@functools.lru_cache(maxsize=4)
+def _layouts(space: Space, spec: ConvTranspose2dSpec, target: Target) -> tuple[tuple[Layout, float], ...]:
+    """All of a space for a spec, kept: who looks for one candidate of it looks for others."""
+    return tuple(space.layouts(spec, target))
 
 
 def _replay(candidate: Candidate) -> Choice:

@@ -19,7 +19,7 @@ from convt_tvm.errors import BuildError
 from convt_tvm.layout import Layout
 from convt_tvm.reference import integer_inputs, normal_inputs, reference
 from convt_tvm.runtime import load
-from convt_tvm.space import choices, default_choice, spaces
+from convt_tvm.space import choices, default_choice, spaces, varied_choices
 from convt_tvm.spec import CONTIGUOUS, MEMORY_ORDER, ConvTranspose2dSpec
 from convt_tvm.target import Target
 from convt_tvm.tile_layout import TileLayout
@@ -202,3 +202,13 @@ def is_exact(spec, choice, directory):
     inputs = integer_inputs(spec, seed=2)
     build_artifact(spec, HOST, directory, choice=choice)
     return bool((load(directory)(*inputs).double() == reference(spec, *inputs)).all())
+
+
+def test_what_is_worth_measuring_is_the_default_and_others_unlike_it():
+    spec = ConvTranspose2dSpec(n=4, ci=32, ih=8, iw=8, co=32, kernel_size=4, stride=2, padding=1, dtype="bfloat16")
+    target = Target.parse("cuda:sm_90")
+    found = varied_choices(spec, target, 6)
+    assert found[0] == default_choice(spec, target)
+    assert len({(choice.space.name, choice.layout.shape) for choice in found}) == 6
+    assert [choice.cycles for choice in found[1:]] == sorted(choice.cycles for choice in found[1:])
+    assert varied_choices(spec, target, 0) == []
