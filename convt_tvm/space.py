@@ -110,7 +110,9 @@ def find_choice(spec: ConvTranspose2dSpec, target: Target, candidate: Candidate)
     for space in spaces():
         if space.name == candidate.schedule and space.target_kind == target.kind and space.applies(spec):
             found = _layouts(space, spec, target)
-            wanted = type(found[0][0]).from_json(candidate.layout) if found else None
+            if not found or found[0][0].to_json().keys() != candidate.layout.keys():
+                return None
+            wanted = type(found[0][0]).from_json(candidate.layout)
             return next((Choice(space, layout, cycles) for layout, cycles in found if layout == wanted), None)
     return None
 
