@@ -4,15 +4,15 @@ A step of a block is one stage: some input channels of its window, and their wei
 multiprocessor busy for the largest of
 
 - its products, at the rate of the tensor cores, those of surplus positions, channels and border columns included,
-- what it moves in and out of shared memory, 128 bytes a cycle, where positions of a window share banks in pairs,
+- what it moves in and out of shared memory, 96 bytes a cycle, where positions of a window share banks in pairs,
 - its instructions, four a cycle, of which copying to shared memory takes most,
 - what it fetches from the second cache.
 
 A block alone takes longer: it waits for global memory, unless it has fetched the stage during the one before, and its
 warps work through their products one after the other. Blocks of a multiprocessor overlap. The rates are NVIDIA's
-published ones; the latencies, and cycles for a read, are those that rank best what an H200 took for 165 kernels of 14
-public workloads in bfloat16: of the kernels compiled for a workload, the one ranked first took 1.08 times the fastest's
-time at most.
+published ones; the latencies, and the rates of shared memory, are those that rank best what an H200 took for 382
+kernels of the public workloads in bfloat16 and tf32: of 6 to 12 kernels compiled for a workload, the one ranked first
+took 1.04 times the fastest's time, in the geometric mean.
 """
 
 from collections.abc import Iterator
@@ -51,13 +51,13 @@ PRODUCT_INSTRUCTIONS = 2
 """For one product of fragments; a fragment's load is as many."""
 STORE_INSTRUCTIONS = 10
 """For each output: bounds, bias, address, store; and as many sums as there are depths to load and add."""
-SHARED_BYTES_PER_CYCLE = 128
+SHARED_BYTES_PER_CYCLE = 96
 READ_CYCLES = 4
 """For a warp's read of an input value each, in the unit that also serves shared memory."""
 SECTOR_BYTES = 32
-STAGE_LATENCY = 700
+STAGE_LATENCY = 1300
 """Cycles from asking global memory for a stage until after the barrier."""
-STEP_LATENCY = 30
+STEP_LATENCY = 60
 """Cycles from reading fragments until their first product is done; a warp's next step follows it."""
 PRODUCT_CYCLES = 16
 """For a product of fragments on the quarter of a multiprocessor that a warp runs on."""
