@@ -12,7 +12,7 @@ from emulated_kernels import cheapest, is_exact, needs_toolkit, plant
 from convt_tvm import emulator
 from convt_tvm.artifact import read_manifest
 from convt_tvm.check import compare
-from convt_tvm.compiler import build_artifact
+from convt_tvm.compiler import build_artifact, lower_choice
 from convt_tvm.cost_cuda import MAX_REGISTERS, SHARED_BYTES
 from convt_tvm.cost_tensor import fits_tensor_cores, tensor_layouts, tensor_shared_bytes
 from convt_tvm.emulate import EmulatedKernel, check_emulated
@@ -291,3 +291,9 @@ def test_sums_of_neighbouring_phases_lie_in_different_banks(monkeypatch):
     size = layout.warps * 16 * 16 + layout.depth_warps * layout.phases * layout.sums_skew
     plant(monkeypatch, f"acc_wmma_accumulator_shared_ptr[{size}]", f"acc_wmma_accumulator_shared_ptr[{size}]")
     assert is_exact(EmulatedKernel(SPEC, TARGET, divided(SPEC, phases=2)))
+
+
+def test_the_digest_of_lowered_code_is_the_same_each_time():
+    spec = ConvTranspose2dSpec(n=1, ci=32, ih=4, iw=4, co=32, kernel_size=4, stride=2, padding=1, dtype="float16")
+    choice = cheapest(spec, TARGET, "cuda_tensor")
+    assert lower_choice(spec, TARGET, choice).code == lower_choice(spec, TARGET, choice).code
