@@ -164,7 +164,8 @@ def test_the_function_takes_a_kernel_for_channels_last(of_weight):
     if of_weight:
         input, weight = input.contiguous(), weight.contiguous(memory_format=torch.channels_last)
     parameters = (2, 2), (1, 1), (0, 0), 1, (1, 1)
-    assert find_plan(input, weight, bias, parameters).kernel.spec.is_channels_last is HOST.for_dtype("float32").keeps_channels_last
+    native = HOST.for_dtype("float32").keeps_channels_last
+    assert find_plan(input, weight, bias, parameters).kernel.spec.is_channels_last is native
     output = conv_transpose2d(input, weight, bias, stride=2, padding=1)
     assert output.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(bits(output), bits(conv_transpose2d(input.contiguous(), weight.contiguous(), bias, 2, 1)))
