@@ -34,6 +34,8 @@ from convt_tvm.target import Target
 
 __all__ = ["Outputs", "last_band"]
 
+SHORT_LOOP = 16
+"""Iterations below which LLVM, vectorising a loop, leaves none over: it masks them."""
 MIN_PRODUCTS = 16
 """Products in a partial sum that give cache lines the time to come (with 4, bilinear/depthwise took 4 % longer)."""
 
@@ -125,6 +127,8 @@ class Outputs:
         whole = (spec.ow - phases) // stride_w + 1
         rest = max(0, spec.ow - whole * stride_w)
         outside = next((i for i, loop in enumerate(loops) if IN_VECTORS in loop.annotations), None)
+        if self._is_nhwc and not filled:
+            loops = [*self._unmasked(loops[:outside], ob), *([] if outside is None else loops[outside:])]
         if outside is None:
             statement, clips = write(node.value, ob, qw * stride_w + pw), [*filled, *rows]
             if columns == whole:
@@ -175,6 +179,22 @@ class Outputs:
             narrower = tile(spec.ow - last * stride_w)
             body = tirx.IfThenElse(first_column < last, body, narrower) if last else narrower
         return nest(loops[:outside], body, rows if by_channels else [*filled, *rows])
+
+    def _unmasked(self, loops: Sequence[Loop], ob: Expr) -> list[Loop]:
+        """`loops` with a short one over channels unrolled, whose bfloat16 LLVM would else store by a mask of its own.
+
+        It vectorises loops of fewer than 16 iterations with what is left over in a constant mask, and where that has
+        one lane it writes four bytes; see `convt_tvm.statements.Clip`. Seen with 9 channels.
+        """
+
+        def is_short(loop: Loop) -> bool:
+            constant = isinstance(loop.extent, tirx.IntImm | int)
+            return constant and 1 < int(loop.extent) < SHORT_LOOP and _counts_by_one(ob, loop.loop_var)
+
+        if self.spec.dtype != "bfloat16":
+            return list(loops)
+        unrolled = tirx.ForKind.UNROLLED
+        return [rebuild(loop, loop.body, kind=unrolled) if is_short(loop) else loop for loop in loops]
 
     def _place(self, n: Expr, channel: Expr, row: Expr, column: Expr) -> list[Expr]:
         """The indices of a value of the output."""

@@ -197,3 +197,19 @@ def test_gpus_have_no_such_kernels(tmp_path):
     ):
         build_artifact(last(), "cuda:sm_90", tmp_path / "kernel")
     assert not (tmp_path / "kernel").exists()
+
+
+def test_a_last_channel_beside_full_vectors_overwrites_no_neighbour(tmp_path):
+    # LLVM masked the store of 9 channels, and wrote four bytes for the last one.
+    spec = ConvTranspose2dSpec(
+        n=3, ci=2, ih=5, iw=7, co=9, kernel_size=(5, 6), stride=(1, 2), padding=(1, 4), output_padding=(1, 0),
+        dilation=(3, 2), dtype="bfloat16", memory_format="channels_last",
+    )  # fmt: skip
+    target = HOST.for_dtype("bfloat16")
+    inputs = integer_inputs(spec, 0)
+    exact = reference(spec, *inputs).bfloat16()
+    whole = [choice for choice in choices(spec, target, "llvm_columns") if choice.layout.co_block == spec.co]
+    for number, choice in enumerate(whole[:2]):
+        build_artifact(spec, target, tmp_path / str(number), choice=choice)
+        kernel = load(tmp_path / str(number))
+        assert torch.equal(kernel(inputs[0], kernel.pack(inputs[1]), inputs[2]), exact)
