@@ -126,11 +126,8 @@ def _accumulate(spec: ConvTranspose2dSpec, layout: ThreadLayout, band: Band, dat
 
     def total(*axes: Expr) -> Expr:
         n, g, b, ph, rb, cb, pb, tz, ty, tr, tc, oc, qc, pi = axes
-        ob, pw, ic = (
-            ty * layout.channel_tile + oc,
-            pb * layout.phases + pi,
-            (io * layout.depth_threads + tz) * depth + ii,
-        )
+        ob, pw = ty * layout.channel_tile + oc, pb * layout.phases + pi
+        ic = (io * layout.depth_threads + tz) * depth + ii
         qh, qw = rb * layout.row_block + tr, (cb * layout.column_tile + qc) * layout.column_threads + tc
         row = qh + lookup(row_base, ph) - th * step_h
         column = qw + lookup(column_base, pw) - tw * step_w

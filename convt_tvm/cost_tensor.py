@@ -10,9 +10,9 @@ multiprocessor busy for the largest of
 
 A block alone takes longer: it waits for global memory, unless it has fetched the stage during the one before, and its
 warps work through their products one after the other. Blocks of a multiprocessor overlap. The rates are NVIDIA's
-published ones; the latencies, and the rates of shared memory, are those that rank best what an H200 took for 382
-kernels of the public workloads in bfloat16 and tf32: of 6 to 12 kernels compiled for a workload, the one ranked first
-took 1.04 times the fastest's time, in the geometric mean.
+published ones; the latencies, and the rates of shared memory, were fitted to what an H200 took. By the results in
+``tuning_logs/cuda-sm_90`` the default takes 1.11 times as long in bfloat16 as the best of five kernels unlike each
+other, in the geometric mean of the public workloads.
 """
 
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ from convt_tvm.gpu import ARCHITECTURES, capability
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.target import Target
 from convt_tvm.tensor_layout import FRAGMENT, WARP, WINDOW_SKEW, TensorLayout, fragment_depth, reaches_of
-from convt_tvm.thread_layout import MAX_FETCHED
+from convt_tvm.thread_layout import MAX_FETCHED, VECTOR_BYTES
 
 __all__ = ["fits_tensor_cores", "tensor_cycles", "tensor_layouts", "tensor_shared_bytes"]
 
@@ -105,7 +105,7 @@ def tensor_shared_bytes(spec: ConvTranspose2dSpec, layout: TensorLayout) -> int:
 def _fetched(spec: ConvTranspose2dSpec, layout: TensorLayout) -> int:
     """Registers of a thread for what it copies of a stage: narrow values of the window have one each."""
     size, threads = DTYPE_BYTES[spec.dtype], layout.warps * WARP
-    vector = 16 // size
+    vector = VECTOR_BYTES // size
     window, weights = layout.window_positions(spec) * layout.ci_block, _stage_rows(spec, layout) * layout.co_block
     return -(-window // vector // threads) * vector + -(-weights // vector // threads) * 4
 

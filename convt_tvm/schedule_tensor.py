@@ -9,13 +9,12 @@ from convt_tvm.compute_tensor import tensor_layout_of
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.tensor_intrinsics import fill_intrinsic, load_intrinsic, product_intrinsic, store_intrinsic
 from convt_tvm.tensor_layout import FRAGMENT, TAPS, WARP, WINDOW_SKEW, TensorLayout, fragment_depth
+from convt_tvm.thread_layout import VECTOR_BYTES
 
 __all__ = ["bind_blocks", "multiply", "order_products", "stage_inputs", "stage_weights", "store_sums"]
 
 LoopRV = Any
 SBlockRV = Any
-
-VECTOR_BYTES = 16
 
 
 def _declared(sch: Schedule) -> tuple[ConvTranspose2dSpec, TensorLayout]:

@@ -27,10 +27,10 @@ of the window are as far apart as spreads them over the banks. Each value read i
 Small images and long sums leave most of a GPU idle, and a block waits for memory in each step. There ``depth_threads``
 share an output's input channels, and add up what each has in a fixed order; outputs then leave in runs of columns.
 
-Measured on an H100 and an H200, float32, where cuDNN took 1.2 to 13 times as long: the multiply-adds limit unet, mask,
-pointpillars and sam (two thirds of what cuBLAS reaches); the stores of strided columns limit seed/* and kernelbench/*:
-warps whose lanes lie along columns fill whole sectors, which was worth a factor of 2 to 3 there; dcgan/*, pose/* and
-dilated wait for memory, a step after the other.
+On an H200, float32: multiply-adds limit unet, mask, pointpillars and sam, at half to three quarters of what cuBLAS
+reached on an H100; stores of strided columns limit seed/* and kernelbench/*, where lanes along whole rows of columns
+fill sectors (seed/square took 77 us so, 110 with four lanes to a row); dcgan/*, pose/* and dilated wait for memory, a
+step after the other.
 """
 
 from collections.abc import Iterator

@@ -53,7 +53,7 @@ MAY_IMPORT = {
     "cost_tensor": "gpu spec target thread_layout tensor_layout cost_cuda",
     "schedule": "spec layout compute",
     "schedule_cuda": "thread_layout",
-    "schedule_tensor": "spec compute tensor_layout tensor_intrinsics compute_tensor",
+    "schedule_tensor": "spec compute thread_layout tensor_layout tensor_intrinsics compute_tensor",
     "schedules": "spec processor target layout depthwise_layout dot_layout tile_layout tensor_layout thread_layout "
     "compute compute_tiles compute_cuda compute_tensor cost cost_cuda cost_tensor schedule schedule_cuda "
     "schedule_tensor",
