@@ -23,7 +23,7 @@ from convt_tvm.place import Place
 from convt_tvm.processor import TILE_FEATURES
 from convt_tvm.reference import Inputs, empty_output, error_bound, in_format, normal_inputs, reference
 from convt_tvm.roofline import Limits, bound
-from convt_tvm.rows import COPY, OURS, OURS_LAST, TORCH_LAST, Row
+from convt_tvm.rows import COPY, OURS, OURS_DEFAULT, OURS_LAST, TORCH_LAST, Row
 from convt_tvm.runtime import Kernel
 from convt_tvm.spec import CHANNELS_LAST, ConvTranspose2dSpec
 from convt_tvm.target import Target
@@ -143,14 +143,14 @@ def _contender(kernel: Kernel, inputs: Inputs) -> Contender:
 
 
 def _load_twice(
-    spec: ConvTranspose2dSpec, target: Target, artifact: Path | None, directory: Path
+    spec: ConvTranspose2dSpec, target: Target, artifact: Path | None, directory: Path, *, tuned: bool
 ) -> tuple[Kernel, Kernel]:
     """One artifact, built if there is none, loaded from two places: two libraries in memory."""
     if artifact is None:
         from convt_tvm.compiler import build_artifact
 
         artifact = directory / "first"
-        build_artifact(spec, target, artifact)
+        build_artifact(spec, target, artifact, tuned=tuned)
     first = runtime.load(artifact)
     first.save(directory / "second")
     return first, runtime.load(directory / "second")
@@ -168,10 +168,12 @@ def bench(
     settle_secs: float | None = None,
     min_sample_secs: float = 0.005,
     artifact: Path | None = None,
+    default: Path | None = None,
 ) -> list[Row]:
-    """Time the default kernel of a workload, a second copy of it, and peers; on one image where any batch size goes.
+    """Time the kernel of a workload, a second copy of it, and peers; on one image where any batch size goes.
 
-    Beside torch in channels_last there is a kernel of ours for that memory format too, if it can be built here.
+    Where tuning found that kernel, the default is timed too; and beside torch in channels_last a kernel of ours for
+    that memory format, if it can be built here.
 
     Weights are constant: packed, frozen or laid out beforehand. Every contender's answer is compared with float64, and
     those that are wrong are not timed. The others take turns, in reversed order each round, each running untimed for a
@@ -196,12 +198,14 @@ def bench(
         As in `convt_tvm.measure.interleaved`.
     artifact
         Our kernel, where it was compiled beforehand.
+    default
+        The kernel that there is without tuning, likewise.
 
     Returns
     -------
     list of Row
-        Ours, its copy, perhaps ours in channels_last, and the peers in the order given. What went wrong is in a row's
-        ``status`` and ``reason``.
+        Ours, its copy, perhaps ours without tuning and in channels_last, and the peers in the order given. What went
+        wrong is in a row's ``status`` and ``reason``.
 
     Raises
     ------
@@ -232,10 +236,13 @@ def bench(
         if not problem:
             contenders[name] = contender
 
-    def enter_ours(names: Sequence[str], spec: ConvTranspose2dSpec) -> None:
+    def enter_ours(
+        names: Sequence[str], spec: ConvTranspose2dSpec, artifact: Path | None = None, *, tuned: bool = True
+    ) -> bool:
+        """Whether the kernel is one that tuning found faster than the default."""
         given = in_format(spec, inputs[0]), *inputs[1:]
         try:
-            kernels = _load_twice(spec, resolved, artifact, Path(directory) / names[0])
+            kernels = _load_twice(spec, resolved, artifact, Path(directory) / names[0], tuned=tuned)
             of_kernel = {"schedule": kernels[0].manifest.schedule, "layout": dict(kernels[0].manifest.layout)}
             for name, kernel in zip(names, kernels, strict=False):
                 enter(name, _contender(kernel, given), peer=False)
@@ -243,6 +250,8 @@ def bench(
         except Exception as error:  # recorded as our status: a failure to build must not hide the other workloads
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             details.update({name: {"status": "failed", "reason": reason} for name in names})
+            return False
+        return bool(kernels[0].manifest.tuning.get("result", {}).get("tuned", False))
 
     samples: dict[str, list[float]] = {}
     with (
@@ -251,9 +260,11 @@ def bench(
         torch.inference_mode(),
         _library_flags(resolved),
     ):
-        enter_ours((OURS, COPY), workload.spec)
+        tuned = enter_ours((OURS, COPY), workload.spec, artifact)
         # Without us there is nothing to compare.
         if OURS in contenders:
+            if tuned and (artifact is None or default is not None):
+                enter_ours((OURS_DEFAULT,), workload.spec, default, tuned=False)
             if TORCH_LAST in peers and artifact is None and resolved.keeps_channels_last and not spec.is_channels_last:
                 enter_ours((OURS_LAST,), replace(workload.spec, memory_format=CHANNELS_LAST))
             for name in peers:

@@ -14,7 +14,7 @@ candidates for tuning, and `convt_tvm.bundle_run`, which says what happens there
 import json
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import files as distribution_files
 from pathlib import Path
@@ -86,13 +86,17 @@ class Carried:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A workload in one precision: the kernel that would run, the default first among the candidates."""
+    """A workload in one precision: the kernel that would run, the default first among the candidates.
+
+    ``default`` is the kernel that there is without tuning, where tuning found a faster one.
+    """
 
     workload: str
     spec: ConvTranspose2dSpec
     target: Target
     directory: str
     candidates: tuple[Carried, ...] = ()
+    default: str | None = None
 
     @property
     def key(self) -> tuple[str, str]:
@@ -107,6 +111,7 @@ class Entry:
             "target": self.target.to_json(),
             "directory": self.directory,
             "candidates": [each.to_json() for each in self.candidates],
+            "default": self.default,
         }
 
     @classmethod
@@ -118,6 +123,7 @@ class Entry:
             Target.from_json(values["target"]),
             values["directory"],
             tuple(Carried.from_json(each) for each in values["candidates"]),
+            values["default"],
         )
 
 
@@ -199,6 +205,7 @@ def make_bundle(
     BundleError
         If the bundle is larger than its limit; or if a wheel is none.
     """
+    from convt_tvm.database import find_result
     from convt_tvm.space import varied_choices
     from convt_tvm.trials import build_job
 
@@ -211,6 +218,9 @@ def make_bundle(
             target = target.for_dtype(spec.dtype)
             homes[f"{home}/kernel"] = workload, target
             jobs.append(build_job(spec, target, None, root / home / "kernel"))
+            result = find_result(spec, target).result
+            if result is not None and result.tuned:
+                jobs.append(build_job(spec, target, None, root / home / "default", tuned=False))
             for place, choice in enumerate(varied_choices(spec, target, candidates)):
                 carried[f"{home}/candidate{place}"] = choice
                 jobs.append(build_job(spec, target, choice.candidate, root / home / f"candidate{place}"))
@@ -235,6 +245,7 @@ def make_bundle(
                     for directory, choice in carried.items()
                     if Path(directory).parent == Path(home).parent and directory in codes
                 ),
+                _default(home, codes),
             )
             for home, (workload, target) in homes.items()
             if home in codes
@@ -260,6 +271,12 @@ def make_bundle(
         finally:
             unfinished.unlink(missing_ok=True)
     return bundle
+
+
+def _default(home: str, codes: Mapping[str, str]) -> str | None:
+    """The directory of the kernel without tuning, if there is one and its code is not that of the kernel."""
+    default = str(Path(home).with_name("default"))
+    return default if codes.get(default) not in (None, codes[home]) else None
 
 
 def _built(jobs: Sequence[dict[str, Any]], processes: int) -> Iterator[tuple[dict[str, Any], Answer]]:

@@ -386,6 +386,7 @@ def _do_bench(entry: Entry, artifact: Path, job: dict[str, Any]) -> list[dict[st
         place=place,
         rounds=job["rounds"],
         artifact=artifact,
+        default=None if entry.default is None else Path(job["root"]) / entry.default,
     )
     return [replace(row, commit=job["commit"]).to_json() for row in rows]
 

@@ -326,6 +326,7 @@ class Result(Record):
             **{name: context[name] for name in ("machine", "threads")},
             "session": self.session,
             "date": self.date,
+            "tuned": self.tuned,
             "median_us": self.median_us,
             "default_us": self.default_us,
         }

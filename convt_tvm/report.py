@@ -8,7 +8,7 @@ from typing import Any
 
 from convt_tvm.errors import RowsError
 from convt_tvm.pictures import COLOURS, new_figure
-from convt_tvm.rows import OURS, OURS_LAST, PRECISIONS, TORCH, Row, Run, geometric_means, latest_runs
+from convt_tvm.rows import OURS, OURS_DEFAULT, OURS_LAST, PRECISIONS, TORCH, Row, Run, geometric_means, latest_runs
 
 __all__ = ["plot", "to_markdown", "update_section"]
 
@@ -74,12 +74,12 @@ def _peer_cell(run: Run, name: str) -> str:
 
 def _table(runs: Sequence[Run]) -> list[str]:
     peers = _peer_names(runs)
-    ours_last = [OURS_LAST] if any(OURS_LAST in run.rows for run in runs) else []
+    more_of_ours = [name for name in (OURS_DEFAULT, OURS_LAST) if any(name in run.rows for run in runs)]
     header = [
         "workload",
         "bound",
         OURS,
-        *ours_last,
+        *more_of_ours,
         *peers,
         "best peer / ours",
         "torch / ours",
@@ -94,7 +94,7 @@ def _table(runs: Sequence[Run]) -> list[str]:
         cells = [
             ours.workload,
             "-" if ours.bound_us is None else f"{_time(ours, ours.bound_us)} {ours.bound_by}",
-            *(_our_cell(run, name) for name in (OURS, *ours_last)),
+            *(_our_cell(run, name) for name in (OURS, *more_of_ours)),
             *(_peer_cell(run, name) for name in peers),
             f"**{over_best} behind**" if run.is_behind else over_best,
             _digits(run.over_torch),
@@ -121,7 +121,12 @@ def _summary(runs: Sequence[Run]) -> str:
     text = f"Geometric means of {len(compared)}: {_digits(over_best)} times the best peer of each workload"
     if over_torch is not None:
         text += f", {_digits(over_torch)} times torch eager"
-    return f"{text}. Behind the best peer by more than the noise: {behind}."
+    text += f". Behind the best peer by more than the noise: {behind}."
+    if any(OURS_DEFAULT in run.rows for run in compared):
+        defaults = [run.by_default for run in compared]
+        mean = _digits(geometric_means(defaults)[0])
+        text += f" With no search: {mean} times the best peer, behind {sum(run.is_behind for run in defaults)}."
+    return text
 
 
 def _conditions(runs: Sequence[Run]) -> list[str]:
@@ -163,7 +168,8 @@ def to_markdown(rows: Sequence[Row]) -> str:
     parts.append(
         "*bound*: the roofline's time from the measured peak and bandwidth, and which of them binds. *noise*: by how "
         "much two copies of our kernel differed. *best peer / ours*: the smallest ratio of a peer's time, in bold, to "
-        "ours in the same memory format. Weights are constant everywhere; all in one process, by turns."
+        "ours in the same memory format. *ours_default*: the cost rule's kernel, where tuning "
+        "found the faster one that *ours* is. Weights are constant everywhere; all in one process, by turns."
     )
     parts += _conditions(latest_runs(rows))
     return "\n\n".join(parts) + "\n"

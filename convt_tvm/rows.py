@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any, Literal, Self, TypeAlias
@@ -13,6 +13,7 @@ from convt_tvm.json_lines import read_lines, require_fields
 __all__ = [
     "COPY",
     "OURS",
+    "OURS_DEFAULT",
     "OURS_LAST",
     "PRECISIONS",
     "TORCH",
@@ -31,6 +32,8 @@ OURS, COPY, TORCH = "ours", "ours_again", "torch"
 """The kernel, a second copy of it that gives the noise floor, and the peer that runs are compared by."""
 OURS_LAST, TORCH_LAST = "ours_channels_last", "torch_channels_last"
 """The kernel for channels_last, and the peer that computes in that memory format."""
+OURS_DEFAULT = "ours_default"
+"""The kernel with no search, where `OURS` is one that a tuning log names."""
 
 
 Status: TypeAlias = Literal["ok", "wrong", "rejected", "unavailable", "failed"]
@@ -45,7 +48,7 @@ class Row:
     workload, spec
         The workload's name and its spec's canonical name.
     implementation
-        `OURS`, `COPY`, `OURS_LAST`, or a name of `convt_tvm.peers.PEERS`.
+        `OURS`, `COPY`, `OURS_LAST`, `OURS_DEFAULT`, or a name of `convt_tvm.peers.PEERS`.
     status
         ``ok``; ``wrong`` if an answer was outside its tolerance, ``rejected`` if the implementation refuses the spec,
         ``unavailable`` if it is not installed, ``failed`` if it raised while running. Only ``ok`` rows have times.
@@ -111,7 +114,7 @@ class Row:
     @property
     def is_ours(self) -> bool:
         """Whether this is a kernel of ours."""
-        return self.implementation in (OURS, COPY, OURS_LAST)
+        return self.implementation in (OURS, COPY, OURS_LAST, OURS_DEFAULT)
 
     @property
     def precision(self) -> str:
@@ -192,6 +195,12 @@ class Run:
     def over_torch(self) -> float | None:
         """Torch eager's time (NCHW) over ours."""
         return self.speedup(self.rows.get(TORCH))
+
+    @property
+    def by_default(self) -> Self:
+        """The same run with the kernel that there is without tuning in the place of ours."""
+        default = self.rows.get(OURS_DEFAULT)
+        return self if default is None else replace(self, rows={**self.rows, OURS: default})
 
     @property
     def is_behind(self) -> bool:

@@ -15,7 +15,7 @@ from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from convt_tvm.rows import COPY, OURS_LAST, TORCH, Row, Run, geometric_means
+from convt_tvm.rows import COPY, OURS_DEFAULT, OURS_LAST, TORCH, Row, Run, geometric_means
 
 if TYPE_CHECKING:
     from convt_tvm.check import CheckRow
@@ -238,19 +238,27 @@ def _our_time(row: Row | None) -> str:
     return f"[bold red]{row.status}[/]" if row.median_us is None else milliseconds(row.median_us)
 
 
+_OUR_HEADINGS = {
+    OURS_DEFAULT: ("by\ndefault\nms", "ours by default"),
+    OURS_LAST: ("ours\nlast\nms", "ours channels_last"),
+}
+
+
+def _our_column(name: str) -> Column:
+    heading, title = _OUR_HEADINGS[name]
+    return Column(heading, lambda run: _our_time(run.rows.get(name)), dropped=4, title=title)
+
+
 def print_bench(runs: Sequence[Run]) -> None:
     """Print benchmark runs: a table, the reason of each missing time, and one line that sums it up."""
     console = stdout_console()
     peers = list(dict.fromkeys(name for run in runs for name in run.peers))
-    title = "ours channels_last"
-    last = [Column("ours\nlast\nms", lambda run: _our_time(run.rows.get(OURS_LAST)), dropped=4, title=title)]
-    last = last if any(OURS_LAST in run.rows for run in runs) else []
     columns = [
         Column("workload", lambda run: run.ours.workload, "left"),
         Column("schedule", lambda run: run.ours.schedule or "-", "left", dropped=1, title="schedule"),
         Column("bound\nms", _bound, dropped=5, title="bound"),
         Column("ours\nms", lambda run: _our_time(run.ours)),
-        *last,
+        *(_our_column(name) for name in _OUR_HEADINGS if any(name in run.rows for run in runs)),
         *(_peer_column(name, dropped=3 + (name == TORCH)) for name in peers),
         Column(
             "best\npeer",

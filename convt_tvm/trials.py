@@ -238,11 +238,17 @@ def wrong_answer(output: Any, exact: Any) -> str:
 
 
 def build_job(
-    spec: ConvTranspose2dSpec, target: Target, candidate: Candidate | None, directory: Path
+    spec: ConvTranspose2dSpec, target: Target, candidate: Candidate | None, directory: Path, *, tuned: bool = True
 ) -> dict[str, Any]:
-    """A job for a builder: a candidate, or what runs by default, to be built in a directory."""
+    """A job for a builder: a candidate, or what `build` takes, tuned or by the rule, to be built in a directory."""
     chosen = None if candidate is None else candidate.to_json()
-    return {"spec": spec.to_json(), "target": target.to_json(), "candidate": chosen, "directory": str(directory)}
+    return {
+        "spec": spec.to_json(),
+        "target": target.to_json(),
+        "candidate": chosen,
+        "tuned": tuned,
+        "directory": str(directory),
+    }
 
 
 def answer_build(job: dict[str, Any]) -> dict[str, Any]:
@@ -258,7 +264,7 @@ def answer_build(job: dict[str, Any]) -> dict[str, Any]:
         choice = find_choice(spec, target, candidate)
         if choice is None:
             raise TuningError(f"{candidate} is no candidate for {spec.name}")
-    manifest = build_artifact(spec, target, Path(job["directory"]), choice=choice, lasting=False)
+    manifest = build_artifact(spec, target, Path(job["directory"]), choice=choice, tuned=job["tuned"], lasting=False)
     return {"digest": manifest.tuning["code"], "trace": manifest.trace, "secs": perf_counter() - start}
 
 
