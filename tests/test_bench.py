@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 import torch
+from test_database import write_tuned
 
 from convt_tvm import bench as bench_module
 from convt_tvm.bench import Tolerance, bench, current_commit
@@ -13,7 +14,7 @@ from convt_tvm.measure import noise_floor
 from convt_tvm.peers import PEERS
 from convt_tvm.reference import normal_inputs
 from convt_tvm.roofline import Bandwidth, Limits
-from convt_tvm.rows import COPY, OURS, OURS_LAST, Row
+from convt_tvm.rows import COPY, OURS, OURS_DEFAULT, OURS_LAST, Row
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
 from convt_tvm.workloads import Workload
@@ -53,6 +54,16 @@ def test_beside_torch_in_channels_last_is_ours():
     assert list(found) == [OURS, COPY, OURS_LAST, "torch_channels_last"]
     assert {(row.status, row.reason, row.spec) for row in rows} == {("ok", "", SPEC.name)}
     assert found[OURS_LAST].median_us > 0
+
+
+def test_beside_a_tuned_kernel_is_the_default(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONVT_TVM_TUNING_LOGS", str(tmp_path))
+    target = Target.parse("llvm").for_dtype("float32")
+    tuned = write_tuned(tmp_path, SPEC, target, 1)
+    found = {row.implementation: row for row in bench(WORKLOAD, peers=[], limits=LIMITS, **FAST)}
+    assert list(found) == [OURS, COPY, OURS_DEFAULT]
+    assert found[OURS].layout == tuned.layout.to_json() != found[OURS_DEFAULT].layout
+    assert found[OURS_DEFAULT].median_us > 0
 
 
 def peer(change):
@@ -124,7 +135,7 @@ def test_refusals_become_rows(monkeypatch):
 
 
 def test_our_own_failure_is_a_row_and_peers_are_left_out(monkeypatch):
-    def build(spec, target, artifact, directory):
+    def build(spec, target, artifact, directory, *, tuned):
         raise RuntimeError("no\nlinker")
 
     monkeypatch.setattr(bench_module, "_load_twice", build)
@@ -146,7 +157,7 @@ def test_our_own_wrong_answer_is_not_timed(monkeypatch):
 
 
 def test_the_two_copies_are_two_libraries(tmp_path):
-    first, second = bench_module._load_twice(SPEC, Target.parse("llvm"), None, tmp_path)
+    first, second = bench_module._load_twice(SPEC, Target.parse("llvm"), None, tmp_path, tuned=True)
     assert first.directory != second.directory and first.manifest == second.manifest
     assert (
         bench_module._load_twice(SPEC, first.target, first.directory, tmp_path / "again")[0].directory

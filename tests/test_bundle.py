@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from test_database import write_tuned
 from test_gpu_kernel import needs_emulator
 
 from convt_tvm import bundle_run, compiler
@@ -18,7 +19,7 @@ from convt_tvm.bundle import Bundle, _unpack_wheel, make_bundle, variants
 from convt_tvm.database import find_result, merge
 from convt_tvm.emulated_torch import emulated_gpu
 from convt_tvm.errors import BuildError, BundleError, IncompatibleMachineError, TargetError
-from convt_tvm.rows import OURS, latest_runs, read_rows
+from convt_tvm.rows import OURS, OURS_DEFAULT, latest_runs, read_rows
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
 from convt_tvm.workloads import Workload
@@ -43,8 +44,11 @@ _BLOCKED = "import socket\ndef refuse(*_, **__):\n    raise OSError('no network'
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    path = tmp_path_factory.mktemp("made") / "kit.pyz"
-    return path, make_bundle(path, [(WORKLOAD, TARGET)], candidates=2)
+    home = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CONVT_TVM_TUNING_LOGS", str(home / "logs"))
+        write_tuned(home / "logs", SPEC, TARGET, 1)
+        return home / "kit.pyz", make_bundle(home / "kit.pyz", [(WORKLOAD, TARGET)], candidates=2)
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +88,7 @@ def test_a_rehearsal_leaves_rows_and_logs_that_are_read_at_home(made, elsewhere,
     rows = read_rows(results / "bench.jsonl")
     (run,) = latest_runs(rows)
     assert (run.ours.status, run.rows["torch"].status, run.rows["openvino"].status) == ("ok", "ok", "unavailable")
+    assert run.rows[OURS_DEFAULT].status == "ok" and run.rows[OURS_DEFAULT].layout != run.ours.layout
     assert run.ours.commit == bundle.commit and run.ours.implementation == OURS
     with zipfile.ZipFile(results / "results.zip") as archive:
         archive.extractall(tmp_path / "home")

@@ -60,6 +60,14 @@ def write(logs, *records, spec=SPEC, target=HOST):
             store.append(record)
 
 
+def write_tuned(logs, spec, target, number):
+    """Store a result that the choice of this number is faster than the default; returns the choice."""
+    choice = choices(spec, target)[number]
+    code = compiler.lower_choice(spec, target, choice).code
+    write(logs, result_of(candidate=choice.candidate, digest=code), spec=spec, target=target)
+    return choice
+
+
 def files_below(directory):
     return {
         str(path.relative_to(directory)): path.read_bytes()

@@ -6,7 +6,7 @@ from test_rows import run_of
 
 from convt_tvm.errors import RowsError
 from convt_tvm.report import plot, to_markdown, update_section
-from convt_tvm.rows import OURS
+from convt_tvm.rows import OURS, OURS_DEFAULT
 
 
 def two_workloads():
@@ -35,6 +35,15 @@ def test_the_table_holds_every_workload_and_its_losses():
     )
     assert lines[9] == "Measured peak: 116 GFLOP/s."
     assert lines[-1] == "a cpu, 2 cores, Linux, Python 3.11.0; torch 2.13.0; commit abc; 2026-01-01."
+
+
+def test_a_tuned_kernel_has_the_default_beside_it():
+    rows = run_of({OURS: 100.0, OURS_DEFAULT: 200.0, "torch": 150.0})
+    lines = to_markdown([*rows, *run_of({OURS: 100.0, "torch": 150.0}, spec="other", workload="dcgan/5")]).splitlines()
+    assert lines[2].startswith("| workload | bound | ours | ours_default | torch |")
+    assert lines[4].startswith("| dcgan/2 | - | 0.100 | 0.200 | **0.150** | 1.50 |")
+    assert lines[5].startswith("| dcgan/5 | - | 0.100 |  | **0.150** | 1.50 |")
+    assert lines[7].endswith("With no search: 1.06 times the best peer, behind 1.")
 
 
 def test_what_was_not_timed_says_why():

@@ -5,7 +5,18 @@ import pytest
 
 from convt_tvm.errors import RowsError
 from convt_tvm.json_lines import append_lines
-from convt_tvm.rows import COPY, OURS, OURS_LAST, TORCH_LAST, Row, geometric_means, latest_runs, read_rows, regressions
+from convt_tvm.rows import (
+    COPY,
+    OURS,
+    OURS_DEFAULT,
+    OURS_LAST,
+    TORCH_LAST,
+    Row,
+    geometric_means,
+    latest_runs,
+    read_rows,
+    regressions,
+)
 
 BASE = Row(
     workload="dcgan/2",
@@ -91,6 +102,14 @@ def test_a_peer_is_compared_with_ours_in_its_memory_format():
     assert (run.over_best, run.is_behind) == (pytest.approx(0.9), True)
     (run,) = latest_runs(run_of({OURS: 10.0, OURS_LAST: None, TORCH_LAST: 9.0}))
     assert run.over_best is None
+
+
+def test_the_default_kernel_is_ours_and_can_stand_in():
+    (run,) = latest_runs(run_of({OURS: 10.0, COPY: 10.0, OURS_DEFAULT: 16.0, "torch": 15.0}))
+    assert (list(run.peers), run.over_best, run.is_behind) == (["torch"], pytest.approx(1.5), False)
+    assert (run.by_default.over_best, run.by_default.is_behind) == (pytest.approx(15 / 16), True)
+    (run,) = latest_runs(run_of({OURS: 10.0, "torch": 15.0}))
+    assert run.by_default is run
 
 
 @pytest.mark.parametrize(("peer", "behind"), [(9.9, False), (9.7, True)])
