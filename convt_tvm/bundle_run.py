@@ -114,7 +114,6 @@ class _Run:
         self.output: Path = options.output
         self.deadline = time.monotonic() + 60 * options.minutes
         self.failures = 0
-        self.environment = {"PYTHONPATH": os.pathsep.join([str(root / "site"), os.environ.get("PYTHONPATH", "")])}
 
     def run(self) -> int:
         steps = [(step, entry) for step in self.options.steps for entry in self.bundle.entries]
@@ -122,7 +121,6 @@ class _Run:
             for entry in self.bundle.entries:
                 print(f"{entry.workload}  {entry.spec.name}  {entry.target.name}  {len(entry.candidates)} candidates")
             return 0
-        os.environ.update(self.environment)
         worker = Worker("convt_tvm.bundle_run", ["--emulate"] if self.bundle.emulated else [])
         self.timer = runner_process()
         left = 0

@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 __all__ = ["Answer", "Worker", "serve", "work_through"]
@@ -48,8 +49,11 @@ class Worker:
     def __init__(
         self, module: str, arguments: Sequence[str] = (), environment: Mapping[str, str] | None = None
     ) -> None:
-        self._command = [sys.executable, "-m", module, *arguments]
+        # It imports this package from where this process did, and never what lies in the current directory.
+        self._command = [sys.executable, "-P", "-m", module, *arguments]
         self._environment = {**os.environ, **(environment or {})}
+        places = str(Path(__file__).parents[1]), self._environment.get("PYTHONPATH", "")
+        self._environment["PYTHONPATH"] = os.pathsep.join(filter(None, places))
         self._process: subprocess.Popen[bytes] | None = None
         self._log: Any = None
         self._received = b""

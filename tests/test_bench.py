@@ -160,7 +160,7 @@ def test_the_two_copies_are_two_libraries(tmp_path):
     first, second = bench_module._load_twice(SPEC, Target.parse("llvm"), None, tmp_path, tuned=True)
     assert first.directory != second.directory and first.manifest == second.manifest
     assert (
-        bench_module._load_twice(SPEC, first.target, first.directory, tmp_path / "again")[0].directory
+        bench_module._load_twice(SPEC, first.target, first.directory, tmp_path / "again", tuned=True)[0].directory
         == first.directory
     )
 

@@ -80,6 +80,9 @@ def lines(path):
 
 def test_a_rehearsal_leaves_rows_and_logs_that_are_read_at_home(made, elsewhere, tmp_path):
     path, bundle = made
+    # As in a checkout of the project that is another version.
+    (tmp_path / "convt_tvm").mkdir()
+    (tmp_path / "convt_tvm" / "__init__.py").write_text("raise RuntimeError('not what the bundle carries')")
     code, out, err = elsewhere(path, "--rounds", "2", "--peers", "torch,openvino", cwd=tmp_path)
     assert (code, err) == (0, ""), out
     results = tmp_path / "convt-tvm-results"
