@@ -32,7 +32,7 @@ from convt_tvm.tensor_layout import FRAGMENT, TensorLayout, fragment_depth, reac
 __all__ = ["declare_tensor_pack", "declare_tensor_phases", "tensor_layout_of"]
 
 Expr = Any
-_ROUND = "nvcuda::wmma::__float_to_tf32"
+_ROUND = "convt::round_to_tf32"
 
 
 def declare_tensor_phases(spec: ConvTranspose2dSpec, layout: TensorLayout, target: Target) -> tirx.PrimFunc:

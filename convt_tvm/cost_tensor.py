@@ -4,7 +4,7 @@ A step of a block is one stage: some input channels of its window, and their wei
 multiprocessor busy for the largest of
 
 - its products, at the rate of the tensor cores, those of surplus positions, channels and border columns included,
-- what it moves in and out of shared memory, 96 bytes a cycle, where positions of a window share banks in pairs,
+- what it moves in and out of shared memory, 96 bytes a cycle,
 - its instructions, four a cycle, of which copying to shared memory takes most,
 - what it fetches from the second cache.
 
@@ -36,7 +36,7 @@ from convt_tvm.thread_layout import MAX_FETCHED, VECTOR_BYTES
 __all__ = ["fits_tensor_cores", "tensor_cycles", "tensor_layouts", "tensor_shared_bytes"]
 
 MAX_WARPS = 16
-MAX_TILES = 8
+MAX_TILES = 16
 """Fragments of sums that a warp keeps: 8 registers each."""
 MAX_PHASES = 8
 STAGE_BYTES = (32, 64, 128, 256, 512)
@@ -63,8 +63,8 @@ PRODUCT_CYCLES = 16
 """For a product of fragments on the quarter of a multiprocessor that a warp runs on."""
 STORE_LATENCY = 300
 """Cycles for a fragment of each warp's sums: two barriers, and shared memory written and read."""
-FRAGMENT_REGISTERS = 8
-"""Of each lane, for 16 x 16 sums, and for as many 16-bit operands: wmma keeps those twice."""
+SUM_REGISTERS, OPERAND_REGISTERS = 8, 4
+"""Of each lane, for a fragment."""
 SPARE_REGISTERS = 40
 """Of a thread, besides sums and operands: addresses, loop counters, bounds."""
 BLOCK_REGISTERS = 65536
@@ -112,9 +112,9 @@ def _fetched(spec: ConvTranspose2dSpec, layout: TensorLayout) -> int:
 
 def _registers(spec: ConvTranspose2dSpec, layout: TensorLayout) -> int:
     """Of a thread, about: sums, operands, and what it fetches of the next stage."""
-    operands = (layout.channel_tiles + 1) * FRAGMENT_REGISTERS
+    operands = (layout.channel_tiles + 1) * OPERAND_REGISTERS
     fetched = min(_fetched(spec, layout), MAX_FETCHED) if layout.steps(spec) > 1 else 0
-    return layout.channel_tiles * layout.position_tiles * FRAGMENT_REGISTERS + operands + fetched + SPARE_REGISTERS
+    return layout.channel_tiles * layout.position_tiles * SUM_REGISTERS + operands + fetched + SPARE_REGISTERS
 
 
 def tensor_cycles(spec: ConvTranspose2dSpec, layout: TensorLayout, target: Target) -> float:
@@ -144,13 +144,13 @@ def tensor_cycles(spec: ConvTranspose2dSpec, layout: TensorLayout, target: Targe
     products = met * depths * layout.warps
     fragments = layout.channel_tiles + layout.position_tiles
     copying = gathered / WARP * GATHERED_INSTRUCTIONS + copied * size / 16 / WARP * COPY_INSTRUCTIONS
-    in_shared = products * (layout.channel_tiles + 2 * layout.position_tiles) * FRAGMENT * 32
+    in_shared = products * (layout.channel_tiles + layout.position_tiles) * FRAGMENT * 32
     runs = -(-layout.window_positions(spec) // (spec.iw if layout.pitch(spec) >= spec.iw else layout.pitch(spec)))
     fetched = (gathered + copied) * size + (layout.ci_block * runs * SECTOR_BYTES if runs > 1 else 0)
     busy = max(
         sums * met * layout.ci_block * size / 2 / limits.tensor_lanes,
         (products * (tiles + fragments) * PRODUCT_INSTRUCTIONS + copying) / ISSUED_PER_CYCLE,
-        (in_shared + (2 * gathered + copied) * size) / SHARED_BYTES_PER_CYCLE + gathered / WARP * READ_CYCLES,
+        (in_shared + (gathered + copied) * size) / SHARED_BYTES_PER_CYCLE + gathered / WARP * READ_CYCLES,
         fetched / CACHE_BYTES_PER_CYCLE,
     )
     working = busy / 2 + most * depths * (STEP_LATENCY + tiles * PRODUCT_CYCLES * size / 2)

@@ -12,7 +12,7 @@ from convt_tvm.cuda_toolkit import Resources, compile_fatbin
 from convt_tvm.emulator import compile_emulated, load_stand_ins, shows_gpu
 from convt_tvm.errors import BuildError
 from convt_tvm.target import Target
-from convt_tvm.tensor_intrinsics import name_tf32, read_shared
+from convt_tvm.tensor_intrinsics import use_instructions
 
 __all__ = ["device_compiler"]
 
@@ -54,10 +54,10 @@ def device_compiler(target: Target, emulated: bool) -> Iterator[list[Resources]]
     resources: list[Resources] = []
 
     def compile_code(generated: str) -> bytearray:
-        code = name_tf32(generated)
+        code = use_instructions(generated)
         if emulated or shows_gpu():
             return bytearray(compile_emulated(code))
-        content, found = compile_fatbin(read_shared(code), target.gpu_archs)
+        content, found = compile_fatbin(code, target.gpu_archs)
         resources.extend(found)
         return bytearray(content)
 

@@ -18,6 +18,7 @@ from convt_tvm.errors import BuildError
 
 __all__ = ["Resources", "Toolkit", "compile_fatbin", "find_toolkit"]
 
+_HEADERS = Path(__file__).parent / "cuda"
 _INSTALL = (
     "install the CUDA toolkit 12.8 or newer and set CUDA_PATH to it, or `pip install nvidia-cuda-nvcc nvidia-cuda-crt "
     "nvidia-cuda-runtime nvidia-nvvm`"
@@ -123,7 +124,7 @@ def compile_fatbin(code: str, archs: Sequence[str]) -> tuple[bytes, tuple[Resour
         source, result = Path(directory, "kernel.cu"), Path(directory, "kernel.fatbin")
         source.write_text(code, encoding="utf-8")
         gencodes = [option for pair in codes for option in ("-gencode", pair)]
-        options = ["--fatbin", "-O3", "-std=c++17", *gencodes, "-Xptxas", "-v"]
+        options = ["--fatbin", "-O3", "-std=c++17", *gencodes, "-Xptxas", "-v", f"-I{_HEADERS}"]
         command: list[str | Path] = [toolkit.nvcc, *options, "-o", result, source]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:

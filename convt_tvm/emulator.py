@@ -23,6 +23,7 @@ from convt_tvm.errors import BuildError
 __all__ = ["compile_emulated", "compile_stand_in", "load_stand_ins", "set_descending", "show_gpu", "shows_gpu"]
 
 _SOURCES = Path(__file__).parent / "emulated"
+_DEVICE_SOURCES = Path(__file__).parent / "cuda"
 _TRAPS = ("-fsanitize=bounds", "-fsanitize-undefined-trap-on-error")
 """An index outside of an array of known size, on the stack or in shared memory, ends the launch."""
 _DEVICE_OPTIONS = ("-O1", "-fno-strict-aliasing", *_TRAPS)
@@ -35,7 +36,8 @@ def _compile(source: Path, library: Path, *options: str | Path) -> None:
     if compiler is None:
         raise BuildError("the CUDA stand-ins need g++; install it, for example `apt-get install g++`.")
     command: list[str | Path] = [compiler, "-w", "-std=c++17", "-fPIC", *options]
-    command += [f"-I{_SOURCES}", f"-I{find_toolkit().include}", source, "-o", library]
+    command += [f"-I{path}" for path in (_SOURCES, _DEVICE_SOURCES, find_toolkit().include)]
+    command += [source, "-o", library]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BuildError(f"g++ cannot compile {source.name}: {done.stderr.strip()[:1000]}")
@@ -117,7 +119,7 @@ def _translate(code: str) -> str:
     code = re.sub(r"#if !defined\(__CUDA_ARCH__\).*?#endif // __CUDA_ARCH__ >= 530", "", code, flags=re.DOTALL)
     shared = r"__shared__\s+alignas\((\d+)\)\s+([\w ]+?)\s+(\w+)\[(\d+)\];"
     code = re.sub(shared, r"alignas(\1) static \2 \3[\4]; emu_poison(\3, sizeof(\3));", code)
-    code = re.sub(r"\*\((\w+)\*\)\((\w+) \+ ", r"*emu_vector<\1>(\2, ", code.replace("#include <mma.h>", ""))
+    code = re.sub(r"\*\((\w+)\*\)\((\w+) \+ ", r"*emu_vector<\1>(\2, ", code)
     if re.search(r"\basm\b|__asm__|extern __shared__", code):
         raise BuildError("the emulator knows neither inline assembly nor shared memory sized at the launch.")
     entries = []

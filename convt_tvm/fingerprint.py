@@ -45,4 +45,5 @@ def source_fingerprint() -> str:
     package = Path(__file__).parent
     paths = {f"{name}.py": package / f"{name}.py" for name in _SOURCES}
     paths |= {f"schedules/{path.name}": path for path in sorted(_schedule_directory().glob("*.py"))}
+    paths |= {f"cuda/{path.name}": path for path in sorted((package / "cuda").iterdir())}
     return _fingerprint([(name, path.read_bytes()) for name, path in paths.items()], package_versions(_COMPILERS))

@@ -42,7 +42,7 @@ class Limits:
         float32 multiply-adds that one of them does in a cycle.
     tensor_lanes
         Multiply-adds of 16-bit values that its tensor cores do in a cycle, by the instructions of sm_80; tf32 has half
-        of it. (sm_90 and sm_100 have faster instructions, which wmma does not use.)
+        of it. (sm_90 and sm_100 have faster instructions, which are not used.)
     threads, blocks, registers, shared_bytes
         What it holds at a time.
     """

@@ -1,47 +1,31 @@
 """Warp-level matrix products as tensor intrinsics: what a schedule replaces blocks of 16 x 16 with.
 
-They stand for ``nvcuda::wmma`` in the CUDA C++. Those that TVM brings have neither bfloat16 nor tf32, and importing
-them takes half a minute.
+TVM's code generator makes calls of ``nvcuda::wmma`` of them, for which `use_instructions` has others. Those that TVM
+brings have neither bfloat16 nor tf32, and importing them takes half a minute.
 
 Weights are matrix A, stored with channels side by side, and inputs matrix B, stored with input channels side by side:
 both column-major to wmma. Sums are stored row by row, so positions lie side by side.
 """
 
 import functools
-import re
 from typing import Any
 
 from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
 from tvm.tirx import Cast
 
+from convt_tvm.spec import DTYPE_BYTES
 from convt_tvm.tensor_layout import FRAGMENT
+from convt_tvm.thread_layout import VECTOR_BYTES
 
 __all__ = [
     "fill_intrinsic",
     "load_intrinsic",
-    "name_tf32",
     "operand_dtype",
     "product_intrinsic",
-    "read_shared",
     "store_intrinsic",
+    "use_instructions",
 ]
-
-_STANDS_FOR_TF32 = re.compile(r"(nvcuda::wmma::fragment<nvcuda::wmma::matrix_[ab], 16, 16, 8, )nv_bfloat16")
-
-_FRAGMENT = re.compile(
-    r"(nvcuda::wmma::fragment<nvcuda::wmma::matrix_([ab]), 16, 16, (\d+), "
-    r"(nv_bfloat16|nvcuda::wmma::precision::tf32), nvcuda::wmma::col_major>)"
-)
-_READ_SHARED = """\
-static __device__ __forceinline__ void convt_read_shared({fragment}& f, const void* address, unsigned distance) {{
-  static_assert(sizeof(f.x) == 16, "four registers");
-  unsigned* x = reinterpret_cast<unsigned*>(f.x);
-  const unsigned place = static_cast<unsigned>(__cvta_generic_to_shared(address));
-  asm volatile("{instruction} {{%0, %1, %2, %3}}, [%4], %5;"
-               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(place), "r"(distance) : "memory");
-}}
-"""
 
 
 def _index(buffer: Any, stride: Any, rows: int, columns: int) -> Any:
@@ -53,32 +37,16 @@ def _index(buffer: Any, stride: Any, rows: int, columns: int) -> Any:
 def operand_dtype(dtype: str) -> str:
     """The type of fragments that multiply values of `dtype`.
 
-    TVM's code generator refuses fragments of float32. bfloat16 stands for tf32: wmma has no products of bfloat16 that
-    are 8 deep, so `name_tf32` knows them.
+    TVM's code generator refuses fragments of float32. bfloat16 stands for tf32: there are no products of bfloat16 that
+    are 8 deep.
     """
     return "bfloat16" if dtype == "float32" else dtype
 
 
-def name_tf32(code: str) -> str:
-    """CUDA C++ in which the fragments that stand for tf32 are of tf32."""
-    return _STANDS_FOR_TF32.sub(r"\1nvcuda::wmma::precision::tf32", code)
-
-
-def read_shared(code: str) -> str:
-    """CUDA C++ in which fragments of bfloat16 and tf32 are read from shared memory, said in PTX.
-
-    nvcc 13.0 finds out for half alone that an address is in shared memory; for the others its PTX reads from an address
-    that may be anywhere, for which there is no instruction that reads whole matrices.
-    """
-    found = sorted(set(_FRAGMENT.findall(code)))
-    if not found:
-        return code
-    functions = []
-    for fragment, use, depth, dtype in found:
-        name = f"wmma.load.{use}.sync.aligned.col.m16n16k{depth}.shared.{'tf32' if 'tf32' in dtype else 'bf16'}"
-        functions.append(_READ_SHARED.format(fragment=fragment, instruction=name))
-    code = code.replace("nvcuda::wmma::load_matrix_sync(", "convt_read_shared(")
-    return code.replace("#include <mma.h>", "\n".join(["#include <mma.h>", *functions]), 1)
+def use_instructions(code: str) -> str:
+    """CUDA C++ in which the matrix products of TVM's are those of ``cuda/warp_matrix.h``, instead of wmma's."""
+    headers = "\n".join(f'#include "{name}.h"' for name in ("warp_instructions", "warp_matrix"))
+    return code.replace("#include <mma.h>", headers, 1).replace("nvcuda::wmma::", "convt::")
 
 
 @functools.cache
@@ -86,13 +54,14 @@ def load_intrinsic(matrix: str, depth: int, dtype: str) -> str:
     """The intrinsic that reads a fragment of `matrix`, ``a`` or ``b``, from shared memory; registered when needed."""
     rows, columns = (depth, FRAGMENT) if matrix == "a" else (FRAGMENT, depth)
     scope, operand = f"wmma.matrix_{matrix}", operand_dtype(dtype)
+    factor = VECTOR_BYTES // DTYPE_BYTES[dtype]
 
     def convert(value: Any) -> Any:
         return value if dtype == operand else Cast(operand, value)
 
     @T.prim_func(s_tir=True)
     def description(a: T.handle, c: T.handle) -> None:
-        A = T.match_buffer(a, (rows, columns), dtype, align=64, offset_factor=8, scope="shared")
+        A = T.match_buffer(a, (rows, columns), dtype, align=64, offset_factor=factor, scope="shared")
         C = T.match_buffer(c, (rows, columns), operand, align=64, offset_factor=8, scope=scope)
         with T.sblock("root"):
             T.reads(A[0:rows, 0:columns])
@@ -108,7 +77,7 @@ def load_intrinsic(matrix: str, depth: int, dtype: str) -> str:
         a0 = T.int32()
         c1 = T.int32()
         c0 = T.int32()
-        A = T.match_buffer(a, (rows, columns), dtype, align=64, offset_factor=8, scope="shared", strides=[a1, a0])
+        A = T.match_buffer(a, (rows, columns), dtype, align=64, offset_factor=factor, scope="shared", strides=[a1, a0])
         C = T.match_buffer(c, (rows, columns), operand, align=64, offset_factor=8, scope=scope, strides=[c1, c0])
         with T.sblock("root"):
             T.reads(A[0:rows, 0:columns])

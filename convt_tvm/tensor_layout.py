@@ -31,11 +31,10 @@ __all__ = [
 FRAGMENT = 16
 """Channels and positions that one warp-level product computes."""
 WARP = 32
-WINDOW_SKEW = (64, 32)
+WINDOW_SKEW = (32, 16)
 """How far positions of a window in shared memory are apart, in bytes: a multiple of the first, plus the second.
 
-Every position may begin a fragment, and wmma demands multiples of 32 bytes. Of eight positions, 16 bytes of which are
-read at a time, two lie in the same banks.
+Every position may begin a fragment, which is read by eight of them at a time, 16 bytes each: all in different banks.
 """
 TAPS = "convt.taps"
 """Annotation of the loops over taps of ``rows`` and of ``columns``, of which not every phase has all."""
@@ -149,11 +148,14 @@ class TensorLayout(Layout):
     def weights_skew(self, spec: ConvTranspose2dSpec) -> tuple[int, int]:
         """How far rows of weights in shared memory are apart, in bytes: a multiple of the first, plus the second.
 
-        Fragments begin at every sixteenth row (of tf32, every eighth), so at multiples of 32 bytes, as wmma demands.
-        Eight rows of 16 bytes, which a fragment is read by, lie in different banks. The shortest rows are left as they
-        are, where two of the eight share a bank, as half as much memory again would be lost.
+        A fragment is read by eight rows at a time, 16 bytes each, or of tf32 by four, eight words each: all in
+        different banks. The shortest rows are left as they are, where two of the eight share a bank, as half as much
+        memory again would be lost.
         """
-        return (32, 16 if self.co_block * DTYPE_BYTES[spec.dtype] > 32 else 0)
+        size = DTYPE_BYTES[spec.dtype]
+        if size == 4:
+            return 64, 32
+        return 32, 16 if self.co_block * size > 32 else 0
 
     def steps(self, spec: ConvTranspose2dSpec) -> int:
         """Stages of input channels."""

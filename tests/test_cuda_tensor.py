@@ -1,6 +1,7 @@
 """Matrix products on tensor cores: where they are chosen, what they take, and whether they are right when emulated."""
 
 import re
+import shutil
 from dataclasses import replace
 from itertools import islice
 from random import Random
@@ -22,7 +23,6 @@ from convt_tvm.space import choices, default_choice
 from convt_tvm.spec import CONTIGUOUS, ConvTranspose2dSpec
 from convt_tvm.special import judge_special, special_inputs
 from convt_tvm.target import Target
-from convt_tvm.tensor_intrinsics import name_tf32
 from convt_tvm.tensor_layout import fragment_depth, reaches_of
 from convt_tvm.workloads import Workload, resolve
 
@@ -197,12 +197,6 @@ def test_tf32_is_exact_on_integers_and_within_the_bound_of_its_own_rounding(monk
     assert compare(spec, kernel, operand_unit=TF32_UNIT / 4).reason
 
 
-def test_only_fragments_of_eight_deep_products_are_named_tf32():
-    fragment = "nvcuda::wmma::fragment<nvcuda::wmma::matrix_a, 16, 16, {}, nv_bfloat16, nvcuda::wmma::col_major>"
-    assert "precision::tf32" in name_tf32(fragment.format(8))
-    assert name_tf32(fragment.format(16)) == fragment.format(16)
-
-
 @needs_toolkit
 @pytest.mark.parametrize("descending", [False, True])
 def test_a_missing_barrier_is_caught(monkeypatch, descending):
@@ -214,11 +208,25 @@ def test_a_missing_barrier_is_caught(monkeypatch, descending):
 
 
 @needs_toolkit
-@pytest.mark.parametrize("matrix", ["a", "b"])
-def test_a_wrong_fragment_layout_is_caught(monkeypatch, matrix):
-    before = f"matrix_{matrix}, 16, 16, 16, half, nvcuda::wmma::col_major"
-    plant(monkeypatch, before, before.replace("col", "row"))
-    assert not is_exact(EmulatedKernel(SPEC, TARGET, tensor()))
+@pytest.mark.parametrize(
+    ("before", "after", "dtype"),
+    [
+        ("load_transposed(f.x, ", "load_matrices(f.x, ", "float16"),
+        ("b + (lane % 8 + lane / 16 * 8)", "b + (lane % 8 + lane / 8 % 2 * 8)", "bfloat16"),
+        ("b.x + 2 * half", "b.x + half", "float16"),
+        ("lane % 4 + i / 2 * 4", "lane % 4 + i % 2 * 4", "float32"),
+        ("f.x[2 * i], f.x[2 * i + 1]", "f.x[2 * i + 1], f.x[2 * i]", "float32"),
+    ],
+)
+def test_a_value_in_the_wrong_register_is_caught(monkeypatch, tmp_path, before, after, dtype):
+    changed = shutil.copytree(emulator._DEVICE_SOURCES, tmp_path / "cuda") / "warp_matrix.h"
+    text = changed.read_text()
+    assert before in text
+    changed.write_text(text.replace(before, after))
+    monkeypatch.setattr(emulator, "_DEVICE_SOURCES", tmp_path / "cuda")
+    monkeypatch.setattr(emulator, "_device_header", emulator._device_header.__wrapped__)
+    spec = replace(SPEC, dtype=dtype)
+    assert not is_exact(EmulatedKernel(spec, TARGET, tensor(spec)))
 
 
 @needs_toolkit
@@ -242,21 +250,21 @@ def test_a_wrong_shared_extent_is_caught(monkeypatch, array, elements):
 
 @needs_toolkit
 def test_a_tap_that_reads_what_another_should_is_caught(monkeypatch):
-    plant(monkeypatch, "- (ax17 * 48)", "- ((1 - ax17) * 48)")
+    plant(monkeypatch, "- (ax17 * 40)", "- ((1 - ax17) * 40)")
     assert not is_exact(EmulatedKernel(SPEC, TARGET, tensor()))
 
 
 @needs_toolkit
-def test_a_fragment_at_an_address_that_wmma_forbids_is_caught(monkeypatch):
-    plant(monkeypatch, "(&(gather_shared_ptr[(", "(&(gather_shared_ptr[8 + (")
+def test_a_fragment_at_an_address_that_instructions_forbid_is_caught(monkeypatch):
+    plant(monkeypatch, "(&(gather_shared_ptr[(", "(&(gather_shared_ptr[4 + (")
     with pytest.raises(RuntimeError, match="access outside of its memory, or at a forbidden address"):
         is_exact(EmulatedKernel(SPEC, TARGET, tensor()))
 
 
 @needs_toolkit
 def test_a_product_that_some_lanes_skip_is_caught(monkeypatch):
-    plant(monkeypatch, "nvcuda::wmma::mma_sync(acc", "if (threadIdx.x) nvcuda::wmma::mma_sync(acc")
-    with pytest.raises(RuntimeError, match="product of matrices that not all lanes of a warp reach"):
+    plant(monkeypatch, "convt::mma_sync(acc", "if (threadIdx.x) convt::mma_sync(acc")
+    with pytest.raises(RuntimeError, match="instruction of a warp that not all of its lanes reach"):
         is_exact(EmulatedKernel(SPEC, TARGET, tensor()))
 
 

@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "compute_tiles": "spec target layout compute tile_layout",
     "compute_cuda": "spec target layout compute thread_layout",
     "tensor_layout": "phases spec layout",
-    "tensor_intrinsics": "tensor_layout",
+    "tensor_intrinsics": "spec tensor_layout thread_layout",
     "compute_tensor": "spec target compute compute_cuda tensor_layout tensor_intrinsics",
     "cost": "spec target layout",
     "cost_cuda": "gpu spec target layout thread_layout",
@@ -116,8 +116,8 @@ MAY_IMPORT = {
     "generic": "spec target machine layout compute records space compiler search",
     "tune": "errors spec workloads target machine fingerprint compute records store database space compiler "
     "reference measure place check bench trials remote search session metaschedule generic",
-    "bundle": "errors rows spec workloads target fingerprint manifest libraries records space emulator workers trials "
-    "bench",
+    "bundle": "errors rows spec workloads target fingerprint manifest libraries records database space emulator "
+    "workers trials bench",
     "bundle_run": "errors machine artifact runtime cuda_toolkit emulated_torch place check bench peers workloads "
     "json_lines records store search session workers trials tune bundle",
     "explain": "spec workloads target records database space roofline",

@@ -78,8 +78,12 @@ def test_wheel_holds_the_package_its_schedules_and_its_logs(tree, wheel):
         names = {name for name in file.namelist() if ".dist-info/" not in name}
         licences = [name for name in file.namelist() if name.endswith("/licenses/LICENSE")]
     modules = {path.relative_to(tree).as_posix() for path in (tree / "convt_tvm").rglob("*.py")}
-    emulator = {path.relative_to(tree).as_posix() for path in (tree / "convt_tvm" / "emulated").iterdir()}
-    expected = modules | emulator | {"convt_tvm/workloads.json", "convt_tvm/py.typed"}
+    headers = {
+        path.relative_to(tree).as_posix()
+        for folder in ("cuda", "emulated")
+        for path in (tree / "convt_tvm" / folder).iterdir()
+    }
+    expected = modules | headers | {"convt_tvm/workloads.json", "convt_tvm/py.typed"}
     for folder in ("schedules", "tuning_logs"):
         # A tuning session's lock stays in a working tree, and there alone.
         files = (path for path in (tree / folder).rglob("*") if path.is_file() and path.name != ".lock")

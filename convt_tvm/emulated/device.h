@@ -35,7 +35,8 @@ void emu_poison(void* memory, size_t size);
 template <class T> static inline T emu_ldg(const T* address) { return *address; }
 #define __ldg(address) emu_ldg(address)
 
-#include "wmma.h"
+#include "warp_instructions.h"
+#include "warp_matrix.h"
 
 // A vector's access to an array: aligned, and inside of it as far as its size is known.
 template <class Vector, class Array> static inline Vector* emu_vector(Array& array, ptrdiff_t index) {

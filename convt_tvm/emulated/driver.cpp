@@ -3,10 +3,10 @@
 // A module is a shared object that the emulator compiled; anything else, such as a real fatbin, cannot be loaded. A launch
 // runs the blocks one after the other and the threads of a block as fibres, each up to its next barrier, in ascending or
 // descending order. So threads are as far apart as barriers let them be, and what a missing barrier allows does happen.
-// Lanes of a warp meet only where they multiply matrices.
+// Lanes of a warp meet only at instructions of the whole warp.
 // Shared memory is filled with NaN at the start of each block. An access outside of allocated memory (every allocation
 // ends at a page that cannot be touched) or outside of an array of known size (compiled with -fsanitize=bounds) ends the
-// launch with an error, and so does a barrier, or a product of matrices, that some threads never reach.
+// launch with an error, and so does a barrier, or an instruction of a warp, that some threads never reach.
 #include <csetjmp>
 #include <csignal>
 #include <cstdio>
@@ -24,10 +24,11 @@
 struct emu_dim3 { unsigned x, y, z; };
 typedef void (*Kernel)(void**);
 
-enum State { RUNNING, AT_BARRIER, AT_PRODUCT, DONE };
+enum State { RUNNING, AT_BARRIER, AT_MEETING, DONE };
 struct Fibre {
   State state;
   bool started;
+  unsigned meetings;
   emu_dim3 index;
   void* stack;
   ucontext_t beginning;
@@ -35,7 +36,8 @@ struct Fibre {
 };
 struct Warp {
   unsigned arrived;
-  float memory[1024];  // a fragment each of A, B, C and D, row by row
+  // What each lane brings to a meeting. The next one has other memory, as lanes that go on do not wait for the others.
+  alignas(16) char brought[2][32 * 32];
 };
 
 static const size_t STACK_BYTES = 256 << 10;
@@ -93,22 +95,17 @@ void emu_require_shared(const void* memory, size_t size) {
 
 unsigned emu_lane() { return current % LANES; }
 
-float* emu_warp_memory() { return warps[current / LANES].memory; }
-
-// D = A B + C of what all lanes have put into their warp's memory; each returns when all have.
-void emu_warp_product(unsigned depth) {
+// What all lanes of the warp give, side by side, up to 32 bytes each; returns when all have.
+const void* emu_meet(const void* mine, size_t size) {
   Warp& warp = warps[current / LANES];
-  if (++warp.arrived < LANES) return wait_as(AT_PRODUCT);
+  char* brought = warp.brought[fibres[current].meetings++ % 2];
+  memcpy(brought + current % LANES * size, mine, size);
+  if (++warp.arrived < LANES) return wait_as(AT_MEETING), brought;
   warp.arrived = 0;
-  const float *a = warp.memory, *b = a + 256, *c = a + 512;
-  float* d = warp.memory + 768;
-  memcpy(d, c, 256 * sizeof(float));
-  for (unsigned i = 0; i < 16; i++)
-    for (unsigned k = 0; k < depth; k++)
-      for (unsigned j = 0; j < 16; j++) d[i * 16 + j] += a[i * depth + k] * b[k * 16 + j];
   const unsigned first = current / LANES * LANES;
   for (unsigned i = first; i < first + LANES && i < block_threads; i++)
-    if (fibres[i].state == AT_PRODUCT) fibres[i].state = RUNNING;
+    if (fibres[i].state == AT_MEETING) fibres[i].state = RUNNING;
+  return brought;
 }
 }
 
@@ -132,7 +129,7 @@ static CUresult run_block() {
     for (unsigned i = 0; i < block_threads; i++) found[fibres[i].state]++;
     if (found[DONE] == block_threads) return CUDA_SUCCESS;
     if (found[RUNNING]) continue;
-    if (found[AT_PRODUCT]) return CUDA_ERROR_ASSERT;
+    if (found[AT_MEETING]) return CUDA_ERROR_ASSERT;
     if (found[DONE]) return CUDA_ERROR_LAUNCH_FAILED;
     for (unsigned i = 0; i < block_threads; i++) fibres[i].state = RUNNING;
   }
@@ -150,6 +147,7 @@ static void prepare() {
     fibre.index = {i % emu_block_size.x, i / emu_block_size.x % emu_block_size.y,
                    i / (emu_block_size.x * emu_block_size.y)};
     fibre.started = false;
+    fibre.meetings = 0;
   }
   for (Warp& warp : warps) warp.arrived = 0;
 }
@@ -194,7 +192,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, voi
   emu_grid_size = {config->gridDimX, config->gridDimY, config->gridDimZ};
   while (fibres.size() < threads) {
     void* stack = mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    fibres.push_back({DONE, false, {}, stack});
+    fibres.push_back({DONE, false, 0, {}, stack});
   }
   block_threads = threads;
   return run_grid();
@@ -230,7 +228,7 @@ CUresult cuGetErrorName(CUresult error, const char** name) {
   switch (error) {
     case CUDA_ERROR_ILLEGAL_ADDRESS: *name = "emulated kernel: access outside of its memory, or at a forbidden address"; break;
     case CUDA_ERROR_LAUNCH_FAILED: *name = "emulated kernel: barrier that not all threads of a block reach"; break;
-    case CUDA_ERROR_ASSERT: *name = "emulated kernel: product of matrices that not all lanes of a warp reach"; break;
+    case CUDA_ERROR_ASSERT: *name = "emulated kernel: instruction of a warp that not all of its lanes reach"; break;
     case CUDA_ERROR_INVALID_IMAGE: *name = "device code for a GPU, and this machine has none"; break;
     case CUDA_ERROR_INVALID_VALUE: *name = "emulated kernel: more threads or blocks than a GPU takes"; break;
     default: *name = "stand-in for the CUDA driver"; break;
