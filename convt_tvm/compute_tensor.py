@@ -9,15 +9,14 @@ with channels ``o = (wc*channel_tiles + ot)*16 + oi``, positions ``p = (pt*posit
 
     band[n, g, b, ph, pb, rb, cb, ot, pt, wc, oi, wp, pi, wi] = acc[..., 0, ...] + acc[..., 1, ...] + ... + bias
 
-``inputs`` is what one tap reads, the matrix that the weights of that tap are multiplied with: a part of ``gather``, the
-window of a tile with input channels side by side, shifted by the tap. Both exist a stage at a time, in shared memory.
+``inputs`` is what one tap reads, the matrix that its weights are multiplied with: a part of ``window``, which is that
+of a tile with input channels side by side, shifted by the tap. Both exist a stage at a time, in shared memory.
 Phases have as many taps as the one that has most; `convt_tvm.lower_tensor` leaves out those they do not have.
 
 All axes that a schedule needs are declared, so that no index is divided but that of a position by the window's width.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 from tvm import te, tirx
@@ -27,7 +26,7 @@ from convt_tvm.compute_cuda import cuda_function
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.target import Target
 from convt_tvm.tensor_intrinsics import operand_dtype
-from convt_tvm.tensor_layout import FRAGMENT, TensorLayout, fragment_depth, reaches_of
+from convt_tvm.tensor_layout import FRAGMENT, Reach, TensorLayout, fragment_depth, reaches_of
 
 __all__ = ["declare_tensor_pack", "declare_tensor_phases", "tensor_layout_of"]
 
@@ -38,12 +37,17 @@ _ROUND = "convt::round_to_tf32"
 def declare_tensor_phases(spec: ConvTranspose2dSpec, layout: TensorLayout, target: Target) -> tirx.PrimFunc:
     """The phase form of `spec` as a PrimFunc to schedule.
 
-    Parameters are ``input``, ``packed``, ``bias`` where the spec has one, and ``band``. Blocks are named ``gather``,
-    ``taps``, ``inputs``, ``weights``, ``acc`` and ``band``.
+    Parameters are ``words``, ``packed``, ``bias`` where the spec has one, and ``band``: words are the input's values,
+    as integers, as many in each as are loaded at once. Blocks are named ``fetch``, ``gather``, ``window``, ``taps``,
+    ``inputs``, ``weights``, ``acc`` and ``band``.
     """
-    source, packed, bias = parameters(spec, layout, spec.n)
-    acc = _accumulate(spec, layout, source.tensor, packed)
-    arguments = [source.tensor, packed, *([bias] if spec.bias else []), _finish(spec, layout, acc, bias)]
+    _, packed, bias = parameters(spec, layout, spec.n)
+    # CUDA makes a 16-bit zero by a conversion in assembly, which compilers keep in a branch of its own: integers.
+    *lead, width = spec.input_shape
+    word = f"uint{8 * DTYPE_BYTES[spec.dtype] * layout.loaded}"
+    words = te.placeholder((*lead, width // layout.loaded), word, name="words")
+    acc = _accumulate(spec, layout, words, packed)
+    arguments = [words, packed, *([bias] if spec.bias else []), _finish(spec, layout, acc, bias)]
     return cuda_function(arguments, spec, layout, target)
 
 
@@ -57,47 +61,59 @@ def _operand(spec: ConvTranspose2dSpec, value: Expr) -> Expr:
     return value if spec.dtype != "float32" else tirx.call_pure_extern("float32", _ROUND, value)
 
 
-def _shift(values: Sequence[int], index: Expr) -> Expr:
-    """``values[index]`` by arithmetic: TVM takes a select for all that it may be, and fragments need one place."""
-    steps = [after - before for before, after in pairwise(values)]
+def _shift(reach: Reach, phase: Expr) -> Expr:
+    """``reach.shifts[phase]`` by arithmetic: TVM takes a select for all that it may be; fragments need one place."""
+    steps = reach.shift_steps
     if len(set(steps)) == 1:
-        return values[0] + index * steps[0]
+        return reach.shifts[0] + phase * steps[0]
     # 1 from the place of a step on, 0 before.
-    taken = (step * tirx.min(index // place, 1) for place, step in enumerate(steps, start=1) if step)
-    return sum(taken, tirx.const(values[0], "int32"))
+    taken = (step * tirx.min(phase // place, 1) for place, step in enumerate(steps, start=1) if step)
+    return sum(taken, tirx.const(reach.shifts[0], "int32"))
 
 
-def _gather(spec: ConvTranspose2dSpec, layout: TensorLayout, data: Any) -> Any:
+def _divided(terms: Sequence[tuple[Expr, int]], constant: int, divisor: int) -> tuple[Expr, Expr]:
+    """Quotient and remainder of ``sum(variable * factor) + constant``, in a form that TVM knows to belong together."""
+    rest = sum((variable * (factor % divisor) for variable, factor in terms), tirx.const(constant % divisor, "int32"))
+    whole = sum(variable * (factor // divisor) for variable, factor in terms) + constant // divisor
+    return whole + rest // divisor, rest % divisor
+
+
+def _window(spec: ConvTranspose2dSpec, layout: TensorLayout, words: Any) -> Any:
     """The window of each tile and row phase, channels side by side, the border and surplus channels as zeros.
+
+    Its positions are numbered by words and what is in them, so that whatever part of it is needed, it is whole words.
 
     What is beyond the border is read at its nearest place inside and then dropped: reads without conditions are under
     way at the same time.
     """
     rows, columns = reaches_of(spec)
-    in_channels, pitch = spec.ci // spec.groups, layout.pitch(spec)
+    in_channels, pitch, loaded = spec.ci // spec.groups, layout.pitch(spec), layout.loaded
 
     def place(axes: Sequence[Expr]) -> list[tuple[Expr, int]]:
-        """Channel of the group, row and column, each with what it must be below."""
+        """Channel of the group, row and word of the row, each with what it must be below."""
         _, _, ph, rb, cb, ko, p, k = axes
-        h = rb * layout.row_block + p // pitch + (lookup(rows.shifts, ph) + rows.first)
-        w = cb * layout.column_block + p % pitch + columns.first
-        return [(ko * layout.ci_block + k, in_channels), (h, spec.ih), (w, spec.iw)]
+        h = rb * layout.row_block + p // (pitch // loaded) + (lookup(rows.shifts, ph) + rows.first)
+        column = cb * layout.column_block + (columns.first - layout.margin(spec))
+        w = tirx.floordiv(column, loaded) + p % (pitch // loaded)
+        return [(ko * layout.ci_block + k, in_channels), (h, spec.ih), (w, spec.iw // loaded)]
 
     def read(*axes: Expr) -> Expr:
         ic, h, w = (tirx.max(tirx.min(index, size - 1), 0) for index, size in place(axes))
-        return _operand(spec, data[axes[0], axes[1] * in_channels + ic, h, w])
+        return words[axes[0], axes[1] * in_channels + ic, h, w]
 
     def keep(*axes: Expr) -> Expr:
-        inside = [condition for index, size in place(axes) for condition in (index >= 0, index < size)]
-        kept = tirx.Select(tirx.all(*inside), tirx.reinterpret(bits, fetched(*axes)), tirx.const(0, bits))
-        return tirx.reinterpret(spec.dtype, kept)
+        *block, part, k = axes
+        inside = [condition for index, size in place((*block, k)) for condition in (index >= 0, index < size)]
+        kept = tirx.Select(tirx.all(*inside), fetched(*block, k), tirx.const(0, words.dtype))
+        bits = 8 * DTYPE_BYTES[spec.dtype]
+        value = tirx.reinterpret(spec.dtype, (kept >> (part * bits).astype(words.dtype)).astype(f"uint{bits}"))
+        return _operand(spec, value)
 
-    # CUDA makes a 16-bit zero by a conversion in assembly, which compilers keep in a branch of its own.
-    bits = f"uint{8 * DTYPE_BYTES[spec.dtype]}"
     lead = (spec.input_shape[0], spec.groups, len(rows.taps), *layout.tiles(spec), layout.steps(spec))
-    shape = (*lead, layout.window_positions(spec), layout.ci_block)
-    fetched = te.compute(shape, read, name="fetch")
-    return te.compute(shape, keep, name="gather")
+    positions, channels = layout.window_positions(spec), layout.ci_block
+    fetched = te.compute((*lead, positions // loaded, channels), read, name="fetch")
+    gathered = te.compute((*lead, positions // loaded, loaded, channels), keep, name="gather")
+    return te.compute(gathered.shape, lambda *axes: gathered(*axes), name="window")
 
 
 def _taps(spec: ConvTranspose2dSpec, layout: TensorLayout, packed: Any) -> Any:
@@ -113,22 +129,28 @@ def _taps(spec: ConvTranspose2dSpec, layout: TensorLayout, packed: Any) -> Any:
     return te.compute((blocks, *taps, depth, co_block), read, name="taps")
 
 
-def _accumulate(spec: ConvTranspose2dSpec, layout: TensorLayout, data: Any, packed: Any) -> Any:
+def _accumulate(spec: ConvTranspose2dSpec, layout: TensorLayout, words: Any, packed: Any) -> Any:
     """The matrix products."""
     rows, columns = reaches_of(spec)
     depth, in_blocks = fragment_depth(spec), layout.blocks(spec)
     depths = layout.ci_block // depth // layout.depth_warps
-    gather, taps = _gather(spec, layout, data), _taps(spec, layout, packed)
+    window, taps = _window(spec, layout, words), _taps(spec, layout, packed)
     operand = operand_dtype(spec.dtype)
     weights = te.compute(taps.shape, lambda *axes: taps(*axes).astype(operand), name="weights")
 
     def shifted(*axes: Expr) -> Expr:
         n, g, ph, rb, cb, ko, th, tw, pw, p, k = axes
-        down = (rows.most_taps - 1 - th) * (rows.step * layout.pitch(spec))
-        along = (columns.most_taps - 1 - tw) * columns.step + _shift(columns.shifts, pw)
-        return gather[n, g, ph, rb, cb, ko, p + (down + along), k].astype(operand)
+        down, along = rows.step * layout.pitch(spec), columns.step
+        first = (rows.most_taps - 1) * down + (columns.most_taps - 1) * along + layout.margin(spec)
+        if layout.loaded == 1:
+            place = p - th * down - tw * along + (_shift(columns, pw) + first), 0
+        else:
+            shift = (columns.shift_steps or [0])[0]
+            terms = [(p, 1), (th, -down), (tw, -along), (pw, shift)]
+            place = _divided(terms, first + columns.shifts[0], layout.loaded)
+        return window[n, g, ph, rb, cb, ko, *place, k].astype(operand)
 
-    *lead, _, in_depth = gather.shape
+    *lead, _, _, in_depth = window.shape
     each = (rows.most_taps, columns.most_taps, len(columns.taps))
     inputs = te.compute((*lead, *each, layout.positions, in_depth), shifted, name="inputs")
 

@@ -30,7 +30,7 @@ from convt_tvm.cost_cuda import (
 from convt_tvm.gpu import ARCHITECTURES, capability
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.target import Target
-from convt_tvm.tensor_layout import FRAGMENT, WARP, WINDOW_SKEW, TensorLayout, fragment_depth, reaches_of
+from convt_tvm.tensor_layout import FRAGMENT, WARP, WINDOW_SKEW, TensorLayout, fragment_depth, pitch_of, reaches_of
 from convt_tvm.thread_layout import MAX_FETCHED, VECTOR_BYTES
 
 __all__ = ["fits_tensor_cores", "tensor_cycles", "tensor_layouts", "tensor_shared_bytes"]
@@ -43,8 +43,9 @@ STAGE_BYTES = (32, 64, 128, 256, 512)
 """Input channels of a stage, in their own dtype."""
 COLUMNS = (16, 32, 64, 128)
 """Columns of a tile, besides all there are."""
-GATHERED_INSTRUCTIONS = 2.5
-"""For an input value copied to shared memory: its load, and a share of coordinates, bounds and a vector's store."""
+LOAD_INSTRUCTIONS = 1.5
+"""For a load of input values that are copied to shared memory: itself, and a share of coordinates and bounds; and one
+for each value."""
 COPY_INSTRUCTIONS = 8
 """For a vector of weights copied to shared memory."""
 PRODUCT_INSTRUCTIONS = 2
@@ -53,7 +54,7 @@ STORE_INSTRUCTIONS = 10
 """For each output: bounds, bias, address, store; and as many sums as there are depths to load and add."""
 SHARED_BYTES_PER_CYCLE = 96
 READ_CYCLES = 4
-"""For a warp's read of an input value each, in the unit that also serves shared memory."""
+"""For a warp's load of input values, in the unit that also serves shared memory."""
 SECTOR_BYTES = 32
 STAGE_LATENCY = 1300
 """Cycles from asking global memory for a stage until after the barrier."""
@@ -103,11 +104,12 @@ def tensor_shared_bytes(spec: ConvTranspose2dSpec, layout: TensorLayout) -> int:
 
 
 def _fetched(spec: ConvTranspose2dSpec, layout: TensorLayout) -> int:
-    """Registers of a thread for what it copies of a stage: narrow values of the window have one each."""
+    """Registers of a thread for what it copies of a stage: a narrow load of the window has one as well."""
     size, threads = DTYPE_BYTES[spec.dtype], layout.warps * WARP
     vector = VECTOR_BYTES // size
     window, weights = layout.window_positions(spec) * layout.ci_block, _stage_rows(spec, layout) * layout.co_block
-    return -(-window // vector // threads) * vector + -(-weights // vector // threads) * 4
+    loads = -(-window // (vector * layout.loaded) // threads) * vector
+    return loads * max(1, layout.loaded * size // 4) + -(-weights // vector // threads) * 4
 
 
 def _registers(spec: ConvTranspose2dSpec, layout: TensorLayout) -> int:
@@ -140,17 +142,18 @@ def tensor_cycles(spec: ConvTranspose2dSpec, layout: TensorLayout, target: Targe
     depths = layout.ci_block // fragment_depth(spec) // layout.depth_warps
     sums = layout.phases * layout.co_block * layout.positions
     gathered = layout.window_positions(spec) * layout.ci_block
+    loads = gathered / WARP / layout.loaded
     copied = _stage_rows(spec, layout) * layout.co_block
     products = met * depths * layout.warps
     fragments = layout.channel_tiles + layout.position_tiles
-    copying = gathered / WARP * GATHERED_INSTRUCTIONS + copied * size / 16 / WARP * COPY_INSTRUCTIONS
+    copying = loads * LOAD_INSTRUCTIONS + gathered / WARP + copied * size / 16 / WARP * COPY_INSTRUCTIONS
     in_shared = products * (layout.channel_tiles + layout.position_tiles) * FRAGMENT * 32
     runs = -(-layout.window_positions(spec) // (spec.iw if layout.pitch(spec) >= spec.iw else layout.pitch(spec)))
     fetched = (gathered + copied) * size + (layout.ci_block * runs * SECTOR_BYTES if runs > 1 else 0)
     busy = max(
         sums * met * layout.ci_block * size / 2 / limits.tensor_lanes,
         (products * (tiles + fragments) * PRODUCT_INSTRUCTIONS + copying) / ISSUED_PER_CYCLE,
-        (in_shared + (gathered + copied) * size) / SHARED_BYTES_PER_CYCLE + gathered / WARP * READ_CYCLES,
+        (in_shared + (gathered + copied) * size) / SHARED_BYTES_PER_CYCLE + loads * READ_CYCLES,
         fetched / CACHE_BYTES_PER_CYCLE,
     )
     working = busy / 2 + most * depths * (STEP_LATENCY + tiles * PRODUCT_CYCLES * size / 2)
@@ -182,7 +185,7 @@ def tensor_layouts(spec: ConvTranspose2dSpec) -> Iterator[TensorLayout]:
             co_block, positions = channel_tiles * channel_warps * FRAGMENT, position_tiles * position_warps * FRAGMENT
             if channel_tiles * position_tiles > MAX_TILES or (co_block >= 2 * channels and co_block > FRAGMENT):
                 continue
-            for row_block, column_block in _tiles(spec, positions):
+            for row_block, column_block, loaded in _tiles(spec, positions):
                 for ci_block in stages:
                     if ci_block % (depth_warps * depth):
                         continue
@@ -199,21 +202,28 @@ def tensor_layouts(spec: ConvTranspose2dSpec) -> Iterator[TensorLayout]:
                         position_warps=position_warps,
                         depth_warps=depth_warps,
                         ci_block=ci_block,
+                        loaded=loaded,
                     )
                     registers = min(255, BLOCK_REGISTERS // (layout.warps * WARP))
                     if tensor_shared_bytes(spec, layout) <= SHARED_BYTES and _registers(spec, layout) <= registers:
                         yield layout
 
 
-def _tiles(spec: ConvTranspose2dSpec, positions: int) -> Iterator[tuple[int, int]]:
-    """Rows and columns of tiles that so many positions cover, and half as many would not."""
+def _tiles(spec: ConvTranspose2dSpec, positions: int) -> Iterator[tuple[int, int, int]]:
+    """Rows and columns of tiles that so many positions cover, and half as many would not; and what is loaded at once.
+
+    One at a time is left out where two cost nothing. Of places that phases shift by uneven steps TVM cannot tell which
+    words they are in.
+    """
     height, width = (max(phase.count for phase in axis.phases) for axis in spec.axes)
-    span = reaches_of(spec)[1].span
+    in_pairs = spec.iw % 2 == 0 and len(set(reaches_of(spec)[1].shift_steps)) <= 1
     for columns in sorted({width, *(size for size in COLUMNS if size < width)}):
-        pitch = columns + span
-        rows = min(height, (positions - columns) // pitch + 1)
-        if rows < 1:
-            continue
-        rows = -(-height // -(-height // rows))
-        if positions == FRAGMENT or (rows - 1) * pitch + columns > positions // 2:
-            yield rows, columns
+        pairs = in_pairs and (columns == width or columns % 2 == 0)
+        for loaded in (2, 1) if pairs else (1,):
+            pitch = pitch_of(spec, columns, loaded)
+            rows = min(height, (positions - columns) // pitch + 1)
+            if rows < 1 or (loaded == 1 and pairs and pitch == pitch_of(spec, columns, 2)):
+                continue
+            rows = -(-height // -(-height // rows))
+            if positions == FRAGMENT or (rows - 1) * pitch + columns > positions // 2:
+                yield rows, columns, loaded

@@ -4,7 +4,7 @@ from math import prod
 from typing import Any
 
 import tvm
-from tvm import tirx
+from tvm import ir, tirx
 
 from convt_tvm.compute import lookup, spec_of
 from convt_tvm.compute_tensor import tensor_layout_of
@@ -40,13 +40,30 @@ def lower_tensor_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
         )
         return tirx.IfThenElse(tirx.all(*(index < size for index, size in limits)), statement, None)
 
-    module = assemble(function, "convt", output, {"band": store})
+    whole = assemble(function, "convt", output, {"band": store})["convt"]
+    source = tirx.decl_buffer(spec.input_shape, spec.dtype, name="input")
+    body = _load_words(whole.body, source, layout.loaded)
     rows, columns = reaches_of(spec)
-    if set(rows.taps) == {rows.most_taps} and set(columns.taps) == {columns.most_taps}:
-        return module
-    whole = module["convt"]
-    body = _leave_out(whole.body, spec, layout)
-    return tvm.IRModule({"convt": tirx.PrimFunc(whole.params, body, whole.ret_type).with_attrs(whole.attrs)})
+    if set(rows.taps) != {rows.most_taps} or set(columns.taps) != {columns.most_taps}:
+        body = _leave_out(body, spec, layout)
+    convt = tirx.PrimFunc([source, *whole.params[1:]], body, whole.ret_type).with_attrs(whole.attrs)
+    return tvm.IRModule({"convt": convt})
+
+
+def _load_words(body: Any, source: Any, loaded: int) -> Any:
+    """`body` with the words that it loads taken from `source`, so many values in each."""
+
+    def change(node: Any) -> Any | None:
+        load = node.value if isinstance(node, tirx.BufferStore) else None
+        if not isinstance(load, ir.TensorLoad) or str(load.source.name) != "words":
+            return None
+        *place, column = load.indices
+        if loaded > 1:
+            column = tirx.Ramp(column * loaded, 1, loaded)
+        word = tirx.reinterpret(load.source.dtype, tirx.BufferLoad(source, [*place, column]))
+        return tirx.BufferStore(node.buffer, word, node.indices)
+
+    return rewrite(body, change)
 
 
 def _leave_out(body: Any, spec: ConvTranspose2dSpec, layout: TensorLayout) -> Any:

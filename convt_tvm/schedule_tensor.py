@@ -1,5 +1,6 @@
 """Steps of the CUDA schedule space for tensor cores."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from tvm.s_tir import Schedule
@@ -122,26 +123,30 @@ def stage_weights(sch: Schedule, taps: SBlockRV, weights: SBlockRV, stage: LoopR
     sch.tensorize(ic, load_intrinsic("a", fragment_depth(spec), spec.dtype))
 
 
-def stage_inputs(
-    sch: Schedule, fetch: SBlockRV, gather: SBlockRV, inputs: SBlockRV, stage: LoopRV, fragment: LoopRV
-) -> None:
+def stage_inputs(sch: Schedule, copies: Sequence[SBlockRV], inputs: SBlockRV, stage: LoopRV, fragment: LoopRV) -> None:
     """Gather the inputs of a stage in shared memory, and copy those of a step to fragments.
 
-    Lanes read neighbouring positions; each collects a vector of input channels before it writes it.
+    Lanes load from neighbouring columns, one or two each; each collects a vector of input channels before it writes it.
     """
     spec, layout = _declared(sch)
     size = DTYPE_BYTES[spec.dtype]
+    fetch, gather, window = copies
     sch.set_scope(inputs, 0, "wmma.matrix_b")
-    shared = sch.cache_read(inputs, 0, "shared")
+    sch.set_scope(window, 0, "shared")
     sch.compute_at(inputs, fragment, preserve_unit_loops=True)
-    sch.compute_at(shared, stage, preserve_unit_loops=True)
-    sch.storage_align(shared, 0, -2, *(part // size for part in WINDOW_SKEW))
-    position, k = sch.get_loops(shared)[-2:]
+    sch.compute_at(window, stage, preserve_unit_loops=True)
+    sch.transform_layout(
+        window, ("write", 0), lambda *axes: (*axes[:-3], axes[-3] * layout.loaded + axes[-2], axes[-1])
+    )
+    sch.storage_align(window, 0, -2, *(part // size for part in WINDOW_SKEW))
+    word, part, k = sch.get_loops(window)[-3:]
     k, inner = sch.split(k, [None, VECTOR_BYTES // size])
-    sch.reorder(k, position)
-    lane = _deal(sch, sch.fuse(k, position), inner, layout)
+    sch.reorder(k, word, part)
+    sch.unroll(part)
+    lane = _deal(sch, sch.fuse(k, word), inner, layout)
     for copy in (gather, fetch):
         sch.set_scope(copy, 0, "local")
         sch.compute_at(copy, lane, preserve_unit_loops=True)
-        sch.unroll(sch.get_loops(copy)[-1])
+        for loop in sch.get_loops(copy)[-2:]:
+            sch.unroll(loop)
     sch.tensorize(sch.get_loops(inputs)[-2], load_intrinsic("b", fragment_depth(spec), spec.dtype))

@@ -12,6 +12,7 @@ product. The sums of positions beside the tile are dropped.
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 from convt_tvm.layout import Layout
 from convt_tvm.phases import Phase
@@ -25,6 +26,8 @@ __all__ = [
     "Reach",
     "TensorLayout",
     "fragment_depth",
+    "margin_of",
+    "pitch_of",
     "reaches_of",
 ]
 
@@ -65,6 +68,11 @@ class Reach:
         return (self.most_taps - 1) * self.step
 
     @property
+    def shift_steps(self) -> list[int]:
+        """By how much each phase is shifted against the one before."""
+        return [after - before for before, after in pairwise(self.shifts)]
+
+    @property
     def span(self) -> int:
         """How far what all phases read for outputs of the same number is apart."""
         return max(self.shifts) + self.tap_span
@@ -89,6 +97,17 @@ def reaches_of(spec: ConvTranspose2dSpec) -> tuple[Reach, Reach]:
     return reach(rows), reach(columns)
 
 
+def margin_of(spec: ConvTranspose2dSpec, loaded: int) -> int:
+    """As `TensorLayout.margin`."""
+    return reaches_of(spec)[1].first % loaded
+
+
+def pitch_of(spec: ConvTranspose2dSpec, column_block: int, loaded: int) -> int:
+    """As `TensorLayout.pitch`."""
+    columns = column_block + reaches_of(spec)[1].span + margin_of(spec, loaded)
+    return -(-columns // loaded) * loaded
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorLayout(Layout):
     """How a phase form is laid out for tensor cores.
@@ -107,6 +126,9 @@ class TensorLayout(Layout):
     ci_block
         Input channels that are staged in shared memory at a time, for all taps; a multiple of `fragment_depth` for
         each of ``depth_warps``.
+    loaded
+        Neighbouring columns of the input that a lane loads at once, 1 or 2, both inside of the image or both outside:
+        the image has an even number of columns, and so have windows, which begin at even ones.
     """
 
     positions: int
@@ -114,6 +136,7 @@ class TensorLayout(Layout):
     position_warps: int
     depth_warps: int
     ci_block: int
+    loaded: int
 
     @property
     def warps(self) -> int:
@@ -163,12 +186,17 @@ class TensorLayout(Layout):
 
     def pitch(self, spec: ConvTranspose2dSpec) -> int:
         """Columns in a row of the window of a tile."""
-        return self.column_block + reaches_of(spec)[1].span
+        return pitch_of(spec, self.column_block, self.loaded)
+
+    def margin(self, spec: ConvTranspose2dSpec) -> int:
+        """Columns of the window before the first that products read."""
+        return margin_of(spec, self.loaded)
 
     def window_positions(self, spec: ConvTranspose2dSpec) -> int:
-        """Positions of the window that the products of a block read."""
+        """Positions of the window that the products of a block read, and those loaded along."""
         rows, columns = reaches_of(spec)
-        return self.positions + rows.tap_span * self.pitch(spec) + columns.span
+        positions = self.positions + rows.tap_span * self.pitch(spec) + columns.span + self.margin(spec)
+        return -(-positions // self.loaded) * self.loaded
 
     def tiles(self, spec: ConvTranspose2dSpec) -> tuple[int, int]:
         """Tiles of rows and of columns that each phase has."""

@@ -67,11 +67,11 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
 
 def space(sch: Schedule) -> None:
     """Schedule the matrix products in `sch` in place; deterministic for a declaration."""
-    names = ("fetch", "gather", "inputs", "taps", "weights", "acc", "band")
-    fetch, gather, inputs, taps, weights, acc, band = (sch.get_sblock(name) for name in names)
+    names = ("fetch", "gather", "window", "inputs", "taps", "weights", "acc", "band")
+    *copies, inputs, taps, weights, acc, band = (sch.get_sblock(name) for name in names)
     block, fragment = bind_blocks(sch, band)
     sums = store_sums(sch, acc, band, fragment)
     stage, step, part = order_products(sch, acc, block)
-    stage_inputs(sch, fetch, gather, inputs, stage, part)
+    stage_inputs(sch, copies, inputs, stage, part)
     stage_weights(sch, taps, weights, stage, step)
     multiply(sch, acc, sums)

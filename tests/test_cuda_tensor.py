@@ -153,6 +153,29 @@ def test_warps_that_share_channels_positions_phases_and_depths_are_exact(changes
 
 
 @needs_toolkit
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("changes", [{}, {"padding": 2}, {"kernel_size": 5, "iw": 34}, {"stride": 1, "dilation": 2}])
+def test_columns_are_loaded_in_pairs_that_begin_at_even_ones(changes, dtype):
+    spec = replace(SPEC, **{"iw": 8, "output_padding": 0, "dtype": dtype, **changes})
+    kernel = EmulatedKernel(spec, TARGET, divided(spec, loaded=2))
+    assert is_exact(kernel)
+
+
+@needs_toolkit
+def test_pairs_that_begin_at_odd_columns_are_caught(monkeypatch):
+    spec = replace(SPEC, iw=8, kernel_size=4, output_padding=0)
+    choice = divided(spec, loaded=2)
+    assert choice.layout.margin(spec) == 1
+    monkeypatch.setattr("convt_tvm.tensor_layout.margin_of", lambda spec, loaded: 0)
+    assert not is_exact(EmulatedKernel(spec, TARGET, choice))
+
+
+def test_odd_rows_are_loaded_one_by_one():
+    assert {layout.loaded for layout in tensor_layouts(replace(SPEC, iw=7))} == {1}
+    assert {layout.loaded for layout in tensor_layouts(replace(SPEC, iw=8, padding=0))} == {1, 2}
+
+
+@needs_toolkit
 @pytest.mark.parametrize("phases", [1, 2])
 @pytest.mark.parametrize("changes", [{}, {"kernel_size": 1, "padding": 0}])
 def test_what_is_not_finite_goes_where_a_tap_takes_it_and_nowhere_else(changes, phases):
@@ -232,7 +255,7 @@ def test_a_value_in_the_wrong_register_is_caught(monkeypatch, tmp_path, before, 
 @needs_toolkit
 @pytest.mark.parametrize(
     ("array", "elements"),
-    [("taps_shared_ptr", 16), ("gather_shared_ptr", 24), ("acc_wmma_accumulator_shared_ptr", 1)],
+    [("taps_shared_ptr", 16), ("window_shared_ptr", 24), ("acc_wmma_accumulator_shared_ptr", 1)],
 )
 def test_a_wrong_shared_extent_is_caught(monkeypatch, array, elements):
     honest = emulator._translate
@@ -256,7 +279,7 @@ def test_a_tap_that_reads_what_another_should_is_caught(monkeypatch):
 
 @needs_toolkit
 def test_a_fragment_at_an_address_that_instructions_forbid_is_caught(monkeypatch):
-    plant(monkeypatch, "(&(gather_shared_ptr[(", "(&(gather_shared_ptr[4 + (")
+    plant(monkeypatch, "(&(window_shared_ptr[(", "(&(window_shared_ptr[4 + (")
     with pytest.raises(RuntimeError, match="access outside of its memory, or at a forbidden address"):
         is_exact(EmulatedKernel(SPEC, TARGET, tensor()))
 
