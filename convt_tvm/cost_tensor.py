@@ -58,8 +58,6 @@ READ_CYCLES = 4
 SECTOR_BYTES = 32
 STAGE_LATENCY = 1300
 """Cycles from asking global memory for a stage until after the barrier."""
-BUFFERED = 0.85
-"""What remains of a stage's time with two buffers."""
 STEP_LATENCY = 60
 """Cycles from reading fragments until their first product is done; a warp's next step follows it."""
 PRODUCT_CYCLES = 16
@@ -97,12 +95,12 @@ def _stage_rows(spec: ConvTranspose2dSpec, layout: TensorLayout) -> int:
 
 
 def tensor_shared_bytes(spec: ConvTranspose2dSpec, layout: TensorLayout) -> int:
-    """Shared memory that a block takes for its stages of inputs and weights, and for a fragment of each warp's sums."""
+    """Shared memory that a block takes for one stage of inputs and weights, and for a fragment of each warp's sums."""
     size = DTYPE_BYTES[spec.dtype]
     inputs = layout.window_positions(spec) * _skewed(layout.ci_block * size, WINDOW_SKEW)
     weights = _stage_rows(spec, layout) * _skewed(layout.co_block * size, layout.weights_skew(spec))
     sums = layout.warps * FRAGMENT * FRAGMENT * 4 + layout.depth_warps * layout.phases * layout.sums_skew * 4
-    return layout.buffers * (-(-inputs // 64) * 64 + -(-weights // 64) * 64) + sums
+    return -(-inputs // 64) * 64 + -(-weights // 64) * 64 + sums
 
 
 def _fetched(spec: ConvTranspose2dSpec, layout: TensorLayout) -> int:
@@ -161,8 +159,6 @@ def tensor_cycles(spec: ConvTranspose2dSpec, layout: TensorLayout, target: Targe
     working = busy / 2 + most * depths * (STEP_LATENCY + tiles * PRODUCT_CYCLES * size / 2)
     ahead = layout.steps(spec) > 1 and _fetched(spec, layout) <= MAX_FETCHED
     alone = max(working, STAGE_LATENCY) if ahead else working + STAGE_LATENCY
-    if layout.buffers > 1:
-        alone *= BUFFERED
 
     outputs = layout.phases * layout.co_block * layout.row_block * layout.column_block
     spread = spec.stride[1] / layout.phases
@@ -190,9 +186,8 @@ def tensor_layouts(spec: ConvTranspose2dSpec) -> Iterator[TensorLayout]:
             if channel_tiles * position_tiles > MAX_TILES or (co_block >= 2 * channels and co_block > FRAGMENT):
                 continue
             for row_block, column_block, loaded in _tiles(spec, positions):
-                for ci_block, buffers in product(stages, (1, 2)):
-                    odd = -(-in_channels // ci_block) % buffers
-                    if odd or ci_block % (depth_warps * depth):
+                for ci_block in stages:
+                    if ci_block % (depth_warps * depth):
                         continue
                     layout = TensorLayout(
                         lanes="ow",
@@ -208,7 +203,6 @@ def tensor_layouts(spec: ConvTranspose2dSpec) -> Iterator[TensorLayout]:
                         depth_warps=depth_warps,
                         ci_block=ci_block,
                         loaded=loaded,
-                        buffers=buffers,
                     )
                     registers = min(255, BLOCK_REGISTERS // (layout.warps * WARP))
                     if tensor_shared_bytes(spec, layout) <= SHARED_BYTES and _registers(spec, layout) <= registers:

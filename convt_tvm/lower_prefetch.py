@@ -12,8 +12,7 @@ them,
 
 A copy may go to a thread's own array first, to be changed on the way. Where a step takes more registers than
 `MAX_FETCHED`, some of it is copied in batches instead, and waited for. Barriers are not seen here: TVM puts them where
-shared memory is written and read. Where steps have arrays by turns (`BUFFERS`), the loop's body is there as many times,
-each with arrays of its own: what one step reads need not wait for what the next writes.
+shared memory is written and read.
 """
 
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ import tvm
 from tvm import tirx
 
 from convt_tvm.statements import find_load, nest, reads_memory, rebuild, rewrite, sequence, with_value
-from convt_tvm.thread_layout import BATCH, BUFFERS, MAX_FETCHED
+from convt_tvm.thread_layout import BATCH, MAX_FETCHED
 
 __all__ = ["prefetch"]
 
@@ -141,17 +140,7 @@ def _ahead(step: Any) -> Statement | None:
         parts.append(prefetch(rewrite(part, change)))
         if number == last:
             parts.append(tirx.IfThenElse(following < step.min + step.extent, sequence(then), None))
-    return tirx.SeqStmt([*allocations, *first, _by_turns(rebuild(step, tirx.SeqStmt(parts)))])
-
-
-def _by_turns(step: Any) -> Any:
-    """The loop `step` with as many copies of its body as its annotation says; they divide its extent."""
-    buffers = int(step.annotations.get(BUFFERS, 1))
-    if buffers == 1:
-        return step
-    turn, place = tirx.Var("turn", "int32"), tirx.Var("buffer", "int32")
-    one = rebuild(step, step.body, first=step.min + turn * buffers + place, extent=1, kind=UNROLLED)
-    return tirx.For(turn, 0, int(step.extent) // buffers, step.kind, tirx.For(place, 0, buffers, UNROLLED, one))
+    return tirx.SeqStmt([*allocations, *first, rebuild(step, tirx.SeqStmt(parts))])
 
 
 def _in_batches(copy: _Copy) -> Statement:

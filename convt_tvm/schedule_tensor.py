@@ -10,7 +10,7 @@ from convt_tvm.compute_tensor import tensor_layout_of
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.tensor_intrinsics import fill_intrinsic, load_intrinsic, product_intrinsic, store_intrinsic
 from convt_tvm.tensor_layout import FRAGMENT, TAPS, WARP, WINDOW_SKEW, TensorLayout, fragment_depth
-from convt_tvm.thread_layout import BUFFERS, VECTOR_BYTES
+from convt_tvm.thread_layout import VECTOR_BYTES
 
 __all__ = ["bind_blocks", "multiply", "order_products", "stage_inputs", "stage_weights", "store_sums"]
 
@@ -60,13 +60,10 @@ def order_products(sch: Schedule, acc: SBlockRV, block: LoopRV) -> tuple[LoopRV,
 
     Input channels go before taps, so that their order in a sum is that of all layouts with as many ``depth_warps``.
     """
-    _, layout = _declared(sch)
     sch.compute_at(acc, block, preserve_unit_loops=True)
     wd, wi, wc, wp, ot, pt, oi, pi, ko, th, tw, ki, kj = sch.get_loops(acc)[-13:]
     sch.bind(sch.fuse(wd, wi, wc, wp), "threadIdx.y")
     sch.reorder(ko, ki, th, tw, pt, ot, oi, pi, kj)
-    if layout.buffers > 1:
-        sch.annotate(ko, BUFFERS, layout.buffers)
     sch.annotate(th, TAPS, "rows")
     sch.annotate(tw, TAPS, "columns")
     return ko, tw, pt

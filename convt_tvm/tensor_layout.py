@@ -129,9 +129,6 @@ class TensorLayout(Layout):
     loaded
         Neighbouring columns of the input that a lane loads at once, 1 or 2, both inside of the image or both outside:
         the image has an even number of columns, and so have windows, which begin at even ones.
-    buffers
-        Stages that shared memory has room for, 1 or 2. With 2 warps copy the next stage while others are still
-        multiplying, and there is one barrier a stage instead of two; there is an even number of stages.
     """
 
     positions: int
@@ -140,7 +137,6 @@ class TensorLayout(Layout):
     depth_warps: int
     ci_block: int
     loaded: int
-    buffers: int
 
     @property
     def warps(self) -> int:
@@ -170,7 +166,7 @@ class TensorLayout(Layout):
     @property
     def sums_skew(self) -> int:
         """Sums that those of each phase are apart in shared memory, besides whole turns of its 32 banks."""
-        return max(8, 32 // self.phases // 8 * 8) if self.phases > 1 else 0
+        return max(8, 32 // self.phases) if self.phases > 1 else 0
 
     def weights_skew(self, spec: ConvTranspose2dSpec) -> tuple[int, int]:
         """How far rows of weights in shared memory are apart, in bytes: a multiple of the first, plus the second.

@@ -22,8 +22,6 @@ VECTOR_BYTES = 16
 """The widest access to memory of one thread."""
 BATCH = 16
 """Loads of one thread that are in flight together, where values are not fetched a step ahead."""
-BUFFERS = "convt.buffers"
-"""Annotation of a loop over steps: how many of them have arrays of their own in shared memory, by turns."""
 MAX_FETCHED = 32
 """Registers, of 4 bytes, that a thread fetches the next step's values to; where a step takes more, it waits."""
 

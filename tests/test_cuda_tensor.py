@@ -142,7 +142,6 @@ def divided(spec, **fields):
         ({"ci": 40, "dtype": "float32"}, {"depth_warps": 2, "phases": 1, "position_warps": 2}),
         ({"kernel_size": 8, "stride": 4, "padding": 2, "dtype": "bfloat16"}, {"phases": 4, "ci_block": 32}),
         ({"kernel_size": (3, 4), "stride": (1, 4), "dilation": (1, 3), "padding": (1, 4)}, {"phases": 4}),
-        ({"kernel_size": 3, "stride": 3}, {"phases": 3}),
     ],
 )
 def test_warps_that_share_channels_positions_phases_and_depths_are_exact(changes, fields):
@@ -169,33 +168,6 @@ def test_pairs_that_begin_at_odd_columns_are_caught(monkeypatch):
     assert choice.layout.margin(spec) == 1
     monkeypatch.setattr("convt_tvm.tensor_layout.margin_of", lambda spec, loaded: 0)
     assert not is_exact(EmulatedKernel(spec, TARGET, choice))
-
-
-@needs_toolkit
-@pytest.mark.parametrize("descending", [False, True])
-@pytest.mark.parametrize(
-    ("changes", "fields"),
-    [
-        ({"ci": 60}, {"ci_block": 32}),
-        ({"ci": 64, "dtype": "float32", "iw": 8}, {"ci_block": 16, "loaded": 2}),
-        ({"ci": 128, "dtype": "bfloat16", "groups": 2, "co": 64}, {"ci_block": 32, "depth_warps": 2}),
-    ],
-)
-def test_stages_by_turns_are_exact_with_one_barrier_each(monkeypatch, changes, fields, descending):
-    found = []
-    honest = emulator._translate
-    monkeypatch.setattr(emulator, "_translate", lambda code: found.append(code) or honest(code))
-    spec = replace(SPEC, **changes)
-    kernel = EmulatedKernel(spec, TARGET, divided(spec, buffers=2, **fields), descending=descending)
-    assert is_exact(kernel)
-    stages = re.split(r"acc_wmma_accumulator_shared_ptr\[\d+\];", found[0])[0]
-    assert stages.count("window_shared_ptr") > 2 and stages.count("window_shared_ptr_1[") > 1
-    assert stages.count("__syncthreads();") == 2
-
-
-def test_an_odd_number_of_stages_has_one_buffer():
-    assert {layout.buffers for layout in tensor_layouts(replace(SPEC, ci=48)) if layout.ci_block == 16} == {1}
-    assert {layout.buffers for layout in tensor_layouts(replace(SPEC, ci=64)) if layout.ci_block == 16} == {1, 2}
 
 
 def test_odd_rows_are_loaded_one_by_one():
