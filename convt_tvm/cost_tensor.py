@@ -56,13 +56,13 @@ SHARED_BYTES_PER_CYCLE = 96
 READ_CYCLES = 4
 """For a warp's load of input values, in the unit that also serves shared memory."""
 SECTOR_BYTES = 32
-STAGE_LATENCY = 1300
+STAGE_LATENCY = 1000
 """Cycles from asking global memory for a stage until after the barrier."""
-STEP_LATENCY = 60
+STEP_LATENCY = 30
 """Cycles from reading fragments until their first product is done; a warp's next step follows it."""
 PRODUCT_CYCLES = 16
 """For a product of fragments on the quarter of a multiprocessor that a warp runs on."""
-STORE_LATENCY = 300
+STORE_LATENCY = 75
 """Cycles for a fragment of each warp's sums: two barriers, and shared memory written and read."""
 SUM_REGISTERS, OPERAND_REGISTERS = 8, 4
 """Of each lane, for a fragment."""
@@ -210,14 +210,14 @@ def tensor_layouts(spec: ConvTranspose2dSpec) -> Iterator[TensorLayout]:
 
 
 def _tiles(spec: ConvTranspose2dSpec, positions: int) -> Iterator[tuple[int, int, int]]:
-    """Rows and columns of tiles that so many positions cover, and half as many would not; and what is loaded at once.
+    """Rows and columns of tiles that so many positions cover, and half as many would not, widest first; and `loaded`.
 
     One at a time is left out where two cost nothing. Of places that phases shift by uneven steps TVM cannot tell which
     words they are in.
     """
     height, width = (max(phase.count for phase in axis.phases) for axis in spec.axes)
     in_pairs = spec.iw % 2 == 0 and len(set(reaches_of(spec)[1].shift_steps)) <= 1
-    for columns in sorted({width, *(size for size in COLUMNS if size < width)}):
+    for columns in sorted({width, *(size for size in COLUMNS if size < width)}, reverse=True):
         pairs = in_pairs and (columns == width or columns % 2 == 0)
         for loaded in (2, 1) if pairs else (1,):
             pitch = pitch_of(spec, columns, loaded)
