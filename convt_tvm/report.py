@@ -129,6 +129,10 @@ def _summary(runs: Sequence[Run]) -> str:
     return text
 
 
+_VARYING = ("temperature",)
+"""What is different in each row."""
+
+
 def _conditions(runs: Sequence[Run]) -> list[str]:
     """Where the rows come from; more than one line where they come from several places."""
     lines = []
@@ -136,7 +140,7 @@ def _conditions(runs: Sequence[Run]) -> list[str]:
         ours = run.ours
         machine, versions = ours.machine, ours.versions
         installed = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()) if version)
-        gpu = "".join(f"{name} {value}; " for name, value in machine.get("gpu", {}).items())
+        gpu = "".join(f"{name} {value}; " for name, value in machine.get("gpu", {}).items() if name not in _VARYING)
         lines.append(
             f"{gpu}"
             f"{machine.get('cpu')}, {machine.get('cores')} cores, {machine.get('os')}, Python {machine.get('python')}; "

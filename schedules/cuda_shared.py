@@ -28,7 +28,7 @@ Small images and long sums leave most of a GPU idle, and a block waits for memor
 share an output's input channels, and add up what each has in a fixed order; outputs then leave in runs of columns.
 
 On an H200, float32: multiply-adds limit unet, mask, pointpillars and sam, at half to three quarters of what cuBLAS
-reached on an H100; stores of strided columns limit seed/* and kernelbench/*, where lanes along whole rows of columns
+reaches; stores of strided columns limit seed/* and kernelbench/*, where lanes along whole rows of columns
 fill sectors (seed/square took 77 us so, 110 with four lanes to a row); dcgan/*, pose/* and dilated wait for memory, a
 step after the other.
 """

@@ -3,36 +3,41 @@
 One launch. The outputs of one phase are a matrix product: weights of ``taps * input channels`` by output channels,
 times inputs of as many by positions. A block computes one row phase and several column phases. From
 
-    for n, g, ph, rb, cb, ko, p, k:                                                gather = input, or 0 at the border
+    for n, g, ph, rb, cb, ko, p, k:                                                window = input, or 0 at the border
     for n, g, b, ph, pb, rb, cb, wd, wi, wc, wp, ot, pt, oi, pi, ko, th, tw, ki, kj:  acc += weights * inputs
     for n, g, b, ph, pb, rb, cb, ot, pt, wc, oi, wp, pi, wi:                       band = acc of all wd + bias
 
 to
 
     blockIdx.x = n, g, ph, pb, rb, cb, b
-      for ko:                                   a stage: ci_block input channels
-        gather: to registers, then shared       the window; lanes along positions, 16 bytes of channels each
-        taps: weights to shared memory          of all taps, 16 bytes each
-        for ki: for th, tw:                     threadIdx.y = wd, wi, wc, wp
-          weights to fragments
-          for pt: inputs to a fragment          the window from the tap's place on
-            for ot:                             16 x 16 (x kj) in one instruction
-      for ot, pt:
-        sums to shared memory                   a fragment of each warp
-        threadIdx.y, threadIdx.x = wc, oi, wp, pi, wi: the output, columns of all phases side by side
+    for ko:                                   a stage: ci_block input channels
+      window: to registers, then shared       the window; lanes along columns, 16 bytes of channels each
+      taps: weights to shared memory          of all taps, 16 bytes each
+      for ki: for th, tw:                     threadIdx.y = wd, wi, wc, wp
+        weights to fragments
+        for pt: inputs to a fragment          the window from the tap's place on
+          for ot:                             16 x 16 (x kj), two instructions
+    for ot, pt:
+      sums to shared memory                   a fragment of each warp
+      threadIdx.y, threadIdx.x = wc, oi, wp, pi, wi: the output, columns of all phases side by side
 
-Inputs are fetched once for all taps and for the column phases of a block, and a tap is a place in the window to read
-from: see `convt_tvm.tensor_layout`. Any stride, dilation and border costs the same. Zeros are multiplied for surplus
-channels, and products thrown away for positions beside a tile and beyond the image. Warps ``wd`` share the input
-channels of a stage, and their sums are added up in one order: layers of few positions and many channels have few
-blocks, each of which waits for its stages one after the other. The bits of a sum depend on how many ``wd`` there are
-and on nothing else of a layout. A stage is on its way to registers while the one before is multiplied
-(`convt_tvm.lower_prefetch`); no copy is asynchronous.
+Inputs are fetched once for all taps and for the column phases of a block, two columns at a time where rows are even,
+and a tap is a place in the window to read from: see `convt_tvm.tensor_layout`. Any stride, dilation and border costs
+the same. Zeros are multiplied for surplus channels, and products thrown away for positions beside a tile and beyond the
+image. Warps ``wd`` share the input channels of a stage, and their sums are added up in one order: layers of few
+positions and many channels have few blocks, each of which waits for its stages one after the other. The bits of a sum
+depend on how many ``wd`` there are and on nothing else of a layout. A stage is on its way to registers while the one
+before is multiplied (`convt_tvm.lower_prefetch`); no copy is asynchronous.
 
-What limits it, by an H200's counters, bfloat16: unet/up1, mask and pointpillars keep the unit of shared memory busy for
-75 to 85 % of the time and the tensor cores for 20: two fragments are read for each one to two products, and half of
-the reads' passes are bank conflicts, since wmma wants positions at multiples of 32 bytes. Instructions for fragments of
-one's own (ldmatrix, or wgmma on sm_90) would read less. dcgan/*, pose/1 and dilated wait for memory and barriers.
+Fragments are read by ldmatrix and multiplied by mma.sync (``cuda/warp_matrix.h``), which need 16-byte addresses and no
+more, so that no two lanes want the same bank. By wmma, whose matrices begin at multiples of 32 bytes, half of the reads
+were conflicts, and unet/up1 took 54 us in tf32 where it takes 37 now, pose/1 47 and 29, maskrcnn/mask 31 and 21.
+
+What limits it: unet/up1 in tf32, the one layer behind cuDNN (36.6 us, cuDNN 36.0), by an H200's counters: the unit of
+shared memory is 74 % busy, tensor cores 38 %, instructions are issued in 23 % of the cycles, and warps wait for shared
+memory most (3.4 cycles for each instruction; 0.5 for barriers, 0.2 for global memory). Its 128 blocks are one for each
+multiprocessor, of eight warps, which copy and multiply by turns. Room for two stages, with one barrier each, was tried
+and gained nothing. wgmma reads shared memory by itself, and the tensor memory accelerator writes it; neither is used.
 
 float16 and bfloat16 are multiplied exactly and summed in float32, which GPUs round in their own way; float32 is rounded
 to tf32 first, and only where the target says ``+tf32``.
