@@ -1,9 +1,9 @@
 // Products of 16 x 16 matrices by one warp, with the names of nvcuda::wmma as far as TVM's code uses them.
 //
-// wmma demands that matrices begin at multiples of 32 bytes, where rows of eight positions share banks in pairs, keeps
+// wmma demands that matrices begin at multiples of 32 bytes, by which rows of eight positions share banks in pairs, keeps
 // float16 operands twice, and reads words of tf32 in an order that wants another skew. These are the instructions that it
-// is made of, for which 16 bytes are enough. Matrix A is stored with rows side by side, matrix B with columns apart, both
-// column-major to wmma; fragments of eight deep products are of tf32, whatever type TVM gives them.
+// is made of, for which 16 bytes are enough. Both operands are column-major: for each depth the rows of A lie side by side,
+// and for each column of B its depths. Fragments of eight deep products are of tf32, whatever type TVM gives them.
 //
 // A lane is 4 g + t. Its registers hold, by the PTX ISA's figures for mma.m16n8k16 and mma.m16n8k8 (of tf32 single values
 // where there are pairs, and half as deep):
