@@ -180,7 +180,7 @@ def to_markdown(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Draw the ratio of the best peer's time to ours for each workload, one panel for each number of threads.
+    """Draw the ratio of the best peer's time to ours for each workload, a panel for each table of `to_markdown`.
 
     The file's suffix names the format. Needs matplotlib.
 
@@ -197,10 +197,14 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     if not panels:
         raise RowsError("no workload has both our time and a peer's; run `convt-tvm bench` with peers.")
     tallest = max(len(runs) for runs in panels.values())
-    picture = new_figure(1 + 6.5 * len(panels), 1.6 + 0.3 * tallest, RowsError)
-    all_axes = picture.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (title, runs) in zip(all_axes, panels.items(), strict=True):
+    columns = min(2, len(panels))
+    rows_of_panels = -(-len(panels) // columns)
+    picture = new_figure(1 + 6.9 * columns, (1.6 + 0.3 * tallest) * rows_of_panels, RowsError)
+    all_axes = picture.subplots(rows_of_panels, columns, squeeze=False).flat
+    for axes, (title, runs) in zip(all_axes, panels.items(), strict=False):
         _draw(axes, runs, title)
+    for axes in all_axes[len(panels) :]:
+        axes.remove()
     picture.savefig(path, dpi=144)
 
 
@@ -241,7 +245,7 @@ def _draw(axes: Any, runs: Sequence[Run], title: str) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel(
-        "best peer's time / ours: blue we are faster, orange slower, gray within the noise floor (black)", fontsize=9
+        "best peer's time / ours; blue: we are faster, orange: slower, gray: within the noise (black)", fontsize=9
     )
     mean = geometric_mean(ratios)
     axes.set_title(f"{title}: {mean:.2f} times the best peer, geometric mean", fontsize=10, loc="left")
