@@ -23,6 +23,7 @@ from convt_tvm.cli_options import (
     Json,
     TargetName,
     Workloads,
+    choose,
     each,
     print_json,
     stop_if_interrupted,
@@ -113,10 +114,7 @@ def build(
     Prints the directory, its size and the build time of each. An artifact that is there already is replaced in one
     step. Exits with 1 if one could not be built; the others are. With --json, one line a workload.
     """
-    from convt_tvm.target import Target
-    from convt_tvm.workloads import adapted, resolve
-
-    chosen, compiled_for = adapted(resolve(workloads), dtype=dtype, channels_last=channels_last), Target.parse(target)
+    chosen, compiled_for = choose(workloads, target, dtype=dtype, channels_last=channels_last)
     output.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
 

@@ -17,6 +17,7 @@ from convt_tvm.cli_options import (
     TargetName,
     Threads,
     Workloads,
+    choose,
     each,
     print_json,
     require_cores,
@@ -61,10 +62,8 @@ def bench(
     """
     from convt_tvm.json_lines import append_lines
     from convt_tvm.rows import OURS, latest_runs, read_rows, regressions
-    from convt_tvm.target import Target
-    from convt_tvm.workloads import adapted, resolve
 
-    chosen, compiled_for = adapted(resolve(workloads), dtype=dtype, channels_last=channels_last), Target.parse(target)
+    chosen, compiled_for = choose(workloads, target, dtype=dtype, channels_last=channels_last)
     require_cores(threads)
     before = None if baseline is None else read_rows(baseline)
     from convt_tvm.peers import GPU_PEERS, PEERS

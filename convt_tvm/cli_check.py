@@ -15,6 +15,7 @@ from convt_tvm.cli_options import (
     OptionalWorkloads,
     TargetName,
     Threads,
+    choose,
     each,
     print_json,
     require_cores,
@@ -93,13 +94,10 @@ def check(
     schedule space and every other implementation there is. Exits with 1 if one of ours fails. With --json, one line for
     each block of cases and implementation.
     """
-    from convt_tvm.target import Target
-    from convt_tvm.workloads import adapted, resolve
-
     chosen_modes = [bool(workloads), conformance, replay is not None]
     if sum(chosen_modes) != 1:
         raise typer.BadParameter("name workloads, or give --conformance, or --replay FILE: one of them.")
-    compiled_for = Target.parse(target)
+    chosen, compiled_for = choose(workloads or [], target, dtype=dtype, channels_last=channels_last)
     require_cores(threads)
     if replay is not None:
         _replay(replay, as_json=as_json)
@@ -117,7 +115,7 @@ def check(
         )
     elif report is not None:
         _report(
-            adapted(resolve(workloads or []), dtype=dtype, channels_last=channels_last),
+            chosen,
             compiled_for,
             report,
             seed=seed,
@@ -130,7 +128,7 @@ def check(
         )
     else:
         _check(
-            adapted(resolve(workloads or []), dtype=dtype, channels_last=channels_last),
+            chosen,
             compiled_for,
             threads=threads,
             seed=seed,

@@ -2,10 +2,14 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterable
-from typing import Annotated, Any, TypeAlias
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
+
+if TYPE_CHECKING:
+    from convt_tvm.target import Target
+    from convt_tvm.workloads import Workload
 
 __all__ = [
     "FAILED",
@@ -19,6 +23,7 @@ __all__ = [
     "TargetName",
     "Threads",
     "Workloads",
+    "choose",
     "each",
     "print_json",
     "require_cores",
@@ -79,6 +84,19 @@ def stop_if_interrupted(finished: bool, done: int, total: int, what: str = "work
     if not finished:
         print(f"interrupted: {done} of {total} {what} done", file=sys.stderr)
         raise typer.Exit(INTERRUPTED)
+
+
+def choose(
+    workloads: Sequence[str], target: str, *, dtype: str | None, channels_last: bool
+) -> tuple[list["Workload"], "Target"]:
+    """What is named, as the options want it, and what to compile it for; raises BadParameter for what GPUs lack."""
+    from convt_tvm.target import Target
+    from convt_tvm.workloads import adapted, resolve
+
+    compiled_for = Target.parse(target)
+    if channels_last and compiled_for.kind != "llvm":
+        raise typer.BadParameter(f"kernels for {compiled_for.name} read and write NCHW; leave out --channels-last.")
+    return adapted(resolve(workloads), dtype=dtype, channels_last=channels_last), compiled_for
 
 
 def require_cores(threads: int | None) -> None:

@@ -113,6 +113,12 @@ def test_the_module_is_the_command():
         (["build", TINY, "-o", "unused", "--target", "llvm:z80"], "error: target 'llvm:z80' is not understood"),
         (["inspect"], "Missing argument 'DIR'"),
         (["doctor", "now"], "unexpected extra argument"),
+        (
+            ["build", "dcgan/5", "-o", "kernels", "--target", "cuda:sm_90", "--channels-last"],
+            "leave out --channels-last",
+        ),
+        (["check", "dcgan/5", "--target", "cuda", "--channels-last", "--emulate"], "read and write NCHW"),
+        (["bench", "dcgan/5", "--target", "cuda", "--channels-last"], "read and write NCHW"),
     ],
 )
 def test_bad_usage_is_exit_code_2_and_a_line_on_stderr(run, arguments, message, tmp_path, monkeypatch):

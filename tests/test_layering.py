@@ -137,7 +137,7 @@ MAY_IMPORT = {
     "terminal_numerics": "findings implementations conformance terminal",
     "session_report": "errors spec target records store compiler search pictures",
     "terminal_tune": "spec records session session_report terminal",
-    "cli_options": "machine terminal",
+    "cli_options": "machine workloads target terminal",
     "cli_tune": "errors workloads target threads records database session tune session_report terminal_tune "
     "cli_options",
     "cli_bench": "workloads target json_lines rows peers roofline place bench explain report findings check_report "
