@@ -17,6 +17,7 @@ All axes that a schedule needs are declared, so that no index is divided but tha
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from tvm import te, tirx
@@ -61,14 +62,16 @@ def _operand(spec: ConvTranspose2dSpec, value: Expr) -> Expr:
     return value if spec.dtype != "float32" else tirx.call_pure_extern("float32", _ROUND, value)
 
 
-def _shift(reach: Reach, phase: Expr) -> Expr:
-    """``reach.shifts[phase]`` by arithmetic: TVM takes a select for all that it may be; fragments need one place."""
-    steps = reach.shift_steps
-    if len(set(steps)) == 1:
-        return reach.shifts[0] + phase * steps[0]
+def _shift(reach: Reach, phase: Expr) -> tuple[Expr, int]:
+    """What of ``reach.shifts[phase]`` is beyond the first, as a variable and its factor.
+
+    By arithmetic: TVM takes a select for all that it may be; fragments need one place.
+    """
+    if reach.shift_step is not None:
+        return phase, reach.shift_step
     # 1 from the place of a step on, 0 before.
-    taken = (step * tirx.min(phase // place, 1) for place, step in enumerate(steps, start=1) if step)
-    return sum(taken, tirx.const(reach.shifts[0], "int32"))
+    steps = (after - before for before, after in pairwise(reach.shifts))
+    return sum(step * tirx.min(phase // place, 1) for place, step in enumerate(steps, start=1) if step), 1
 
 
 def _divided(terms: Sequence[tuple[Expr, int]], constant: int, divisor: int) -> tuple[Expr, Expr]:
@@ -142,12 +145,8 @@ def _accumulate(spec: ConvTranspose2dSpec, layout: TensorLayout, words: Any, pac
         n, g, ph, rb, cb, ko, th, tw, pw, p, k = axes
         down, along = rows.step * layout.pitch(spec), columns.step
         first = (rows.most_taps - 1) * down + (columns.most_taps - 1) * along + layout.margin(spec)
-        if layout.loaded == 1:
-            place = p - th * down - tw * along + (_shift(columns, pw) + first), 0
-        else:
-            shift = (columns.shift_steps or [0])[0]
-            terms = [(p, 1), (th, -down), (tw, -along), (pw, shift)]
-            place = _divided(terms, first + columns.shifts[0], layout.loaded)
+        terms = [(p, 1), (th, -down), (tw, -along), _shift(columns, pw)]
+        place = _divided(terms, first + columns.shifts[0], layout.loaded)
         return window[n, g, ph, rb, cb, ko, *place, k].astype(operand)
 
     *lead, _, _, in_depth = window.shape

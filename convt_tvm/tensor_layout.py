@@ -68,9 +68,10 @@ class Reach:
         return (self.most_taps - 1) * self.step
 
     @property
-    def shift_steps(self) -> list[int]:
-        """By how much each phase is shifted against the one before."""
-        return [after - before for before, after in pairwise(self.shifts)]
+    def shift_step(self) -> int | None:
+        """By how much each phase is shifted against the one before; None if that varies."""
+        steps = {after - before for before, after in pairwise(self.shifts)} or {0}
+        return steps.pop() if len(steps) == 1 else None
 
     @property
     def span(self) -> int:
