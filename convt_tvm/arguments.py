@@ -1,13 +1,15 @@
 """What a kernel needs to know and do about its arguments: one class for torch tensors, one for numpy arrays."""
 
 import ctypes
+from math import prod
 from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
 
 from convt_tvm.errors import ArgumentError
-from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.huge_pages import anonymous_memory
+from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 
 __all__ = ["NUMPY", "Kind", "torch_kind"]
 
@@ -36,6 +38,9 @@ class Kind(Protocol):
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
         """Make a new one, row-major; ``like`` tells how the kind names the dtype."""
+
+    def lasting(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
+        """As `empty`, for what many calls will read."""
 
     def permuted(self, tensor: Any, axes: tuple[int, ...]) -> Any:
         """View it with its axes in this order."""
@@ -104,6 +109,12 @@ class _TorchTensors:
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
         return self.torch.empty(shape, dtype=getattr(self.torch, dtype), device=like.device)
 
+    def lasting(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
+        memory = anonymous_memory(prod(shape) * DTYPE_BYTES[dtype]) if self.device == "cpu" else None
+        if memory is None:
+            return self.empty(shape, dtype, like)
+        return self.torch.frombuffer(memory, dtype=getattr(self.torch, dtype)).view(shape)
+
     def permuted(self, tensor: Any, axes: tuple[int, ...]) -> Any:
         return tensor.permute(axes)
 
@@ -127,6 +138,11 @@ def _dtype_name(array: Any) -> str | None:
     return _NAMES.get(dtype) or ("bfloat16" if dtype.name == "bfloat16" and dtype.isnative else None)
 
 
+def _numpy_dtype(name: str, like: Any) -> Any:
+    """The dtype of the name; numpy has none for bfloat16 but that of an array."""
+    return like.dtype if _dtype_name(like) == name else np.dtype(name)
+
+
 class _NumpyArrays:
     name = "numpy array"
 
@@ -146,7 +162,13 @@ class _NumpyArrays:
         return array if self.is_direct(array) else np.array(array, order="C", subok=False)
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
-        return np.empty(shape, dtype=like.dtype if _dtype_name(like) == dtype else np.dtype(dtype))
+        return np.empty(shape, dtype=_numpy_dtype(dtype, like))
+
+    def lasting(self, shape: tuple[int, ...], dtype: str, like: Any) -> Any:
+        memory = anonymous_memory(prod(shape) * DTYPE_BYTES[dtype])
+        if memory is None:
+            return self.empty(shape, dtype, like)
+        return np.frombuffer(memory, dtype=_numpy_dtype(dtype, like)).reshape(shape)
 
     def permuted(self, array: Any, axes: tuple[int, ...]) -> Any:
         return array.transpose(axes)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -186,7 +187,7 @@ class Kernel:
             return self._new_output(kind, spec, input) if out is None else out
         read = [
             kind.ready(_in_order(kind, input, self._input_order)),
-            kind.ready(weight) if packed else self._packed(kind, weight),
+            kind.ready(weight) if packed else self._packed(kind, weight, kind.empty),
         ]
         if bias is not None:
             read.append(kind.ready(bias))
@@ -234,10 +235,10 @@ class Kernel:
         """
         kind = self._kind(weight=weight)
         kind.check("weight", weight, self.spec.weight_shape, self.spec.dtype, self.spec)
-        return self._packed(kind, weight)
+        return self._packed(kind, weight, kind.lasting)
 
-    def _packed(self, kind: Kind, weight: Any) -> Any:
-        packed = kind.empty(self.manifest.packed_shape, self.manifest.packed_dtype, weight)
+    def _packed(self, kind: Kind, weight: Any, new: Callable[..., Any]) -> Any:
+        packed = new(self.manifest.packed_shape, self.manifest.packed_dtype, weight)
         if self._parallel and adopted.setting != required.setting:
             configure()
         self._pack(kind.pass_on(kind.ready(weight)), kind.pass_on(packed))

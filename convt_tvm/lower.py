@@ -17,7 +17,7 @@ from tvm import s_tir, tirx
 from convt_tvm.bfloat16 import define_functions
 from convt_tvm.compute import GATHERS, PARTIAL, SKIPS_ROWS, SUMS, layout_of, lookup, spec_of, target_of
 from convt_tvm.layout import CACHE_LINE_BYTES, Window, bands, kernel_columns, window_axes
-from convt_tvm.lower_products import multiply_vectors
+from convt_tvm.lower_products import multiply_vectors, weights_pass
 from convt_tvm.outputs import Outputs, last_band
 from convt_tvm.spec import Pair
 from convt_tvm.statements import (
@@ -204,7 +204,7 @@ def lower_kernel(function: tirx.PrimFunc, *, asks_ahead: bool = True) -> tvm.IRM
     """The scheduled phase form `function` as ``convt(input, packed, [bias,] output)``, output NCHW.
 
     With `asks_ahead` each tile asks for the cache lines of its outputs before it sums, where `Outputs.ahead` finds that
-    to pay.
+    to pay, and lanes along channels for weights that do not stay in the second cache.
     """
     spec, layout, target = spec_of(function), layout_of(function), target_of(function)
     window, row_axis = Window.of(spec, layout), window_axes(spec, layout).index("h")
@@ -222,7 +222,7 @@ def lower_kernel(function: tirx.PrimFunc, *, asks_ahead: bool = True) -> tvm.IRM
     if not layout.unrolls_phases(spec):
         body = rewrite(body, _guard_sum)
     if layout.lanes == "co" and layout.taps != "plain":
-        body = multiply_vectors(body, spec.accumulator_dtype)
+        body = multiply_vectors(body, spec.accumulator_dtype, asks_ahead=weights_pass(spec, layout, target))
     if spec.dtype == "bfloat16" and target.multiplies_pairs:
         body = define_functions(body)
     if layout.gathers:

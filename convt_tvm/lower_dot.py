@@ -7,11 +7,11 @@ import tvm
 from tvm import tirx
 
 from convt_tvm.bfloat16 import PAIR, add_products, pair_at
-from convt_tvm.compute import layout_of, spec_of
+from convt_tvm.compute import layout_of, spec_of, target_of
 from convt_tvm.dot_layout import reads_pairs
 from convt_tvm.layout import Window
 from convt_tvm.lower import lower_kernel
-from convt_tvm.lower_products import multiply_from_one_address
+from convt_tvm.lower_products import multiply_from_one_address, weights_pass
 from convt_tvm.lower_window import transpose_window
 
 __all__ = ["lower_dot_kernel"]
@@ -21,7 +21,7 @@ Expr = Any
 
 def lower_dot_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
     """The scheduled `function` on pairs as ``convt(input, packed, [bias,] output)``."""
-    spec, layout = spec_of(function), layout_of(function)
+    spec, layout, target = spec_of(function), layout_of(function), target_of(function)
     kernel = lower_kernel(function)["convt"]
     # Of the input itself what is found is the first element of a pair.
     dtype, size = (spec.dtype, 2) if reads_pairs(spec, layout) else (PAIR, 1)
@@ -33,5 +33,6 @@ def lower_dot_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
         pairs = tirx.reinterpret(f"{PAIR}x{lanes}", weights(2 * lanes))
         return add_products(sums, pairs, tirx.Broadcast(pair, lanes), lanes)
 
-    body = multiply_from_one_address(kernel.body, dtype, read, add)
+    asks_ahead = weights_pass(spec, layout, target)
+    body = multiply_from_one_address(kernel.body, dtype, read, add, asks_ahead=asks_ahead)
     return tvm.IRModule({"convt": kernel.with_body(transpose_window(body, Window.of(spec, layout)))})

@@ -3,16 +3,23 @@
 With lanes along channels a value of the image meets a vector of weights. Left as an index each of a tile's values is a
 sum of numbers of 32 bits; LLVM makes vectors of those, to take them apart again in the innermost loop. It did in 2 of
 25 layers drawn, and in 6 of 25 in channels_last; dilated/k3d2 in bfloat16 took half as long again.
+
+Weights that come from beyond the second cache are asked for `AHEAD_BYTES` before their products: a core that waits for
+them itself has too few loads under way (Emerald Rapids, one core: pose/1 from 8.9 to 6.6 ms, dcgan/2 from 0.56 to 0.44,
+hifigan/up1 2.26 to 2.07).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any, TypeAlias
 
 import tvm
 from tvm import tirx
 
 from convt_tvm.compute import PARTIAL
+from convt_tvm.layout import CACHE_LINE_BYTES, Layout
 from convt_tvm.shuffle import ramp
+from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.statements import (
     at_start,
     depends_on,
@@ -23,9 +30,12 @@ from convt_tvm.statements import (
     inside,
     nest,
     rewrite,
+    sequence,
 )
+from convt_tvm.stream import ask_for
+from convt_tvm.target import Target
 
-__all__ = ["multiply_from_one_address", "multiply_vectors"]
+__all__ = ["multiply_from_one_address", "multiply_vectors", "weights_pass"]
 
 Expr = Any
 Statement = Any
@@ -33,6 +43,10 @@ Read: TypeAlias = Callable[[Expr, Expr], Expr]
 """The value so many elements after an address."""
 Add: TypeAlias = Callable[[Expr, Expr, Callable[[int], Expr], int], Expr]
 """Sums plus the products of a value with as many weights, which the function given loads, in so many lanes."""
+
+AHEAD_BYTES = 8 << 10
+"""Less leaves some waiting, more is lost where a tap ends: pose/1 took 0.85, 0.83, 0.77, 0.75 and 0.76 of the time with
+1, 2, 4, 8 and 16 KiB, dcgan/2 0.84, 0.79 and 0.90 with 4, 8 and 16."""
 
 _READ = """
 define linkonce_odr hidden {llvm} @convt_{dtype}_at(ptr %address, i32 %offset) alwaysinline {{
@@ -45,8 +59,14 @@ define linkonce_odr hidden {llvm} @convt_{dtype}_at(ptr %address, i32 %offset) a
 _LLVM_TYPES = {"float32": "float", "float64": "double"}
 
 
-def multiply_vectors(body: Statement, dtype: str) -> Statement:
-    """`body` with its sums of products of `dtype` on vectors, lanes along channels."""
+def weights_pass(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> bool:
+    """Whether there are too many weights for them to stay in the second cache until they are read again."""
+    itemsize = DTYPE_BYTES[layout.packed_dtype(spec)]
+    return prod(layout.packed_shape(spec)) * itemsize > target.cache_bytes // 2
+
+
+def multiply_vectors(body: Statement, dtype: str, *, asks_ahead: bool) -> Statement:
+    """`body` with its sums of products of `dtype` on vectors, lanes along channels; see `multiply_from_one_address`."""
 
     def read(address: Expr, offset: Expr) -> Expr:
         return tirx.call_extern(dtype, f"convt_{dtype}_at", address, offset)
@@ -54,14 +74,15 @@ def multiply_vectors(body: Statement, dtype: str) -> Statement:
     def add(sums: Expr, value: Expr, weights: Callable[[int], Expr], lanes: int) -> Expr:
         return sums + tirx.Broadcast(value, lanes) * weights(lanes)
 
-    rewritten = multiply_from_one_address(body, dtype, read, add)
+    rewritten = multiply_from_one_address(body, dtype, read, add, asks_ahead=asks_ahead)
     return import_llvm(rewritten, _READ.format(llvm=_LLVM_TYPES[dtype], dtype=dtype))
 
 
-def multiply_from_one_address(body: Statement, dtype: str, read: Read, add: Add) -> Statement:
+def multiply_from_one_address(body: Statement, dtype: str, read: Read, add: Add, *, asks_ahead: bool) -> Statement:
     """`body` with each nest of loops that adds products to partial sums replaced.
 
-    Those that read images of `dtype`, and whose innermost loop, over channels, is to become vectors.
+    Those that read images of `dtype`, and whose innermost loop, over channels, is to become vectors. With `asks_ahead`
+    each asks for weights that later steps will read.
     """
 
     def change(node: Any) -> Statement | None:
@@ -101,6 +122,22 @@ def multiply_from_one_address(body: Statement, dtype: str, read: Read, add: Add)
         guard = find_guard(node.value) if guard is None else guard
         if guard is not None:
             statement = tirx.IfThenElse(guard, statement, None)
-        return nest(loops[:-1], statement)
+        if not asks_ahead or loops[within].kind == tirx.ForKind.UNROLLED:
+            return nest(loops[:-1], statement)
+        step = [*_ask_ahead(weight, loops[within + 1 :]), nest(loops[within + 1 : -1], statement)]
+        return nest(loops[: within + 1], sequence(step))
 
     return rewrite(body, change)
+
+
+def _ask_ahead(weight: Any, loops: Sequence[Any]) -> list[Statement]:
+    """Statements that ask for weights as far ahead as `AHEAD_BYTES` of all that `weight` reads in `loops`.
+
+    They are side by side, one line of the cache after the other. Those of the next tap come from elsewhere, if it is
+    of another row, and its first are waited for.
+    """
+    itemsize = tvm.DataType(str(weight.ty.dtype)).itemsize
+    *place, first = (at_start(index, loops) for index in weight.indices)
+    lines = range(0, int(weight.source.shape[-1]) * itemsize, CACHE_LINE_BYTES)
+    places = [[*place, first + (AHEAD_BYTES + line) // itemsize] for line in lines]
+    return ask_for(weight.source, places, to_write=False)

@@ -241,7 +241,8 @@ class Outputs:
             channel = at_start(channel, beside)
         offsets = [*range(0, size - 1, line), size - 1]
         columns = [tirx.min(first * spec.stride[1] + offset, spec.ow - 1) for offset in offsets]
-        asked = sequence(ask_for(self.tensor, [self._place(n, channel, row, column) for column in columns]))
+        places = [self._place(n, channel, row, column) for column in columns]
+        asked = sequence(ask_for(self.tensor, places, to_write=True))
         for loop in reversed(around):
             asked = tirx.For(loop.loop_var, loop.min, loop.extent, tirx.ForKind.SERIAL, asked)
         return [asked]

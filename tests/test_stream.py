@@ -1,6 +1,7 @@
 """Copies past the caches, and cache lines that are asked for."""
 
 import re
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -11,7 +12,7 @@ from tvm import tirx
 
 from convt_tvm.compiler import lower_choice
 from convt_tvm.cpu_code import compile_library
-from convt_tvm.space import default_choice
+from convt_tvm.space import choices, default_choice
 from convt_tvm.stream import copy_past_caches, define_copy, end_copies
 from convt_tvm.target import Target
 from convt_tvm.workloads import resolve
@@ -74,5 +75,22 @@ def test_parts_before_the_last_end_with_a_line(tmp_path):
 def test_outputs_go_by_their_size(name, asks, gathers):
     spec = resolve([name])[0].spec
     text = lower_choice(spec, HOST, default_choice(spec, HOST)).module.script()
-    assert bool(re.search(r"llvm\.prefetch", text)) == asks
+    assert bool(re.search(r"llvm\.prefetch.*, 1, 2, 1\)", text)) == asks
     assert bool(re.search(r"convt_copy_past_caches\"?,", text)) == gathers
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "lines"),
+    [
+        ("dcgan/2", "float32", 1),  # 8 MiB in blocks of 16 channels
+        ("dcgan/2", "bfloat16", 1),
+        ("dcgan/4", "float32", 0),  # 0.5 MiB stay in the second cache
+    ],
+)
+def test_weights_from_beyond_the_second_cache_are_asked_for(name, dtype, lines):
+    target = Target.parse("llvm:x86-64-v4").for_dtype(dtype)
+    spec = replace(resolve([name])[0].spec, dtype=dtype)
+    found = [choice for choice in choices(spec, target) if choice.layout.lanes == "co"]
+    text = lower_choice(spec, target, next(c for c in found if c.layout.co_block == 16)).module.script()
+    asked = re.findall(r"llvm\.prefetch.*, 0, 3, 1\)", text)
+    assert len(asked) == lines
