@@ -221,8 +221,9 @@ def lower_kernel(function: tirx.PrimFunc, *, asks_ahead: bool = True) -> tvm.IRM
     body = _rewrite(_join_gathering(function.body, f"band{last_band(spec).index}"), rules)
     if not layout.unrolls_phases(spec):
         body = rewrite(body, _guard_sum)
-    if layout.lanes == "co" and layout.taps != "plain":
-        body = multiply_vectors(body, spec.accumulator_dtype, asks_ahead=weights_pass(spec, layout, target))
+    if layout.taps != "plain":
+        asks_weights = asks_ahead and layout.lanes == "co" and weights_pass(spec, layout, target)
+        body = multiply_vectors(body, spec.accumulator_dtype, asks_ahead=asks_weights)
     if spec.dtype == "bfloat16" and target.multiplies_pairs:
         body = define_functions(body)
     if layout.gathers:

@@ -26,7 +26,7 @@ def lower_dot_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
     # Of the input itself what is found is the first element of a pair.
     dtype, size = (spec.dtype, 2) if reads_pairs(spec, layout) else (PAIR, 1)
 
-    def read(address: Expr, offset: Expr) -> Expr:
+    def read(address: Expr, offset: Expr, lanes: int) -> Expr:
         return pair_at(address, tvm.sym.Analyzer().simplify(tirx.indexdiv(offset, size)))
 
     def add(sums: Expr, pair: Expr, weights: Callable[[int], Expr], lanes: int) -> Expr:

@@ -1,8 +1,10 @@
 """Sums of products as statements on vectors, with what they read of the image at constant distances from one address.
 
-With lanes along channels a value of the image meets a vector of weights. Left as an index each of a tile's values is a
-sum of numbers of 32 bits; LLVM makes vectors of those, to take them apart again in the innermost loop. It did in 2 of
-25 layers drawn, and in 6 of 25 in channels_last; dilated/k3d2 in bfloat16 took half as long again.
+With lanes along channels a value of the image meets a vector of weights, along columns a vector of it meets one weight.
+Left as an index each of a tile's values is a sum of numbers of 32 bits. Of those of channels LLVM makes vectors, and
+takes them apart again in the innermost loop (in 2 of 25 layers drawn, and in 6 of 25 in channels_last; dilated/k3d2 in
+bfloat16 took half as long again). Those of columns it works out one by one: fsrcnn/x3 took 95 instructions for 36
+multiply-adds, and takes 60.
 
 Weights that come from beyond the second cache are asked for `AHEAD_BYTES` before their products: a core that waits for
 them itself has too few loads under way (Emerald Rapids, one core: pose/1 from 8.9 to 6.6 ms, dcgan/2 from 0.56 to 0.44,
@@ -18,7 +20,7 @@ from tvm import tirx
 
 from convt_tvm.compute import PARTIAL
 from convt_tvm.layout import CACHE_LINE_BYTES, Layout
-from convt_tvm.shuffle import ramp
+from convt_tvm.shuffle import ramp, vector_dtype
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.statements import (
     at_start,
@@ -39,24 +41,28 @@ __all__ = ["multiply_from_one_address", "multiply_vectors", "weights_pass"]
 
 Expr = Any
 Statement = Any
-Read: TypeAlias = Callable[[Expr, Expr], Expr]
-"""The value so many elements after an address."""
+Read: TypeAlias = Callable[[Expr, Expr, int], Expr]
+"""The value so many elements after an address, or the vector of so many lanes."""
 Add: TypeAlias = Callable[[Expr, Expr, Callable[[int], Expr], int], Expr]
-"""Sums plus the products of a value with as many weights, which the function given loads, in so many lanes."""
+"""Sums in so many lanes plus products: of a value with weights, or of a vector with one weight.
+
+The function given loads as many weights as it is asked for.
+"""
 
 AHEAD_BYTES = 8 << 10
 """Less leaves some waiting, more is lost where a tap ends: pose/1 took 0.85, 0.83, 0.77, 0.75 and 0.76 of the time with
 1, 2, 4, 8 and 16 KiB, dcgan/2 0.84, 0.79 and 0.90 with 4, 8 and 16."""
 
 _READ = """
-define linkonce_odr hidden {llvm} @convt_{dtype}_at(ptr %address, i32 %offset) alwaysinline {{
+define linkonce_odr hidden {result} @convt_{dtype}_at(ptr %address, i32 %offset) alwaysinline {{
   %far = sext i32 %offset to i64
-  %place = getelementptr {llvm}, ptr %address, i64 %far
-  %value = load {llvm}, ptr %place, align 1
-  ret {llvm} %value
+  %place = getelementptr {element}, ptr %address, i64 %far
+  %value = load {result}, ptr %place, align 1
+  ret {result} %value
 }}
 """
 _LLVM_TYPES = {"float32": "float", "float64": "double"}
+_LANES = (1, 2, 4, 8, 16)
 
 
 def weights_pass(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> bool:
@@ -66,23 +72,32 @@ def weights_pass(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> b
 
 
 def multiply_vectors(body: Statement, dtype: str, *, asks_ahead: bool) -> Statement:
-    """`body` with its sums of products of `dtype` on vectors, lanes along channels; see `multiply_from_one_address`."""
+    """`body` with its sums of products of `dtype` on vectors; see `multiply_from_one_address`."""
 
-    def read(address: Expr, offset: Expr) -> Expr:
-        return tirx.call_extern(dtype, f"convt_{dtype}_at", address, offset)
+    def read(address: Expr, offset: Expr, lanes: int) -> Expr:
+        result = vector_dtype(dtype, lanes)
+        return tirx.call_extern(result, f"convt_{result}_at", address, offset)
 
     def add(sums: Expr, value: Expr, weights: Callable[[int], Expr], lanes: int) -> Expr:
+        if tvm.DataType(str(value.ty.dtype)).lanes == lanes:
+            return sums + value * tirx.Broadcast(weights(1), lanes)
         return sums + tirx.Broadcast(value, lanes) * weights(lanes)
 
-    rewritten = multiply_from_one_address(body, dtype, read, add, asks_ahead=asks_ahead)
-    return import_llvm(rewritten, _READ.format(llvm=_LLVM_TYPES[dtype], dtype=dtype))
+    element = _LLVM_TYPES[dtype]
+    texts = [
+        _READ.format(
+            dtype=vector_dtype(dtype, lanes), element=element, result=f"<{lanes} x {element}>" if lanes > 1 else element
+        )
+        for lanes in _LANES
+    ]
+    return import_llvm(multiply_from_one_address(body, dtype, read, add, asks_ahead=asks_ahead), "".join(texts))
 
 
 def multiply_from_one_address(body: Statement, dtype: str, read: Read, add: Add, *, asks_ahead: bool) -> Statement:
     """`body` with each nest of loops that adds products to partial sums replaced.
 
-    Those that read images of `dtype`, and whose innermost loop, over channels, is to become vectors. With `asks_ahead`
-    each asks for weights that later steps will read.
+    Those that read images of `dtype`, and whose innermost loop, over channels or columns, is to become vectors. With
+    `asks_ahead` each asks for weights that later steps will read.
     """
 
     def change(node: Any) -> Statement | None:
@@ -98,17 +113,21 @@ def multiply_from_one_address(body: Statement, dtype: str, read: Read, add: Add,
         lane = loops[-1]
         if load is None or weight is None or str(load.ty.dtype) != dtype or lane.kind != tirx.ForKind.VECTORIZED:
             return None
-        if any(depends_on(index, lane.loop_var) for index in load.indices):
-            # Lanes along groups read vectors of the image.
-            return None
         lanes = int(lane.extent)
+        of_image, of_weights = (
+            any(depends_on(index, lane.loop_var) for index in each.indices) for each in (load, weight)
+        )
+        if of_image and of_weights:
+            # Lanes along groups.
+            return None
 
         # Unrolled loops and the one around them.
         within = next((i for i in reversed(range(len(loops) - 1)) if loops[i].kind != tirx.ForKind.UNROLLED), 0)
         first = [at_start(index, loops[within:]) for index in load.indices]
         offset = element_number(load.source, load.indices) - element_number(load.source, first)
+        offset = at_start(offset, [lane]) if of_image else tvm.sym.Analyzer().simplify(offset)
         address = tirx.address_of(tirx.BufferLoad(load.source, first))
-        value = read(address, tvm.sym.Analyzer().simplify(offset))
+        value = read(address, offset, lanes if of_image else 1)
 
         *place, start = (at_start(index, [lane]) for index in node.indices)
         sums = tirx.BufferLoad(node.buffer, [*place, ramp(start, lanes)])

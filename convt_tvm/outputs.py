@@ -15,7 +15,7 @@ from tvm import DataType, tirx
 from convt_tvm.bfloat16 import LANES, narrow, transpose_pairs
 from convt_tvm.compute import IN_VECTORS, lookup
 from convt_tvm.layout import CACHE_LINE_BYTES, Band, Layout, bands, partial_sum, reaches
-from convt_tvm.shuffle import binary, extract, interleave, pieces, ramp, transpose
+from convt_tvm.shuffle import binary, extract, interleave, pieces, ramp, transpose, vector_dtype
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec, Pair
 from convt_tvm.statements import (
     Clip,
@@ -150,7 +150,7 @@ class Outputs:
             elif self._narrows and size in LANES:
                 stored = narrow(vector, size)
             else:
-                stored = tirx.Cast(_vector(spec.dtype, size), vector)
+                stored = tirx.Cast(vector_dtype(spec.dtype, size), vector)
             channel, column = first_lane + lane, first_column * stride_w + position
             if self._is_nhwc and by_channels:
                 return write(stored, ramp(channel, size), column)
@@ -348,11 +348,7 @@ def _as_bits(value: Expr, dtype: str) -> Expr:
         return value
     if isinstance(value, tirx.Cast | tirx.FloatImm):
         return _round_to_bfloat16(value.value if isinstance(value, tirx.Cast) else tirx.const(value.value), lanes)
-    return tirx.reinterpret(_vector(dtype, lanes), value)
-
-
-def _vector(dtype: str, lanes: int) -> str:
-    return f"{dtype}x{lanes}" if lanes > 1 else dtype
+    return tirx.reinterpret(vector_dtype(dtype, lanes), value)
 
 
 def _round_to_bfloat16(value: Expr, lanes: int) -> Expr:
@@ -362,12 +358,12 @@ def _round_to_bfloat16(value: Expr, lanes: int) -> Expr:
         one = tirx.const(number, "uint32")
         return tirx.Broadcast(one, lanes) if lanes > 1 else one
 
-    number = tirx.reinterpret(_vector("uint32", lanes), value)
+    number = tirx.reinterpret(vector_dtype("uint32", lanes), value)
     last = tirx.bitwise_and(tirx.shift_right(number, constant(16)), constant(1))
     rounded = tirx.shift_right(number + last + constant(0x7FFF), constant(16))
     quiet = tirx.bitwise_or(tirx.shift_right(number, constant(16)), constant(0x40))
     is_nan = tirx.bitwise_and(number, constant(0x7FFFFFFF)) > constant(0x7F800000)
-    return tirx.Cast(_vector("uint16", lanes), tirx.Select(is_nan, quiet, rounded))
+    return tirx.Cast(vector_dtype("uint16", lanes), tirx.Select(is_nan, quiet, rounded))
 
 
 def _store_channels(

@@ -16,7 +16,7 @@ from typing import Any
 
 from tvm import DataType, tirx
 
-__all__ = ["binary", "define", "extract", "interleave", "pieces", "ramp", "transpose"]
+__all__ = ["binary", "define", "extract", "interleave", "pieces", "ramp", "transpose", "vector_dtype"]
 
 GROUP_BYTES = 16
 
@@ -71,6 +71,15 @@ def interleave(vectors: Sequence[Expr], lanes: int, dtype: str, statements: list
         pairs = zip(vectors[: count // 2], vectors[count // 2 :], strict=True)
         vectors = [define(_shuffle(pair, picked), lanes, dtype, statements) for pair in pairs for picked in riffles]
     return list(vectors)
+
+
+def vector_dtype(dtype: str, lanes: int) -> str:
+    """The dtype of `lanes` values.
+
+    >>> vector_dtype("float32", 16), vector_dtype("float32", 1)
+    ('float32x16', 'float32')
+    """
+    return f"{dtype}x{lanes}" if lanes > 1 else dtype
 
 
 def ramp(first: Expr, lanes: int) -> Expr:
