@@ -7,7 +7,9 @@ two vector multiply-adds a cycle, with a latency of four cycles, needs for one s
 - half a cycle for each multiply-add, or a whole one where a core has half-width units (`Core`),
 - half a cycle to one and a half for each load, one per vector and one per scalar,
 - the time in which its vectors stream from the second cache, if no other step reads the same,
-- four cycles over the number of column phases worked on together, since a sum waits for the one before it.
+- four cycles over the number of column phases worked on together, since a sum waits for the one before it,
+
+and a little more for each load and for what streams, which is not all hidden.
 
 The cost of a layout is its number of steps, surplus lanes and columns included and those that meet the border alone
 left out, times the largest of these, plus what it costs to bring in the input, to write the output, and to read from
@@ -42,15 +44,17 @@ LANES_PER_CYCLE = 32
 """Multiply-adds of single lanes, for telling large layers from small ones: those of AVX-512 in float32."""
 MISS_BYTES_PER_CYCLE = 7
 """What one core reads from beyond the second cache: 18 GB/s at 2.7 GHz on an Emerald Rapids server."""
-NOT_HIDDEN = 0.25
-"""Of the shorter of waiting and computing (dilated/k3d2, 8 % slower with its 0.6 MB of weights read for each row)."""
+NOT_HIDDEN, NOT_HIDDEN_IN_ORDER = 0.25, 0.1
+"""Of the shorter of waiting and computing: 8 % of dilated/k3d2 with its 0.6 MB of weights read for each row; less of
+vectors of weights, which are asked for ahead (a fit to 23 layers on an Emerald Rapids server, as what follows)."""
 STREAM_BYTES_PER_CYCLE = 32
 """What it reads from the second cache while it computes; 48 when it does nothing else."""
-STALL_BYTES_PER_CYCLE = 128
-"""What of that is not hidden: 13 % at 16 bytes a cycle (dilated/k3d2, 8 against 10 channels in a block)."""
+STALL_BYTES_PER_CYCLE, STALL_BYTES_PER_CYCLE_IN_ORDER = 128, 256
+"""What of that is not hidden: 13 % at 16 bytes a cycle (dilated/k3d2, 8 against 10 channels in a block); half as much
+of vectors that follow each other in memory (unet/up4, sam/up1 and dcgan/4 in channels_last, 64 against 32 channels)."""
 
-ADD_CYCLES, ADD_IN_MEMORY_CYCLES = 1, 3
-"""For adding a vector of partial sums to one of sums: in registers, or loaded, added to and stored on the stack."""
+ADD_CYCLES = 1
+"""For adding a vector of partial sums to one of sums in registers."""
 WAIT_PER_OUTPUT = 0.5
 """Cycles for each output that goes to memory by way of the caches (Zen 4: seed/square 0.3, kernelbench/75 0.6)."""
 PAST_CACHES_BYTES = 16 << 20
@@ -72,20 +76,27 @@ class Core:
     vector_load, half_load, broadcast
         Cycles for loading a whole vector register, half of one or less, and one value into all lanes, beside
         multiply-adds.
+    any_load
+        Cycles that each load takes in any case.
+    add_in_memory
+        Cycles for adding a vector of partial sums to one of sums that is loaded from the stack and stored there.
     """
 
     fma_bytes: int
     vector_load: float
     half_load: float
     broadcast: float
+    any_load: float
+    add_in_memory: float
 
 
-WIDE = Core(fma_bytes=128, vector_load=2 / 3, half_load=2 / 3, broadcast=2 / 3)
+WIDE = Core(fma_bytes=128, vector_load=2 / 3, half_load=2 / 3, broadcast=2 / 3, any_load=0.15, add_in_memory=2)
 """Of the two or three loads that such a core can issue in a cycle, what is left beside multiply-adds.
 
-Emerald Rapids, pose/2: tiles of 1 x 24 and 2 x 12.
+Emerald Rapids, pose/2: tiles of 1 x 24 and 2 x 12. Where another thread shares the core tiles of few loads lose least:
+dilated/k3d2 in channels_last took 0.91 of the time with 4 vectors by 6 positions, 10 loads, in place of 2 by 11, 13.
 """
-PAIRED = Core(fma_bytes=64, vector_load=1.5, half_load=0.9, broadcast=1 / 2)
+PAIRED = Core(fma_bytes=64, vector_load=1.5, half_load=0.9, broadcast=1 / 2, any_load=0.0, add_in_memory=3)
 """A Zen 4 core works on 64 bytes in two halves: a multiply-add a cycle, a load in 1.06 cycles, or 1.7 across lines."""
 
 
@@ -98,12 +109,13 @@ def core_of(target: Target) -> Core:
 class Tile:
     """The accumulators of one column phase: ``vectors`` along the lanes times ``broadcasts`` across them.
 
-    A vector has ``vector_bytes``.
+    A vector has ``vector_bytes``; ``in_order`` are vectors that follow each other in memory, from step to step as well.
     """
 
     vectors: int
     broadcasts: int
     vector_bytes: int
+    in_order: bool = False
 
     def fits(self, target: Target, phases: int = 1) -> bool:
         """Whether the accumulators of so many column phases leave registers for one row of vectors and one scalar."""
@@ -123,7 +135,8 @@ class Tile:
             FMA_LATENCY / phases,
             streamed_bytes / STREAM_BYTES_PER_CYCLE,
         )
-        return limit + streamed_bytes / STALL_BYTES_PER_CYCLE
+        stall = STALL_BYTES_PER_CYCLE_IN_ORDER if self.in_order else STALL_BYTES_PER_CYCLE
+        return limit + core.any_load * (self.vectors + self.broadcasts) + streamed_bytes / stall
 
     def part_cycles(self, target: Target, phases: int) -> float:
         """Cycles for adding a partial sum to a sum in each accumulator of one of `phases` column phases.
@@ -132,7 +145,7 @@ class Tile:
         """
         products = self.vectors * self.broadcasts
         held = 2 * products * phases + self.vectors + 1 <= target.vector_registers
-        return products * (ADD_CYCLES if held else ADD_IN_MEMORY_CYCLES)
+        return products * (ADD_CYCLES if held else core_of(target).add_in_memory)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,10 +227,10 @@ def _image_traffic(spec: ConvTranspose2dSpec, layout: Layout, target: Target) ->
 def _weight_traffic(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> tuple[int, int]:
     """Bytes of the weights from beyond the second cache, and the number of tiles between which a slice stays in it.
 
-    All weights are read for each chunk of rows, if they do not fit half the cache; a block's slice, or one tap of it,
-    by each tile of a chunk, and anew if it does not fit.
+    All weights are read for each chunk of rows, if the cache does not hold them; a block's slice, or one tap of it, by
+    each tile of a chunk, and anew if it does not fit.
     """
-    held = target.cache_bytes // 2
+    held = target.held_weight_bytes
     weights = _weight_bytes(spec)
     rows = max(layout.rows(band) for band in bands(spec))
     chunk = min(layout.row_chunk, rows)
@@ -263,7 +276,7 @@ def core_cycles(
     first, wait = sums / tiles, weight_bytes / MISS_BYTES_PER_CYCLE
     return (
         max(first, wait)
-        + NOT_HIDDEN * min(first, wait)
+        + (NOT_HIDDEN_IN_ORDER if tile.in_order else NOT_HIDDEN) * min(first, wait)
         + sums
         - first
         + _image_traffic(spec, layout, target) / MISS_BYTES_PER_CYCLE

@@ -68,7 +68,7 @@ _LANES = (1, 2, 4, 8, 16)
 def weights_pass(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> bool:
     """Whether there are too many weights for them to stay in the second cache until they are read again."""
     itemsize = DTYPE_BYTES[layout.packed_dtype(spec)]
-    return prod(layout.packed_shape(spec)) * itemsize > target.cache_bytes // 2
+    return prod(layout.packed_shape(spec)) * itemsize > target.held_weight_bytes
 
 
 def multiply_vectors(body: Statement, dtype: str, *, asks_ahead: bool) -> Statement:

@@ -202,6 +202,11 @@ class Target:
         """Size of a core's second cache to rely on: 1 MiB with AVX-512, as since Skylake-SP; otherwise 256 KiB."""
         return 1 << 20 if "avx512f" in self.features else 1 << 18
 
+    @property
+    def held_weight_bytes(self) -> int:
+        """What weights may take of that cache and still be found there when they are read again."""
+        return self.cache_bytes * 3 // 4
+
     def require_host(self) -> None:
         """Return if this machine can run the code.
 
