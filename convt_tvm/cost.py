@@ -55,8 +55,6 @@ of vectors that follow each other in memory (unet/up4, sam/up1 and dcgan/4 in ch
 
 ADD_CYCLES = 1
 """For adding a vector of partial sums to one of sums in registers."""
-WAIT_PER_OUTPUT = 0.5
-"""Cycles for each output that goes to memory by way of the caches (Zen 4: seed/square 0.3, kernelbench/75 0.6)."""
 PAST_CACHES_BYTES = 16 << 20
 """Outputs from this size on may go past the caches: the next layer would find little of them there."""
 COPY_BYTES_PER_CYCLE = 7
@@ -77,9 +75,12 @@ class Core:
         Cycles for loading a whole vector register, half of one or less, and one value into all lanes, beside
         multiply-adds.
     any_load
-        Cycles that each load takes in any case.
+        Cycles that each load takes in any case; vectors that lie across cache lines take twice as many.
     add_in_memory
         Cycles for adding a vector of partial sums to one of sums that is loaded from the stack and stored there.
+    output_wait, output_hidden, gathered
+        Cycles for each output that goes to memory by way of the caches, less a share of the cycles in which it is
+        summed; and for one that is gathered and goes past them.
     """
 
     fma_bytes: int
@@ -88,16 +89,44 @@ class Core:
     broadcast: float
     any_load: float
     add_in_memory: float
+    output_wait: float
+    output_hidden: float
+    gathered: float
 
 
-WIDE = Core(fma_bytes=128, vector_load=2 / 3, half_load=2 / 3, broadcast=2 / 3, any_load=0.15, add_in_memory=2)
+WIDE = Core(
+    fma_bytes=128,
+    vector_load=2 / 3,
+    half_load=2 / 3,
+    broadcast=2 / 3,
+    any_load=0.15,
+    add_in_memory=2,
+    output_wait=0.85,
+    output_hidden=0.4,
+    gathered=0.25,
+)
 """Of the two or three loads that such a core can issue in a cycle, what is left beside multiply-adds.
 
 Emerald Rapids, pose/2: tiles of 1 x 24 and 2 x 12. Where another thread shares the core tiles of few loads lose least:
 dilated/k3d2 in channels_last took 0.91 of the time with 4 vectors by 6 positions, 10 loads, in place of 2 by 11, 13.
+Gathering its outputs took kernelbench/75 (0.65 cycles of sums for each) 0.88 of the time, seed/square (1.2) 0.96,
+seed/rect (1.8) 1.08, unet/up4 (4) 1.04 and pointpillars/up4 (8) 1.06.
 """
-PAIRED = Core(fma_bytes=64, vector_load=1.5, half_load=0.9, broadcast=1 / 2, any_load=0.0, add_in_memory=3)
-"""A Zen 4 core works on 64 bytes in two halves: a multiply-add a cycle, a load in 1.06 cycles, or 1.7 across lines."""
+PAIRED = Core(
+    fma_bytes=64,
+    vector_load=1.5,
+    half_load=0.9,
+    broadcast=1 / 2,
+    any_load=0.0,
+    add_in_memory=3,
+    output_wait=0.5,
+    output_hidden=0.0,
+    gathered=0.0,
+)
+"""A Zen 4 core works on 64 bytes in two halves: a multiply-add a cycle, a load in 1.06 cycles, or 1.7 across lines.
+
+Of outputs through the caches seed/square waited for each 0.3 cycles, kernelbench/75 0.6.
+"""
 
 
 def core_of(target: Target) -> Core:
@@ -121,22 +150,24 @@ class Tile:
         """Whether the accumulators of so many column phases leave registers for one row of vectors and one scalar."""
         return self.vectors * self.broadcasts * phases + self.vectors + 1 <= target.vector_registers
 
-    def step_cycles(self, target: Target, phases: int, reuse: int) -> float:
+    def step_cycles(self, target: Target, phases: int, reuse: int, sharing: float) -> float:
         """Cycles for one tap of one input channel in one column phase.
 
-        `phases` column phases are worked on together, and `reuse` such steps read the same vectors.
+        `phases` column phases are worked on together, of which `sharing` load the same vectors, and `reuse` such steps
+        read the same from a cache.
         """
-        core, products = core_of(target), self.vectors * self.broadcasts
+        core, products, loaded = core_of(target), self.vectors * self.broadcasts, self.vectors / sharing
         vector_load = core.vector_load if self.vector_bytes == target.vector_bytes else core.half_load
         streamed_bytes = self.vectors * self.vector_bytes / reuse
         limit = max(
             products / min(FMA_PER_CYCLE, core.fma_bytes / self.vector_bytes),
-            self.vectors * vector_load + self.broadcasts * core.broadcast,
+            loaded * vector_load + self.broadcasts * core.broadcast,
             FMA_LATENCY / phases,
             streamed_bytes / STREAM_BYTES_PER_CYCLE,
         )
         stall = STALL_BYTES_PER_CYCLE_IN_ORDER if self.in_order else STALL_BYTES_PER_CYCLE
-        return limit + core.any_load * (self.vectors + self.broadcasts) + streamed_bytes / stall
+        accesses = loaded * (1 if self.in_order else 2) + self.broadcasts
+        return limit + core.any_load * accesses + streamed_bytes / stall
 
     def part_cycles(self, target: Target, phases: int) -> float:
         """Cycles for adding a partial sum to a sum in each accumulator of one of `phases` column phases.
@@ -269,7 +300,9 @@ def core_cycles(
         * layout.column_steps(spec)
         * (spec.ci // spec.groups)
     )
-    step = tile.step_cycles(target, layout.phases, reuse) + costs.cycles_per_step
+    # Phases that begin with the same column of the image.
+    sharing = layout.phases / min(layout.phases, len({phase.base for phase in spec.axes[1].phases}))
+    step = tile.step_cycles(target, layout.phases, reuse, sharing) + costs.cycles_per_step
     sums = steps * step + _parts(spec, layout) * tile.part_cycles(target, layout.phases)
     weight_bytes, tiles = _weight_traffic(spec, layout, target)
     # Of the tiles that share a slice of weights the first waits for it while it computes.
@@ -281,16 +314,20 @@ def core_cycles(
         - first
         + _image_traffic(spec, layout, target) / MISS_BYTES_PER_CYCLE
         + prod(spec.input_shape) * costs.cycles_per_input
-        + prod(spec.output_shape) * (costs.cycles_per_output + _wait_per_output(spec, layout))
+        + prod(spec.output_shape) * (costs.cycles_per_output + _wait_per_output(spec, layout, target))
     )
 
 
-def _wait_per_output(spec: ConvTranspose2dSpec, layout: Layout) -> float:
+def _wait_per_output(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> float:
     """Cycles for each output in which nothing is summed: for its way to memory, or for the last rows of a task."""
+    core = core_of(target)
     if layout.gathers:
         last = layout.row_block / max(layout.chunk(band) for band in bands(spec))
-        return last * DTYPE_BYTES[spec.dtype] / COPY_BYTES_PER_CYCLE
-    return WAIT_PER_OUTPUT if is_for_memory(spec) else 0.0
+        return core.gathered + last * DTYPE_BYTES[spec.dtype] / COPY_BYTES_PER_CYCLE
+    if not is_for_memory(spec):
+        return 0.0
+    sums = spec.multiply_adds / LANES_PER_CYCLE / prod(spec.output_shape)
+    return max(0.0, core.output_wait - core.output_hidden * sums)
 
 
 def _parts(spec: ConvTranspose2dSpec, layout: Layout) -> int:
