@@ -152,7 +152,7 @@ class Outputs:
             else:
                 stored = tirx.Cast(vector_dtype(spec.dtype, size), vector)
             channel, column = first_lane + lane, first_column * stride_w + position
-            if self._is_nhwc and by_channels:
+            if self._is_nhwc:
                 return write(stored, ramp(channel, size), column)
             statement = write(stored, channel, ramp(column, size))
             if not (filled and by_channels):
@@ -167,6 +167,10 @@ class Outputs:
                     left = channels - first_channel if filled else None
                     return _store_positions(inner, value, position, count, positions, put, left, channels)
                 return _store_channels(inner, value, position, count, positions, put, pairs=self._narrows)
+            if self._is_nhwc:
+                left = channels - first_channel if filled else None
+                place, tile_shape = (ob - first_lane, pw, column), (layout.co_block, phases, layout.column_block)
+                return _store_places(inner, value, place, count, tile_shape, layout.vector_lanes, put, left, channels)
             shape = phases, layout.column_block
             loops = sorted(inner, key=lambda loop: not loop.loop_var.same_as(pw))
             return _store_columns(loops, value, (pw, column), count, shape, layout.vector_lanes, put)
@@ -178,7 +182,7 @@ class Outputs:
             last = columns - size
             narrower = tile(spec.ow - last * stride_w)
             body = tirx.IfThenElse(first_column < last, body, narrower) if last else narrower
-        return nest(loops[:outside], body, rows if by_channels else [*filled, *rows])
+        return nest(loops[:outside], body, rows if by_channels or self._is_nhwc else [*filled, *rows])
 
     def _unmasked(self, loops: Sequence[Loop], ob: Expr) -> list[Loop]:
         """`loops` with a short one over channels unrolled, whose bfloat16 LLVM would else store by a mask of its own.
@@ -440,3 +444,46 @@ def _store_columns(
             for offset, size in binary(min(lanes, count - start)):
                 statements.append(store(0, start + offset, extract(vector, offset, size, lanes), size))
     return sequence(statements)
+
+
+def _store_places(
+    loops: Sequence[Loop],
+    value: Expr,
+    place: Sequence[Expr],
+    count: int,
+    shape: tuple[int, int, int],
+    lanes: int,
+    store: Put,
+    left: Expr | None,
+    channels: int,
+) -> Any:
+    """Store the first `count` positions in a row, the channels of each side by side, where vectors are of columns.
+
+    `loops` count the `place`: a channel, a phase and a column of the tile, whose `shape` is in these. Of the `channels`
+    of a group some may be `left` for a block that is not full.
+    """
+    block, phases, columns = shape
+    channel, phase, column = place
+    staged, statements = _stage(loops, value, [channel * phases + phase, column], (block * phases, columns))
+
+    def some(filled: int) -> Any:
+        stores = list[Any]()
+        for first in range(0, columns, lanes):
+            for each in range(phases):
+                for start, size in pieces(filled, lanes):
+                    rows = [
+                        tirx.BufferLoad(staged, [(start + i) * phases + each, ramp(first, lanes)]) for i in range(size)
+                    ]
+                    values = list(transpose(rows, lanes, value.ty.dtype, stores))
+                    positions = [(first + lane) * phases + each for lane in range(lanes)]
+                    stores += [
+                        store(start, position, vector, size)
+                        for position, vector in zip(positions, values, strict=True)
+                        if position < count
+                    ]
+        return sequence(stores)
+
+    whole, last = some(block), channels % block
+    if left is not None:
+        whole = tirx.IfThenElse(left >= block, whole, some(last))
+    return sequence([*statements, whole])

@@ -20,6 +20,10 @@ to
                     for qw % lanes:           vectorized
         for ob:                               qw and pw: interleaved in registers
 
+In channels_last the last line is
+
+        for pw:                               ob and qw: transposed in registers
+
 With ``gathers`` the parallel loop ends with b, the rows of all phases of the chunk go to a buffer, and from there past
 the caches to the output, most of them beside the sums of the rows that follow.
 
@@ -87,8 +91,11 @@ MAX_CHANNELS = 14
 MAX_INTERLEAVED = 512
 """Outputs in a row of a tile beyond which they are stored one by one, to keep code small."""
 CYCLES_PER_INPUT = {"nchw": 0.5, "nhwc": 1.5}
-CYCLES_PER_OUTPUT = {"nchw": 1.0, "nhwc": 5.0}
-"""By the axes in memory; to NHWC outputs go one by one (Zen 4: fcn8s/up8 1.4 more, unet/up4 2.2, unet/up1 4.8)."""
+CYCLES_PER_OUTPUT, CYCLES_ONE_BY_ONE = {"nchw": 1.0, "nhwc": 0.5}, 5.0
+"""In vectors, or one by one to NHWC (Zen 4: fcn8s/up8 1.4 more, unet/up4 2.2, unet/up1 4.8)."""
+CYCLES_PER_PLACE = 4.5
+"""For the channels of a block, which are side by side in NHWC (Emerald Rapids: an output took 1.4 cycles more than in
+NCHW with 4 of them in kernelbench/75, 0.8 with 7 in fcn8s/up8, 0.5 and 0.8 with 11 in seed/rect and seed/square)."""
 CYCLES_PER_RUN = 40.0
 """Cycles for each run of inputs copied: one row of a channel opens a page of its own (sam/up1, 3 % of its time)."""
 
@@ -115,8 +122,21 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
                             chunk = layout.row_chunk
                             run = chunk * spec.iw if copies_by_chunk(spec, layout) else spec.ih * spec.iw
                             per_input = CYCLES_PER_INPUT[spec.input_axes] + CYCLES_PER_RUN / run
-                            costs = Costs(per_input, CYCLES_PER_OUTPUT[spec.output_axes])
+                            costs = Costs(per_input, _cycles_per_output(spec, layout))
                             yield layout, core_cycles(spec, layout, tile, target, reuse=reuse, costs=costs)
+
+
+def _cycles_per_output(spec: ConvTranspose2dSpec, layout: Layout) -> float:
+    """What it takes to write one output."""
+    if spec.output_axes == "nchw":
+        return CYCLES_PER_OUTPUT["nchw"]
+    moved = CYCLES_PER_OUTPUT["nhwc"] + CYCLES_PER_PLACE / layout.co_block
+    return moved if in_vectors(spec, layout) else CYCLES_ONE_BY_ONE
+
+
+def in_vectors(spec: ConvTranspose2dSpec, layout: Layout) -> bool:
+    """Whether outputs of a tile are moved in registers, so that those side by side in memory are stored together."""
+    return layout.column_block * len(spec.axes[1].phases) <= MAX_INTERLEAVED
 
 
 def copies_by_chunk(spec: ConvTranspose2dSpec, layout: Layout) -> bool:
@@ -148,10 +168,11 @@ def space(sch: Schedule) -> None:
         column_block, column = sch.split(qw, [None, layout.column_block])
         chunk, row = sch.split(qh, [None, layout.chunk(band)])
         order = (n, g, chunk, b, row, ph) if layout.gathers else (n, g, chunk, b, ph, row)
-        sch.reorder(*order, column_block, ob, column, pw)
-        in_rows = spec.output_axes == "nchw"
-        if reaches(spec, band) and in_rows and layout.column_block * len(spec.axes[1].phases) <= MAX_INTERLEAVED:
-            sch.annotate(column, IN_VECTORS, True)
+        moved = reaches(spec, band) and in_vectors(spec, layout)
+        by_places = moved and spec.output_axes == "nhwc"
+        sch.reorder(*order, column_block, *((ob, pw, column) if by_places else (ob, column, pw)))
+        if moved:
+            sch.annotate(ob if by_places else column, IN_VECTORS, True)
         of_chunk = by_chunk and reaches(spec, band)
         shared = order[:3] if of_chunk else order[:4] if layout.gathers else order
         task = parallelize(sch, shared, band_cycles(spec))
