@@ -9,7 +9,7 @@ import torch
 
 from convt_tvm import build, load
 from convt_tvm.check import bits
-from convt_tvm.compiler import build_artifact
+from convt_tvm.compiler import build_artifact, lower_choice
 from convt_tvm.dot_layout import reads_pairs
 from convt_tvm.errors import BuildError
 from convt_tvm.functional import conv_transpose2d
@@ -213,3 +213,17 @@ def test_a_last_channel_beside_full_vectors_overwrites_no_neighbour(tmp_path):
         build_artifact(spec, target, tmp_path / str(number), choice=choice)
         kernel = load(tmp_path / str(number))
         assert torch.equal(kernel(inputs[0], kernel.pack(inputs[1]), inputs[2]), exact)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["channels fill no vector", "groups"])
+def test_columns_are_transposed_and_a_block_that_is_not_full_overwrites_no_neighbour(name, dtype, tmp_path):
+    spec = replace(SPECS[name], dtype=dtype)
+    target, inputs = HOST.for_dtype(dtype), integer_inputs(spec, seed=2)
+    found = [choice for choice in choices(spec, target) if choice.layout.lanes == "ow"]
+    for number, block in enumerate((2, 7, 11)):
+        choice = next((choice for choice in found if choice.layout.co_block == block), None)
+        if choice is not None:
+            build_artifact(spec, HOST, tmp_path / str(number), choice=choice)
+            assert torch.equal(load(tmp_path / str(number))(*inputs).double(), reference(spec, *inputs)), choice.layout
+            assert "T.Shuffle" in lower_choice(spec, target, choice).module.script(), choice.layout
