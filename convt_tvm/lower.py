@@ -18,6 +18,7 @@ from convt_tvm.bfloat16 import define_functions
 from convt_tvm.compute import GATHERS, PARTIAL, SKIPS_ROWS, SUMS, layout_of, lookup, spec_of, target_of
 from convt_tvm.layout import CACHE_LINE_BYTES, Window, bands, kernel_columns, window_axes
 from convt_tvm.lower_products import multiply_vectors, weights_pass
+from convt_tvm.lower_window import transpose_window
 from convt_tvm.outputs import Outputs, last_band
 from convt_tvm.spec import Pair
 from convt_tvm.statements import (
@@ -224,6 +225,7 @@ def lower_kernel(function: tirx.PrimFunc, *, asks_ahead: bool = True) -> tvm.IRM
     if layout.taps != "plain":
         asks_weights = asks_ahead and layout.lanes == "co" and weights_pass(spec, layout, target)
         body = multiply_vectors(body, spec.accumulator_dtype, asks_ahead=asks_weights)
+    body = transpose_window(body, window, target.vector_bytes)
     if spec.dtype == "bfloat16" and target.multiplies_pairs:
         body = define_functions(body)
     if layout.gathers:

@@ -9,10 +9,8 @@ from tvm import tirx
 from convt_tvm.bfloat16 import PAIR, add_products, pair_at
 from convt_tvm.compute import layout_of, spec_of, target_of
 from convt_tvm.dot_layout import reads_pairs
-from convt_tvm.layout import Window
 from convt_tvm.lower import lower_kernel
 from convt_tvm.lower_products import multiply_from_one_address, weights_pass
-from convt_tvm.lower_window import transpose_window
 
 __all__ = ["lower_dot_kernel"]
 
@@ -35,4 +33,4 @@ def lower_dot_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
 
     asks_ahead = weights_pass(spec, layout, target)
     body = multiply_from_one_address(kernel.body, dtype, read, add, asks_ahead=asks_ahead)
-    return tvm.IRModule({"convt": kernel.with_body(transpose_window(body, Window.of(spec, layout)))})
+    return tvm.IRModule({"convt": kernel.with_body(body)})

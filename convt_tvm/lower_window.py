@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tvm import tirx
+from tvm import DataType, tirx
 
 from convt_tvm.compute import IN_VECTORS
 from convt_tvm.layout import Window
@@ -11,29 +11,29 @@ from convt_tvm.statements import at_start, on_stack, rewrite, sequence, with_val
 
 __all__ = ["transpose_window"]
 
-LANES = 16
-"""Columns of a piece, and channels, whose transposes fill half the vector registers."""
-
 Expr = Any
 Statement = Any
 
 
-def transpose_window(body: Statement, window: Window) -> Statement:
+def transpose_window(body: Statement, window: Window, vector_bytes: int) -> Statement:
     """`body` with the loop over the window's columns that has `IN_VECTORS` replaced.
 
-    Inside is a loop over channels, a power of two and not more than `LANES`; around are others, over channels and rows.
+    Inside is a loop over a power of two of channels; around are others, over channels and rows. Squares of as many
+    columns and channels as a vector has values are transposed at a time, and fill half the vector registers.
     """
 
     def change(node: Any) -> Statement | None:
         match node:
             case tirx.For(body=tirx.For(body=tirx.BufferStore() as store)) if IN_VECTORS in node.annotations:
-                return _copy_rows(node, store, window) if store.buffer.name == "window" else None
+                if store.buffer.name == "window":
+                    lanes = vector_bytes // DataType(str(store.buffer.dtype)).itemsize
+                    return _copy_rows(node, store, window, lanes)
         return None
 
     return rewrite(body, change)
 
 
-def _copy_rows(columns: Any, store: Any, window: Window) -> Statement:
+def _copy_rows(columns: Any, store: Any, window: Window, lanes: int) -> Statement:
     """A row of some channels: zeros to the left and right of the image's, and transposes in between."""
     channels = columns.body
     n, row, _, first = (at_start(index, [columns, channels]) for index in store.indices)
@@ -66,13 +66,13 @@ def _copy_rows(columns: Any, store: Any, window: Window) -> Statement:
         return statements
 
     left, right = window.columns_inside
-    whole = (right - left) // LANES
+    whole = (right - left) // lanes
     statements = clear(0, left)
     if whole:
         block = tirx.Var("w", "int32")
-        statements.append(_loop(block, whole, tirx.SeqStmt(copy(block * LANES + left, LANES))))
-    if (right - left) % LANES:
-        for start, size in pieces(right - left, LANES)[whole:]:
+        statements.append(_loop(block, whole, tirx.SeqStmt(copy(block * lanes + left, lanes))))
+    if (right - left) % lanes:
+        for start, size in pieces(right - left, lanes)[whole:]:
             statements += copy(tirx.const(left + start, "int32"), size)
     statements += clear(right, window.width)
     copied = sequence(statements)

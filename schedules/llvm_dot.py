@@ -50,11 +50,9 @@ from math import gcd, prod
 
 from tvm.s_tir import Schedule
 
-from convt_tvm.compute import IN_VECTORS, spec_of
 from convt_tvm.dot_layout import DotLayout, paired, reads_pairs
 from convt_tvm.layout import CACHE_LINE_BYTES, Layout, bands, reaches
 from convt_tvm.processor import TILE_FEATURES
-from convt_tvm.schedule import find_window
 from convt_tvm.schedules import llvm_channels
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.target import Target
@@ -103,6 +101,3 @@ def _split_cycles(spec: ConvTranspose2dSpec, layout: Layout) -> float:
 def space(sch: Schedule) -> None:
     """Schedule the phase form in `sch` in place; deterministic for a declaration."""
     llvm_channels.space(sch)
-    window = find_window(sch)
-    if window is not None and spec_of(sch.mod["main"]).input_axes == "nchw":
-        sch.annotate(sch.get_loops(window)[-2], IN_VECTORS, True)
