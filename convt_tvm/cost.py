@@ -42,16 +42,16 @@ FMA_PER_CYCLE = 2
 FMA_LATENCY = 4
 LANES_PER_CYCLE = 32
 """Multiply-adds of single lanes, for telling large layers from small ones: those of AVX-512 in float32."""
-MISS_BYTES_PER_CYCLE = 7
-"""What one core reads from beyond the second cache: 18 GB/s at 2.7 GHz on an Emerald Rapids server."""
+MISS_BYTES_PER_CYCLE, MISS_BYTES_PER_CYCLE_IN_ORDER = 7, 10
+"""What one core reads from beyond the second cache: 18 GB/s at 2.7 GHz on an Emerald Rapids server; 28 of vectors of
+weights, which are asked for ahead and lie in huge pages."""
 NOT_HIDDEN, NOT_HIDDEN_IN_ORDER = 0.25, 0.1
 """Of the shorter of waiting and computing: 8 % of dilated/k3d2 with its 0.6 MB of weights read for each row; less of
 vectors of weights, which are asked for ahead (a fit to 23 layers on an Emerald Rapids server, as what follows)."""
 STREAM_BYTES_PER_CYCLE = 32
 """What it reads from the second cache while it computes; 48 when it does nothing else."""
-STALL_BYTES_PER_CYCLE, STALL_BYTES_PER_CYCLE_IN_ORDER = 128, 256
-"""What of that is not hidden: 13 % at 16 bytes a cycle (dilated/k3d2, 8 against 10 channels in a block); half as much
-of vectors that follow each other in memory (unet/up4, sam/up1 and dcgan/4 in channels_last, 64 against 32 channels)."""
+STALL_BYTES_PER_CYCLE = 256
+"""What of that is not hidden (unet/up4, sam/up1 and dcgan/4 in channels_last, 64 against 32 channels in a block)."""
 
 ADD_CYCLES = 1
 """For adding a vector of partial sums to one of sums in registers."""
@@ -71,9 +71,9 @@ class Core:
     ----------
     fma_bytes
         Of vectors, multiplied and added in a cycle, `FMA_PER_CYCLE` instructions at most.
-    vector_load, half_load, broadcast
-        Cycles for loading a whole vector register, half of one or less, and one value into all lanes, beside
-        multiply-adds.
+    vector_load, half_load, in_order_load, broadcast
+        Cycles for loading a whole vector register, half of one or less, a whole one that does not lie across cache
+        lines, and one value into all lanes, beside multiply-adds.
     any_load
         Cycles that each load takes in any case; vectors that lie across cache lines take twice as many.
     add_in_memory
@@ -86,6 +86,7 @@ class Core:
     fma_bytes: int
     vector_load: float
     half_load: float
+    in_order_load: float
     broadcast: float
     any_load: float
     add_in_memory: float
@@ -96,18 +97,18 @@ class Core:
 
 WIDE = Core(
     fma_bytes=128,
-    vector_load=2 / 3,
-    half_load=2 / 3,
-    broadcast=2 / 3,
+    vector_load=1.0,
+    half_load=0.75,
+    in_order_load=1 / 2,
+    broadcast=1 / 2,
     any_load=0.15,
     add_in_memory=2,
     output_wait=0.85,
     output_hidden=0.4,
     gathered=0.25,
 )
-"""Of the two or three loads that such a core can issue in a cycle, what is left beside multiply-adds.
-
-Emerald Rapids, pose/2: tiles of 1 x 24 and 2 x 12. Where another thread shares the core tiles of few loads lose least:
+"""Such a core issues two loads in a cycle beside two multiply-adds: Emerald Rapids, tiles of 1 x 14 and 1 x 28 in the
+first cache. Where another thread shares the core tiles of few loads lose least:
 dilated/k3d2 in channels_last took 0.91 of the time with 4 vectors by 6 positions, 10 loads, in place of 2 by 11, 13.
 Gathering its outputs took kernelbench/75 (0.65 cycles of sums for each) 0.88 of the time, seed/square (1.2) 0.96,
 seed/rect (1.8) 1.08, unet/up4 (4) 1.04 and pointpillars/up4 (8) 1.06.
@@ -116,6 +117,7 @@ PAIRED = Core(
     fma_bytes=64,
     vector_load=1.5,
     half_load=0.9,
+    in_order_load=1.5,
     broadcast=1 / 2,
     any_load=0.0,
     add_in_memory=3,
@@ -157,7 +159,8 @@ class Tile:
         read the same from a cache.
         """
         core, products, loaded = core_of(target), self.vectors * self.broadcasts, self.vectors / sharing
-        vector_load = core.vector_load if self.vector_bytes == target.vector_bytes else core.half_load
+        whole = core.in_order_load if self.in_order else core.vector_load
+        vector_load = whole if self.vector_bytes == target.vector_bytes else core.half_load
         streamed_bytes = self.vectors * self.vector_bytes / reuse
         limit = max(
             products / min(FMA_PER_CYCLE, core.fma_bytes / self.vector_bytes),
@@ -165,9 +168,8 @@ class Tile:
             FMA_LATENCY / phases,
             streamed_bytes / STREAM_BYTES_PER_CYCLE,
         )
-        stall = STALL_BYTES_PER_CYCLE_IN_ORDER if self.in_order else STALL_BYTES_PER_CYCLE
         accesses = loaded * (1 if self.in_order else 2) + self.broadcasts
-        return limit + core.any_load * accesses + streamed_bytes / stall
+        return limit + core.any_load * accesses + streamed_bytes / STALL_BYTES_PER_CYCLE
 
     def part_cycles(self, target: Target, phases: int) -> float:
         """Cycles for adding a partial sum to a sum in each accumulator of one of `phases` column phases.
@@ -306,7 +308,8 @@ def core_cycles(
     sums = steps * step + _parts(spec, layout) * tile.part_cycles(target, layout.phases)
     weight_bytes, tiles = _weight_traffic(spec, layout, target)
     # Of the tiles that share a slice of weights the first waits for it while it computes.
-    first, wait = sums / tiles, weight_bytes / MISS_BYTES_PER_CYCLE
+    read = MISS_BYTES_PER_CYCLE_IN_ORDER if tile.in_order else MISS_BYTES_PER_CYCLE
+    first, wait = sums / tiles, weight_bytes / read
     return (
         max(first, wait)
         + (NOT_HIDDEN_IN_ORDER if tile.in_order else NOT_HIDDEN) * min(first, wait)

@@ -110,6 +110,9 @@ CYCLES_PER_RUN = 8.0
 
 FIRST_CACHE_BYTES = 28 << 10
 """What the first cache has for inputs: 32 KiB, without what weights and sums take."""
+OUTER_CYCLES = 1.3
+"""How many times the estimate a layout with ``taps="outer"`` takes: on an Emerald Rapids server pose/1 took 4.9 to 6.5
+ms so, and 5.3 to 5.6 with ``inner``, its weights read four times; estimated are 0.81 of that."""
 CYCLES_PER_MISSED = 0.2
 """For an input value from the second cache (Zen 4: pose/1 and hifigan/up1 12 and 6 % slower with more positions)."""
 
@@ -135,7 +138,8 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
                             yield layout, core_cycles(spec, layout, tile, target, reuse=1, costs=costs)
                             if layout.slice_bytes(spec) > target.held_weight_bytes:
                                 layout = replace(layout, taps="outer")
-                                yield layout, core_cycles(spec, layout, tile, target, reuse=1, costs=costs)
+                                cycles = core_cycles(spec, layout, tile, target, reuse=1, costs=costs)
+                                yield layout, OUTER_CYCLES * cycles
                         plain = Layout("co", vectors * lanes, rows, columns, lanes, rows)
                         for layout in gathering(spec, plain, target) if is_for_memory(spec) else ():
                             yield layout, core_cycles(spec, layout, tile, target, reuse=1, costs=costs)
