@@ -41,7 +41,7 @@ MIN_PRODUCTS = 16
 
 Expr = Any
 Loop = Any
-Put = Callable[[int, int, Any, int], Any]
+Put = Callable[[int, Expr, Any, int], Any]
 """The statement that stores a vector of so many values: at a channel and a place in the row, counted from a tile's.
 
 The values are side by side in memory: along the row, or channels of one place in channels_last.
@@ -144,7 +144,7 @@ class Outputs:
         cast = isinstance(node.value, tirx.Cast)
         value = node.value.value if cast else node.value
 
-        def put(lane: int, position: int, vector: Any, size: int) -> Any:
+        def put(lane: int, position: Expr, vector: Any, size: int) -> Any:
             if not cast or str(vector.ty.dtype).startswith(spec.dtype):
                 stored = vector
             elif self._narrows and size in LANES:
@@ -169,8 +169,11 @@ class Outputs:
                 return _store_channels(inner, value, position, count, positions, put, pairs=self._narrows)
             if self._is_nhwc:
                 left = channels - first_channel if filled else None
-                place, tile_shape = (ob - first_lane, pw, column), (layout.co_block, phases, layout.column_block)
-                return _store_places(inner, value, place, count, tile_shape, layout.vector_lanes, put, left, channels)
+                by_channel, by_phase = (
+                    next((loop for loop in inner if depends_on(each, loop.loop_var)), None) for each in (ob, pw)
+                )
+                counted, shape = (by_channel, by_phase, inner[-1]), (layout.co_block, phases)
+                return _store_places(counted, value, count, shape, layout.vector_lanes, put, left, channels)
             shape = phases, layout.column_block
             loops = sorted(inner, key=lambda loop: not loop.loop_var.same_as(pw))
             return _store_columns(loops, value, (pw, column), count, shape, layout.vector_lanes, put)
@@ -447,11 +450,10 @@ def _store_columns(
 
 
 def _store_places(
-    loops: Sequence[Loop],
+    loops: tuple[Loop | None, Loop | None, Loop],
     value: Expr,
-    place: Sequence[Expr],
     count: int,
-    shape: tuple[int, int, int],
+    shape: Pair,
     lanes: int,
     store: Put,
     left: Expr | None,
@@ -459,31 +461,35 @@ def _store_places(
 ) -> Any:
     """Store the first `count` positions in a row, the channels of each side by side, where vectors are of columns.
 
-    `loops` count the `place`: a channel, a phase and a column of the tile, whose `shape` is in these. Of the `channels`
-    of a group some may be `left` for a block that is not full.
+    `loops` count the channels, phases and columns of a tile; there is none for what is counted once. The tile's `shape`
+    is in channels and phases. Of the `channels` of a group some may be `left` for a block that is not full. Phases and
+    vectors stay loops: unrolled, fcn8s/up8 took 13 seconds to compile.
     """
-    block, phases, columns = shape
-    channel, phase, column = place
-    staged, statements = _stage(loops, value, [channel * phases + phase, column], (block * phases, columns))
+    (channel, phase, column), (block, phases) = loops, shape
+    number = tirx.Var("vector", "int32")
+    first, residue = number * lanes, 0 if phase is None else phase.loop_var
+    every = count == int(column.extent) * phases
 
     def some(filled: int) -> Any:
-        stores = list[Any]()
-        for first in range(0, columns, lanes):
-            for each in range(phases):
-                for start, size in pieces(filled, lanes):
-                    rows = [
-                        tirx.BufferLoad(staged, [(start + i) * phases + each, ramp(first, lanes)]) for i in range(size)
-                    ]
-                    values = list(transpose(rows, lanes, value.ty.dtype, stores))
-                    positions = [(first + lane) * phases + each for lane in range(lanes)]
-                    stores += [
-                        store(start, position, vector, size)
-                        for position, vector in zip(positions, values, strict=True)
-                        if position < count
-                    ]
-        return sequence(stores)
+        statements = list[Any]()
+        for start, size in pieces(filled, lanes):
+            staged = tirx.decl_buffer((size, lanes), value.ty.dtype, name="staged")
+            statements.append(on_stack(tirx.AllocBuffer(staged)))
+            for i in range(size):
+                lane = tirx.Var("lane", "int32")
+                read = value if channel is None else with_value(value, channel.loop_var, start + i)
+                read = with_value(read, column.loop_var, first + lane)
+                vectorized = tirx.ForKind.VECTORIZED
+                statements.append(tirx.For(lane, 0, lanes, vectorized, tirx.BufferStore(staged, read, [i, lane])))
+            rows = [tirx.BufferLoad(staged, [i, ramp(0, lanes)]) for i in range(size)]
+            for lane, vector in enumerate(transpose(rows, lanes, value.ty.dtype, statements)):
+                position = (first + lane) * phases + residue
+                stored = store(start, position, vector, size)
+                statements.append(stored if every else tirx.IfThenElse(position < count, stored, None))
+        return sequence(statements)
 
-    whole, last = some(block), channels % block
+    body, last = some(block), channels % block
     if left is not None:
-        whole = tirx.IfThenElse(left >= block, whole, some(last))
-    return sequence([*statements, whole])
+        body = tirx.IfThenElse(left >= block, body, some(last))
+    vectors = tirx.For(number, 0, int(column.extent) // lanes, tirx.ForKind.SERIAL, body)
+    return vectors if phase is None else rebuild(phase, vectors, kind=tirx.ForKind.SERIAL)
