@@ -466,11 +466,10 @@ def _store_places(
     vectors stay loops: unrolled, fcn8s/up8 took 13 seconds to compile.
     """
     (channel, phase, column), (block, phases) = loops, shape
-    number = tirx.Var("vector", "int32")
-    first, residue = number * lanes, 0 if phase is None else phase.loop_var
-    every = count == int(column.extent) * phases
+    residue = 0 if phase is None else phase.loop_var
 
-    def some(filled: int) -> Any:
+    def some(filled: int, first: Expr, room: int) -> Any:
+        """A vector of columns, the first of which is `first`, where there is `room` for positions in the row."""
         statements = list[Any]()
         for start, size in pieces(filled, lanes):
             staged = tirx.decl_buffer((size, lanes), value.ty.dtype, name="staged")
@@ -483,13 +482,21 @@ def _store_places(
                 statements.append(tirx.For(lane, 0, lanes, vectorized, tirx.BufferStore(staged, read, [i, lane])))
             rows = [tirx.BufferLoad(staged, [i, ramp(0, lanes)]) for i in range(size)]
             for lane, vector in enumerate(transpose(rows, lanes, value.ty.dtype, statements)):
-                position = (first + lane) * phases + residue
-                stored = store(start, position, vector, size)
-                statements.append(stored if every else tirx.IfThenElse(position < count, stored, None))
+                stored = store(start, (first + lane) * phases + residue, vector, size)
+                if (lane + 1) * phases <= room:
+                    statements.append(stored)
+                elif lane * phases < room:
+                    statements.append(tirx.IfThenElse(lane * phases + residue < room, stored, None))
         return sequence(statements)
 
-    body, last = some(block), channels % block
+    def every(filled: int) -> Any:
+        """All vectors of columns of a phase."""
+        whole, rest = divmod(count, lanes * phases)
+        number = tirx.Var("vector", "int32")
+        parts = [tirx.For(number, 0, whole, tirx.ForKind.SERIAL, some(filled, number * lanes, lanes * phases))]
+        return sequence([*parts[: bool(whole)], *([some(filled, whole * lanes, rest)] if rest else [])])
+
+    body, last = every(block), channels % block
     if left is not None:
-        body = tirx.IfThenElse(left >= block, body, some(last))
-    vectors = tirx.For(number, 0, int(column.extent) // lanes, tirx.ForKind.SERIAL, body)
-    return vectors if phase is None else rebuild(phase, vectors, kind=tirx.ForKind.SERIAL)
+        body = tirx.IfThenElse(left >= block, body, every(last))
+    return body if phase is None else rebuild(phase, body, kind=tirx.ForKind.SERIAL)
