@@ -48,10 +48,17 @@ And on one of an Emerald Rapids server (175 GFLOP/s, L2 2 MiB, 18 GB/s from beyo
 
 - Sums. maskrcnn/mask, 28 accumulators, ran at 131 GFLOP/s where the same machine, shared, did 150 to 168 in a loop of
   multiply-adds alone; with all stores to one place that stays in cache, at 139.
-- Where weights come from. pose/1 (33 MB, read for each of 4 tiles) went from 7.7 to 5.0 ms with ``taps="outer"``;
-  unet/up1 from 47 to 29 ms, pointpillars/up4 from 26.7 to 25.1 with chunks of rows that stay in the second cache while
-  all blocks pass (one noisy series each). dcgan/2 reads 8.4 MB once, at 15 GB/s, in 0.56 ms: nothing but fewer bytes
-  would help.
+- Where weights come from. A core that waits for them itself reads 15 to 18 GB/s, with `AHEAD_BYTES` asked for and huge
+  pages 24 to 29: dcgan/2 (8.4 MB, once) went from 0.56 to 0.40 ms, where its products alone take 0.38; pose/1 (33 MB)
+  from 7.4 to 5.4, read four times, which is no slower than once with ``taps="outer"`` any more. unet/up1 went from 47
+  to 29 ms, pointpillars/up4 from 26.7 to 25.1 with chunks of rows that stay in the second cache while all blocks pass
+  (one noisy series each).
+- Streams. In channels_last positions of one row share a page, and the prefetchers lose them: unet/up4 took 7.9 ms in
+  tiles of 1 x 8 positions, 6.8 in 4 x 2, and 6.6 in 4 x 1 of twice as many channels (95 %). Storing past the caches
+  without gathering took 1.12 to 1.18 of the time.
+- Others. The two threads of such a core share its multiply-adds, loads and caches. In a virtual machine whose
+  neighbour is busy everything takes 1.3 to 2 times as long, for seconds to minutes; then tiles of few loads lose
+  least (dilated/k3d2 in channels_last 2.48 ms with 10 loads for 24 multiply-adds, 2.73 with 13 for 22).
 - Parts. Before there were any, hifigan/up1 and dilated/k3d2 took 4 % less time, at up to 5 times the error.
 - The border. A 1 x 1 image (dcgan/1) meets one of 16 taps; without the 15 others 0.24 became 0.13 ms.
 - Stores. The transposes gained 5 % for dcgan/4, whose output stays in the second cache, and nothing where it does not:
