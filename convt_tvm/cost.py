@@ -108,8 +108,9 @@ WIDE = Core(
     gathered=0.25,
 )
 """Such a core issues two loads in a cycle beside two multiply-adds: Emerald Rapids, tiles of 1 x 14 and 1 x 28 in the
-first cache. Where another thread shares the core tiles of few loads lose least:
-dilated/k3d2 in channels_last took 0.91 of the time with 4 vectors by 6 positions, 10 loads, in place of 2 by 11, 13.
+first cache. Where another thread shares the core tiles of few loads lose least: dilated/k3d2 in channels_last took 0.91
+of the time with 4 vectors by 6 positions, 10 loads, in place of 2 by 11, 13.
+
 Gathering its outputs took kernelbench/75 (0.65 cycles of sums for each) 0.88 of the time, seed/square (1.2) 0.96,
 seed/rect (1.8) 1.08, unet/up4 (4) 1.04 and pointpillars/up4 (8) 1.06.
 """

@@ -125,9 +125,8 @@ def multiply_from_one_address(body: Statement, dtype: str, read: Read, add: Add,
         within = next((i for i in reversed(range(len(loops) - 1)) if loops[i].kind != tirx.ForKind.UNROLLED), 0)
         first = [at_start(index, loops[within:]) for index in load.indices]
         offset = element_number(load.source, load.indices) - element_number(load.source, first)
-        offset = at_start(offset, [lane]) if of_image else tvm.sym.Analyzer().simplify(offset)
         address = tirx.address_of(tirx.BufferLoad(load.source, first))
-        value = read(address, offset, lanes if of_image else 1)
+        value = read(address, at_start(offset, [lane]), lanes if of_image else 1)
 
         *place, start = (at_start(index, [lane]) for index in node.indices)
         sums = tirx.BufferLoad(node.buffer, [*place, ramp(start, lanes)])

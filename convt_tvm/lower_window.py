@@ -6,8 +6,8 @@ from tvm import DataType, tirx
 
 from convt_tvm.compute import IN_VECTORS
 from convt_tvm.layout import Window
-from convt_tvm.shuffle import pieces, ramp, transpose
-from convt_tvm.statements import at_start, on_stack, rewrite, sequence, with_value
+from convt_tvm.shuffle import pieces, ramp, transpose_values
+from convt_tvm.statements import at_start, rewrite, sequence, with_value
 
 __all__ = ["transpose_window"]
 
@@ -53,15 +53,12 @@ def _copy_rows(columns: Any, store: Any, window: Window, lanes: int) -> Statemen
         statements: list[Statement] = []
         side = min(size, count)
         for offset in range(0, count, side):
-            staged = tirx.decl_buffer((side, size), dtype, name="staged")
-            statements.append(on_stack(tirx.AllocBuffer(staged)))
-            for i in range(side):
-                lane = tirx.Var("lane", "int32")
-                read = with_value(with_value(value, channels.loop_var, offset + i), columns.loop_var, start + lane)
-                vector = tirx.BufferStore(staged, read, [tirx.const(i, "int32"), lane])
-                statements.append(_loop(lane, size, vector, tirx.ForKind.VECTORIZED))
-            rows = [tirx.BufferLoad(staged, [i, ramp(0, size)]) for i in range(side)]
-            transposed = transpose(rows, size, dtype, statements)
+
+            def read(channel: int, lane: Expr, offset: int = offset) -> Expr:
+                of_channel = with_value(value, channels.loop_var, offset + channel)
+                return with_value(of_channel, columns.loop_var, start + lane)
+
+            transposed = transpose_values(read, side, size, dtype, statements)
             statements += [put(start + j, first + offset, values, side) for j, values in enumerate(transposed)]
         return statements
 
@@ -82,5 +79,5 @@ def _copy_rows(columns: Any, store: Any, window: Window, lanes: int) -> Statemen
     return tirx.IfThenElse(tirx.all(row >= top, row < bottom), copied, clear(0, window.width)[0])
 
 
-def _loop(variable: Any, extent: int, body: Statement, kind: Any = tirx.ForKind.SERIAL) -> Statement:
-    return tirx.For(variable, tirx.const(0, "int32"), tirx.const(extent, "int32"), kind, body)
+def _loop(variable: Any, extent: int, body: Statement) -> Statement:
+    return tirx.For(variable, tirx.const(0, "int32"), tirx.const(extent, "int32"), tirx.ForKind.SERIAL, body)

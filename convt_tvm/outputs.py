@@ -15,7 +15,7 @@ from tvm import DataType, tirx
 from convt_tvm.bfloat16 import LANES, narrow, transpose_pairs
 from convt_tvm.compute import IN_VECTORS, lookup
 from convt_tvm.layout import CACHE_LINE_BYTES, Band, Layout, bands, partial_sum, reaches
-from convt_tvm.shuffle import binary, extract, interleave, pieces, ramp, transpose, vector_dtype
+from convt_tvm.shuffle import binary, extract, interleave, pieces, ramp, transpose, transpose_values, vector_dtype
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec, Pair
 from convt_tvm.statements import (
     Clip,
@@ -472,16 +472,13 @@ def _store_places(
         """A vector of columns, the first of which is `first`, where there is `room` for positions in the row."""
         statements = list[Any]()
         for start, size in pieces(filled, lanes):
-            staged = tirx.decl_buffer((size, lanes), value.ty.dtype, name="staged")
-            statements.append(on_stack(tirx.AllocBuffer(staged)))
-            for i in range(size):
-                lane = tirx.Var("lane", "int32")
-                read = value if channel is None else with_value(value, channel.loop_var, start + i)
-                read = with_value(read, column.loop_var, first + lane)
-                vectorized = tirx.ForKind.VECTORIZED
-                statements.append(tirx.For(lane, 0, lanes, vectorized, tirx.BufferStore(staged, read, [i, lane])))
-            rows = [tirx.BufferLoad(staged, [i, ramp(0, lanes)]) for i in range(size)]
-            for lane, vector in enumerate(transpose(rows, lanes, value.ty.dtype, statements)):
+
+            def read(row: int, lane: Expr, start: int = start) -> Expr:
+                of_channel = value if channel is None else with_value(value, channel.loop_var, start + row)
+                return with_value(of_channel, column.loop_var, first + lane)
+
+            vectors = transpose_values(read, size, lanes, value.ty.dtype, statements)
+            for lane, vector in enumerate(vectors):
                 stored = store(start, (first + lane) * phases + residue, vector, size)
                 if (lane + 1) * phases <= room:
                     statements.append(stored)
@@ -492,9 +489,13 @@ def _store_places(
     def every(filled: int) -> Any:
         """All vectors of columns of a phase."""
         whole, rest = divmod(count, lanes * phases)
-        number = tirx.Var("vector", "int32")
-        parts = [tirx.For(number, 0, whole, tirx.ForKind.SERIAL, some(filled, number * lanes, lanes * phases))]
-        return sequence([*parts[: bool(whole)], *([some(filled, whole * lanes, rest)] if rest else [])])
+        number, parts = tirx.Var("vector", "int32"), list[Any]()
+        if whole:
+            full = some(filled, number * lanes, lanes * phases)
+            parts.append(tirx.For(number, 0, whole, tirx.ForKind.SERIAL, full))
+        if rest:
+            parts.append(some(filled, whole * lanes, rest))
+        return sequence(parts)
 
     body, last = every(block), channels % block
     if left is not None:

@@ -11,12 +11,24 @@ Sums whose lanes are columns of one phase are interleaved with those of the othe
 vector stored, with patterns in registers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tvm import DataType, tirx
 
-__all__ = ["binary", "define", "extract", "interleave", "pieces", "ramp", "transpose", "vector_dtype"]
+from convt_tvm.statements import on_stack
+
+__all__ = [
+    "binary",
+    "define",
+    "extract",
+    "interleave",
+    "pieces",
+    "ramp",
+    "transpose",
+    "transpose_values",
+    "vector_dtype",
+]
 
 GROUP_BYTES = 16
 
@@ -140,9 +152,22 @@ def transpose(rows: Sequence[Expr], lanes: int, dtype: str, statements: list[Sta
                 yield _shuffle(vectors, [j * lanes + start + i for j in range(len(blocks)) for i in range(block)])
 
 
+def transpose_values(
+    read: Callable[[int, Expr], Expr], rows: int, lanes: int, dtype: str, statements: list[Statement]
+) -> Iterator[Expr]:
+    """The columns of the matrix with ``read(row, lane)`` in its `rows` and `lanes`, as `transpose` gives them."""
+    staged = tirx.decl_buffer((rows, lanes), dtype, name="staged")
+    statements.append(on_stack(tirx.AllocBuffer(staged)))
+    for row in range(rows):
+        lane = tirx.Var("lane", "int32")
+        vector = tirx.BufferStore(staged, read(row, lane), [tirx.const(row, "int32"), lane])
+        statements.append(tirx.For(lane, 0, lanes, tirx.ForKind.VECTORIZED, vector))
+    return transpose([tirx.BufferLoad(staged, [row, ramp(0, lanes)]) for row in range(rows)], lanes, dtype, statements)
+
+
 def define(vector: Expr, lanes: int, dtype: str, statements: list[Statement]) -> Expr:
     """A name for `vector`, which `statements` come to define."""
-    name = tirx.Var("shuffled", f"{dtype}x{lanes}")
+    name = tirx.Var("shuffled", vector_dtype(dtype, lanes))
     statements.append(tirx.Bind(name, vector))
     return name
 
