@@ -53,6 +53,7 @@ __all__ = [
     "GATHERS",
     "IN_VECTORS",
     "PARTIAL",
+    "PEELS",
     "SKIPS_ROWS",
     "SUMS",
     "Source",
@@ -86,6 +87,9 @@ IN_VECTORS = "convt.in_vectors"
 With lanes along channels it is the loop over lanes, with lanes along columns that over the columns of a tile; loops
 over columns and phases follow.
 """
+
+PEELS = "convt.peels"
+"""Annotation of a loop over tiles of columns: those that reach beyond the image get a body each."""
 
 SUMS = "acc"
 """Name of the sums of band k, followed by k."""

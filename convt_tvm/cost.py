@@ -32,6 +32,7 @@ __all__ = [
     "block_sizes",
     "core_cycles",
     "gathering",
+    "image_bytes",
     "is_for_memory",
     "lane_counts",
     "phase_blocks",
@@ -252,7 +253,7 @@ def _image_traffic(spec: ConvTranspose2dSpec, layout: Layout, target: Target) ->
     A chunk of rows is read for each block of channels and row phase; what half the cache holds is read again from it.
     """
     rows = max(layout.rows(band) for band in bands(spec))
-    image = _image_bytes(spec)
+    image = image_bytes(spec)
     if image * min(layout.row_chunk, rows) // max(1, rows) <= target.cache_bytes // 2:
         return spec.input_shape[0] * image
     return spec.input_shape[0] * image * layout.blocks(spec) * sum(len(band.phases) for band in bands(spec))
@@ -279,7 +280,8 @@ def _weight_bytes(spec: ConvTranspose2dSpec) -> int:
     return prod(spec.weight_shape) * DTYPE_BYTES[spec.accumulator_dtype]
 
 
-def _image_bytes(spec: ConvTranspose2dSpec) -> int:
+def image_bytes(spec: ConvTranspose2dSpec) -> int:
+    """Size of an image that is read, as values to multiply."""
     return spec.ci * spec.ih * spec.iw * DTYPE_BYTES[spec.accumulator_dtype]
 
 

@@ -15,7 +15,7 @@ import tvm
 from tvm import s_tir, tirx
 
 from convt_tvm.bfloat16 import define_functions
-from convt_tvm.compute import GATHERS, PARTIAL, SKIPS_ROWS, SUMS, layout_of, lookup, spec_of, target_of
+from convt_tvm.compute import GATHERS, PARTIAL, PEELS, SKIPS_ROWS, SUMS, layout_of, lookup, spec_of, target_of
 from convt_tvm.layout import CACHE_LINE_BYTES, Window, bands, kernel_columns, window_axes
 from convt_tvm.lower_products import multiply_vectors, weights_pass
 from convt_tvm.lower_window import transpose_window
@@ -58,6 +58,8 @@ class Rules:
         Replaces loops annotated with `SKIPS_ROWS`.
     gather
         Gives the body of loops annotated with `GATHERS`.
+    peel
+        Gives those that do in turn what a loop annotated with `PEELS` does.
     ahead
         By the name of a buffer, the statements to come before the sums that are stored to it: of the loops around the
         store, and the store.
@@ -66,6 +68,7 @@ class Rules:
     stores: Mapping[str, Store]
     skip: Callable[[Any], Any] = lambda nest: nest
     gather: Callable[[Loop, Visit], Any] = lambda loop, visit: visit(loop.body)
+    peel: Callable[[Loop], list[Loop]] = lambda loop: [loop]
     ahead: Mapping[str, Callable[[Sequence[Loop], Any], list[Any]]] = field(default_factory=dict)
 
 
@@ -108,6 +111,8 @@ def _rewrite(statement: Any, rules: Rules) -> Any:
         match node:
             case tirx.For() if GATHERS in node.annotations:
                 return nest(loops, rebuild(node, rules.gather(node, visit)))
+            case tirx.For() if PEELS in node.annotations:
+                return nest(loops, sequence([rebuild(part, visit(part.body)) for part in rules.peel(node)]))
             case tirx.For() if SKIPS_ROWS in node.annotations:
                 return nest(loops, rules.skip(node))
             case tirx.For() if isinstance(node.body, tirx.For | tirx.BufferStore):
@@ -166,11 +171,29 @@ def _join_gathering(body: Any, last: str) -> Any:
     return sequence([*rest, rebuild(first, sequence(work))])
 
 
-def _skip_rows(nest: Any, axis: int, image: Pair) -> Any:
-    """`nest`, if any row of the window that it reads is of the `image`; the window's indices name the row at `axis`."""
+def _peel(loop: Loop, apart: Pair) -> list[Loop]:
+    """`loop` in parts: so many of its first and last iterations have a body each, where its variable is constant."""
+    left, right = apart
+    stop, last = int(loop.extent), int(loop.extent) - right
+
+    def part(first: int, extent: int, kind: Any) -> Loop:
+        return rebuild(loop, loop.body, tirx.const(first, "int32"), tirx.const(extent, "int32"), kind)
+
+    unrolled = tirx.ForKind.UNROLLED
+    between = [part(left, last - left, loop.kind)] if left < last else []
+    return [*(part(i, 1, unrolled) for i in range(left)), *between, *(part(i, 1, unrolled) for i in range(last, stop))]
+
+
+def _skip_rows(nest: Any, axis: int, images: Mapping[str, Pair]) -> Any:
+    """`nest`, if any row that it reads is of the image; indices name the row at `axis`.
+
+    `images` has the first row and the end of it, by the name of the buffer that holds it.
+    """
     loops, store = inside(nest)
-    load = find_load(store.value, "window")
+    loads = ((find_load(store.value, name), image) for name, image in images.items())
+    load, image = next(((load, image) for load, image in loads if load is not None), (None, (0, 0)))
     if load is None:
+        # Sums are set to zero here, or no row is of the border.
         return nest
     first = last = load.indices[axis]
     for loop in loops:
@@ -208,15 +231,20 @@ def lower_kernel(function: tirx.PrimFunc, *, asks_ahead: bool = True) -> tvm.IRM
     to pay, and lanes along channels for weights that do not stay in the second cache.
     """
     spec, layout, target = spec_of(function), layout_of(function), target_of(function)
-    window, row_axis = Window.of(spec, layout), window_axes(spec, layout).index("h")
+    window = Window.of(spec, layout)
+    row_axis, images = window_axes(spec, layout).index("h"), {"window": window.rows_inside}
+    if layout.skips_rows:
+        # The input itself may be read, in the order of a window.
+        images["input"] = 0, spec.ih
     function = flatten_blocks(function)
     named = {f"band{band.index}": band for band in bands(spec)}
     inputs = [buffer for buffer in function.params if str(buffer.name) not in named]
     outputs = Outputs(spec, layout, target, inputs[0].shape[0])
     rules = Rules(
         stores={name: partial(outputs.store, band) for name, band in named.items()},
-        skip=lambda nest: _skip_rows(nest, row_axis, window.rows_inside),
+        skip=lambda nest: _skip_rows(nest, row_axis, images),
         gather=outputs.gather,
+        peel=lambda loop: _peel(loop, layout.border_tiles(spec)),
         ahead={name: partial(outputs.ahead, band) for name, band in named.items() if asks_ahead},
     )
     body = _rewrite(_join_gathering(function.body, f"band{last_band(spec).index}"), rules)

@@ -9,10 +9,11 @@ channels the loop nest goes from
 to
 
     for n*g*(qh / row_chunk)*b*ph*(tiles of rows in a chunk):   parallel
-      for qw / column_block:
+      for qw / column_block:                  tiles that reach the border apart, see `Layout.skips_columns`
         for pw:                               unrolled
           for parts of th, tw, ic:            as `partial_sum` says; each ends with an addition to sums in memory
-            for tw of the part:               unrolled; left out where it would read rows of the border only
+            for tw of the part:               unrolled; left out where it would read rows of the border only, and in a
+                                              tile apart for columns of the border
               for ic of the part:
                 for qh % row_block:           unrolled     } row_block * column_block * co_block/lanes
                  for qw % column_block:       unrolled     } accumulators in registers
@@ -31,8 +32,9 @@ or, with ``taps="outer"``, where a block's weights for one row phase do not fit 
 With ``gathers`` the parallel loop ends with b, the rows of all phases of the chunk go to a buffer, and from there past
 the caches to the output, most of them beside the sums of the rows that follow.
 
-In channels_last sums leave as they are, vectors of channels, and the input itself is read where no tile reaches beyond
-it and what a tile reads side by side stays in the first cache (`convt_tvm.layout.reads_input`).
+In channels_last sums leave as they are, vectors of channels, and the input itself is read where tiles are of one row
+or none reaches beyond it, and what a tile reads side by side stays in the first cache
+(`convt_tvm.layout.reads_input`).
 
 What limits it on one core of a Zen 4 server (115 GFLOP/s; the share of that peak after the name; answers checked):
 
@@ -60,7 +62,9 @@ And on one of an Emerald Rapids server (175 GFLOP/s, L2 2 MiB, 18 GB/s from beyo
   neighbour is busy everything takes 1.3 to 2 times as long, for seconds to minutes; then tiles of few loads lose
   least (dilated/k3d2 in channels_last 2.48 ms with 10 loads for 24 multiply-adds, 2.73 with 13 for 22).
 - Parts. Before there were any, hifigan/up1 and dilated/k3d2 took 4 % less time, at up to 5 times the error.
-- The border. A 1 x 1 image (dcgan/1) meets one of 16 taps; without the 15 others 0.24 became 0.13 ms.
+- The border. A 1 x 1 image (dcgan/1) meets one of 16 taps; without the 15 others 0.24 became 0.13 ms. In channels_last,
+  where tiles that leave it out need no window either, dilated/k3d2 took 0.91 of the time, bilinear/depthwise 0.84,
+  dcgan/4 0.87, seed/square 0.83 and seed/rect 0.85, with the tiles that are best then.
 - Stores. The transposes gained 5 % for dcgan/4, whose output stays in the second cache, and nothing where it does not:
   there a run of outputs waits for its cache lines, however it is stored.
 - NCHW to NHWC: transposes in registers gained 3 % for grouped/4, 1 to 2 % for dcgan/4 and maskrcnn/mask.
@@ -71,7 +75,7 @@ from dataclasses import replace
 
 from tvm.s_tir import Schedule
 
-from convt_tvm.compute import GATHERS, IN_VECTORS, layout_of, spec_of
+from convt_tvm.compute import GATHERS, IN_VECTORS, PEELS, layout_of, spec_of
 from convt_tvm.cost import (
     Costs,
     Tile,
@@ -79,6 +83,7 @@ from convt_tvm.cost import (
     block_sizes,
     core_cycles,
     gathering,
+    image_bytes,
     is_for_memory,
     lane_counts,
     row_chunks,
@@ -104,11 +109,13 @@ MAX_TRANSPOSED = 128
 """Outputs in a row of a tile beyond which they are stored one by one, to keep code small."""
 MAX_POSITIONS = 28
 CYCLES_PER_INPUT = {"nchw": 1.5, "nhwc": 1.0}
-CYCLES_PER_PAGE_SHARED = 0.25
-"""For an input value, and each other position of a tile in its page, where the input itself is read.
+CYCLES_PER_PAGE_SHARED = 0.4
+"""For an input value, and each other position of a tile in its page, where the input itself is read from beyond the
+second cache and a position's channels fill several lines.
 
-The prefetchers of an x86 core follow one stream in a page of 4 KiB. On an Emerald Rapids server unet/up4 in
-channels_last took 6.6 ms with positions in 4 rows, 6.7 in 2, and 7.3 in one.
+Its prefetcher follows one stream in a page of 4 KiB on an x86 core. On an Emerald Rapids server unet/up4 in
+channels_last took 6.6 ms with positions in 4 rows, 6.7 in 2, and 7.3 in one; dilated/k3d2, whose image is in the second
+cache, 1.64 with 11 positions in one row and 1.69 with 6 in two.
 """
 CYCLES_PER_OUTPUT = {"nchw": 1.0, "nhwc": 0.2}
 PAGE_BYTES = 4096
@@ -139,7 +146,7 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
                 for rows in block_sizes(height, MAX_POSITIONS // columns):
                     tile = Tile(vectors, rows * columns, lanes * DTYPE_BYTES[spec.accumulator_dtype], in_order=True)
                     if tile.fits(target):
-                        costs = _costs(spec, Layout("co", vectors * lanes, rows, columns, lanes, rows))
+                        costs = _costs(spec, Layout("co", vectors * lanes, rows, columns, lanes, rows), target)
                         for chunk in row_chunks(spec, rows, target):
                             layout = Layout("co", vectors * lanes, rows, columns, lanes, chunk)
                             yield layout, core_cycles(spec, layout, tile, target, reuse=1, costs=costs)
@@ -152,9 +159,11 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
                             yield layout, core_cycles(spec, layout, tile, target, reuse=1, costs=costs)
 
 
-def _costs(spec: ConvTranspose2dSpec, layout: Layout) -> Costs:
+def _costs(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> Costs:
     """What is paid besides sums."""
-    in_page = min(layout.column_block, -(-PAGE_BYTES // (spec.ci * DTYPE_BYTES[spec.dtype])))
+    column_bytes, input_bytes = spec.ci * DTYPE_BYTES[spec.dtype], spec.input_shape[0] * image_bytes(spec)
+    streams = input_bytes > target.cache_bytes // 2 and column_bytes > 2 * CACHE_LINE_BYTES
+    in_page = min(layout.column_block, -(-PAGE_BYTES // column_bytes)) if streams else 1
     return Costs(
         CYCLES_PER_PAGE_SHARED * (in_page - 1) if reads_input(spec, layout) else CYCLES_PER_INPUT[spec.input_axes],
         CYCLES_PER_OUTPUT[spec.output_axes] + CYCLES_PER_RUN / outputs_in_run(spec, layout),
@@ -211,6 +220,8 @@ def tile(sch: Schedule) -> None:
         vector, lane = sch.split(ob, [None, layout.vector_lanes])
         phased = (row_block, ph) if layout.gathers else (ph, row_block)
         sch.reorder(n, g, chunk, b, *phased, column_block, row, vector, lane, column, pw)
+        if reaches(spec, band) and layout.skips_columns(spec):
+            sch.annotate(column_block, PEELS, True)
         outputs = layout.column_block * len(spec.axes[1].phases)
         if reaches(spec, band) and (outputs > 1 or spec.output_axes == "nhwc") and outputs <= MAX_TRANSPOSED:
             sch.annotate(lane, IN_VECTORS, True)

@@ -66,19 +66,26 @@ def test_every_space_is_exact_and_writes_nothing_else(name, dtype, tmp_path):
 
 
 def test_the_input_itself_is_read_where_it_can_be():
+    def layouts_of(spec):
+        return [choice.layout for choice in choices(spec, V4)]
+
     def reading(spec):
-        return [choice.layout for choice in choices(spec, V4) if reads_input(spec, choice.layout)]
+        return [layout for layout in layouts_of(spec) if reads_input(spec, layout)]
 
     whole = last(ci=16, co=32, kernel_size=2, padding=0)
     assert {layout.lanes for layout in reading(whole)} == {"co"}
-    # Tiles of columns that reach beyond the last column read a border, and so do taps.
-    assert all(whole.iw % layout.column_block == 0 for layout in reading(whole))
-    assert not reading(last(ci=16, co=32))
+    # Tiles and taps that reach beyond the image leave the border out, but for tiles of several rows.
+    assert {layout.row_block for layout in reading(whole)} == {1, whole.ih}
+    assert any(whole.iw % layout.column_block for layout in reading(whole))
+    assert {layout.row_block for layout in reading(last(ci=16, co=32))} == {1}
+    many = last(ci=16, co=64, kernel_size=9, iw=27)
+    assert {layout.skips_columns(many) for layout in reading(many)} == {True}
+    assert any(layout.row_block == 1 and not layout.skips_columns(many) for layout in layouts_of(many))
     assert not reading(replace(whole, dtype="bfloat16"))
     assert {layout.lanes for layout in reading(replace(whole, memory_format="contiguous_format"))} <= {"ow"}
     # Positions 4,096 bytes apart fall into one set of the first cache.
     far = replace(whole, ci=1024, iw=16)
-    assert {layout.row_block * layout.column_block for layout in reading(far)} == {1, 2, 4}
+    assert {layout.row_block * layout.column_block for layout in reading(far)} == {1, 2, 3, 4}
     assert max(layout.row_block * layout.column_block for layout in reading(replace(far, ci=1008))) > 4
 
 

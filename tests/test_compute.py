@@ -52,7 +52,7 @@ def run_reference(spec, inputs):
     return output
 
 
-LAYOUTS = [Layout("co", 4, 2, 3, 2, 4), Layout("co", 4, 1, 16, 4, 2, taps="outer"), Layout("ow", 3, 1, 4, 2, 2)]
+LAYOUTS = [Layout("co", 4, 2, 3, 2, 4), Layout("co", 4, 2, 16, 4, 2, taps="outer"), Layout("ow", 3, 1, 4, 2, 2)]
 
 GRID = [
     dict(kernel_size=k, stride=s, padding=p, dilation=d, output_padding=op)

@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 
 from convt_tvm.errors import SpecError
-from convt_tvm.layout import Layout, bands, partial_sum, sums_in_parts, sums_taps_first
+from convt_tvm.layout import Layout, Window, bands, partial_sum, sums_in_parts, sums_taps_first
 from convt_tvm.spec import ConvTranspose2dSpec
 
 
 def spec_of(k, s, p, d):
     return ConvTranspose2dSpec(
-        n=1, ci=2, ih=5, iw=4, co=3, kernel_size=k, stride=s, padding=p, dilation=d, bias=False
+        n=1, ci=2, ih=5, iw=4, co=3, kernel_size=k, stride=s, padding=p, dilation=d, memory_format="channels_last"
     )  # fmt: skip
 
 
@@ -32,11 +32,42 @@ def test_steps_are_those_that_read_the_image(row_block):
                 for first in range(0, layout.rows(band), row_block)
             )
             assert band.row_steps(layout, spec.ih) == expected
-        # One tile of columns multiplies with the image alone; phases shorter than the longest fill it up.
-        layout = replace(layout, column_block=max(phase.count for phase in spec.axes[1].phases))
-        assert layout.skips_columns(spec)
-        surplus = layout.column_steps(spec) * layout.column_block - spec.axes[1].products
+        # Tiles of columns multiply with the image alone; phases shorter than the longest fill them up.
+        for columns in range(1, max(phase.count for phase in spec.axes[1].phases) + 1):
+            layout = replace(layout, row_block=1, column_block=columns)
+            reads = [
+                [
+                    0 <= column + phase.base - tap * phase.input_step < spec.iw
+                    for phase in spec.axes[1].phases
+                    for tap in range(phase.taps)
+                    for column in range(first, first + columns)
+                ]
+                for first in range(0, layout.columns(spec), columns)
+            ]
+            left, right = layout.border_tiles(spec)
+            assert all(map(all, reads[left : len(reads) - right]))
+            assert layout.skips_columns(spec) == (left + right > 0)
+            assert layout.column_steps(spec) * columns == pytest.approx(sum(map(sum, reads)))
+        surplus = round(layout.column_steps(spec) * columns) - spec.axes[1].products
         assert surplus == 0 if s == 1 else 0 <= surplus <= spec.kernel_size[1]
+
+
+def test_border_tiles_are_no_more_than_reach_the_border():
+    # Columns -1 to 8 of an image of 8: the first and the last of tiles of 3, and all that hold columns beyond 9.
+    spec = ConvTranspose2dSpec(n=1, ci=4, ih=8, iw=8, co=16, kernel_size=3, padding=1)
+    tiles = {columns: Layout("co", 16, 1, columns, 16, 1).border_tiles(spec) for columns in (1, 2, 3, 4, 8)}
+    assert tiles == {1: (1, 1), 2: (1, 1), 3: (1, 1), 4: (1, 1), 8: (1, 0)}
+    assert Layout("co", 16, 1, 3, 16, 1).border_tiles(replace(spec, kernel_size=(3, 1), padding=(1, 0))) == (0, 1)
+
+
+def test_a_window_holds_no_border_that_tiles_leave_out():
+    spec = ConvTranspose2dSpec(n=1, ci=4, ih=8, iw=8, co=16, kernel_size=3, padding=1)
+    layout = Layout("co", 16, 1, 4, 16, 1)
+    assert Window.of(spec, layout) == Window(0, 0, 8, 8, (0, 8), (0, 8))
+    assert Window.of(spec, replace(layout, row_block=2)) == Window(-1, 0, 10, 8, (1, 9), (0, 8))
+    assert Window.of(spec, replace(layout, taps="outer")) == Window(0, -1, 8, 10, (0, 8), (1, 9))
+    for whole in (replace(layout, lanes="ow"), replace(layout, taps="plain")):
+        assert Window.of(spec, whole) == Window(-1, -1, 10, 10, (1, 9), (1, 9))
 
 
 def test_chunks_cover_a_band_in_whole_tiles():
