@@ -58,6 +58,9 @@ And on one of an Emerald Rapids server (175 GFLOP/s, L2 2 MiB, 18 GB/s from beyo
 - Streams. In channels_last positions of one row share a page, and the prefetchers lose them: unet/up4 took 7.9 ms in
   tiles of 1 x 8 positions, 6.8 in 4 x 2, and 6.6 in 4 x 1 of twice as many channels (95 %). Storing past the caches
   without gathering took 1.12 to 1.18 of the time.
+- Chunks. Of equal estimates that with most rows, whose weights are a single block's, took 0.92 to 0.97 of the time on
+  two threads in channels_last (dcgan/4, pose/1, grouped/4, dilated/k3d2), and 0.99 to 1.01 on one. In NCHW chunks of
+  one row did (dcgan/4 0.95, grouped/4 0.93, one thread).
 - Others. The two threads of such a core share its multiply-adds, loads and caches. In a virtual machine whose
   neighbour is busy everything takes 1.3 to 2 times as long, for seconds to minutes; then tiles of few loads lose
   least (dilated/k3d2 in channels_last 2.48 ms with 10 loads for 24 multiply-adds, 2.73 with 13 for 22).
@@ -147,7 +150,8 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
                     tile = Tile(vectors, rows * columns, lanes * DTYPE_BYTES[spec.accumulator_dtype], in_order=True)
                     if tile.fits(target):
                         costs = _costs(spec, Layout("co", vectors * lanes, rows, columns, lanes, rows), target)
-                        for chunk in row_chunks(spec, rows, target):
+                        # Of layouts with equal estimates the first is taken.
+                        for chunk in sorted(row_chunks(spec, rows, target), reverse=spec.output_axes == "nhwc"):
                             layout = Layout("co", vectors * lanes, rows, columns, lanes, chunk)
                             yield layout, core_cycles(spec, layout, tile, target, reuse=1, costs=costs)
                             if layout.slice_bytes(spec) > target.held_weight_bytes:
