@@ -82,7 +82,7 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
     for layout, cycles in llvm_channels.layouts(pairs, target):
         total = cycles + prod(spec.output_shape) * _split_cycles(spec, layout)
         if reads_pairs(spec, layout):
-            total -= prod(pairs.input_shape) * llvm_channels.CYCLES_PER_INPUT[spec.input_axes]
+            total -= prod(pairs.input_shape) * llvm_channels.CYCLES_PER_INPUT
         yield DotLayout(**layout.to_json()), factor * total
 
 
