@@ -39,6 +39,10 @@ SHORT_LOOP = 16
 MIN_PRODUCTS = 16
 """Products in a partial sum that give cache lines the time to come (with 4, bilinear/depthwise took 4 % longer)."""
 
+MAX_ASKED = 32
+"""Cache lines in a row asked for one after the other; more are in a loop (fcn8s/up8 in channels_last has 256, which
+took half a second to compile)."""
+
 Expr = Any
 Loop = Any
 Put = Callable[[int, Expr, Any, int], Any]
@@ -246,10 +250,12 @@ class Outputs:
             beside = [loop for loop in around if _counts_by_one(ob, loop.loop_var)]
             around = [loop for loop in around if loop not in beside]
             channel = at_start(channel, beside)
-        offsets = [*range(0, size - 1, line), size - 1]
-        columns = [tirx.min(first * spec.stride[1] + offset, spec.ow - 1) for offset in offsets]
-        places = [self._place(n, channel, row, column) for column in columns]
-        asked = sequence(ask_for(self.tensor, places, to_write=True))
+        number, lines = tirx.Var("line", "int32"), -(-(size - 1) // line)
+        offset = tirx.min(number * line, size - 1)
+        column = tirx.min(first * spec.stride[1] + offset, spec.ow - 1)
+        asked = sequence(ask_for(self.tensor, [self._place(n, channel, row, column)], to_write=True))
+        kind = tirx.ForKind.UNROLLED if lines < MAX_ASKED else tirx.ForKind.SERIAL
+        asked = tirx.For(number, 0, lines + 1, kind, asked)
         for loop in reversed(around):
             asked = tirx.For(loop.loop_var, loop.min, loop.extent, tirx.ForKind.SERIAL, asked)
         return [asked]
