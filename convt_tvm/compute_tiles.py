@@ -5,9 +5,14 @@ For each row band, with ``f = q + (base(ph) - th*step)*pitch + base(pw) - tw*ste
     acc[n, g, b, ph, chunk, pw, ob, p] += window[n, g, ks*K + kp, f, j] * packed[g*B + b, ..., ks, ob, kp, j]
 
 over ``th``, ``tw``, ``ks``, ``kp``, ``j``: the input channel ``2*(ks*K + kp) + j`` in steps of ``K`` pairs, as tiles
-multiply them, and ``q = chunk*chunk_rows*pitch + p``. Products and sums are in float32.
+multiply them, and ``q = chunk*chunk_rows*pitch + p``. With lanes along channels
+
+    acc[n, g, b, ph, chunk, pw, p, ob] += window[n, f, g, ks, kp, j] * packed[g*B + b, ..., ks, kp, ob, j]
+
+where the last four axes of the window are one, and the input itself may stand for it. Products and sums are in float32.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from tvm import ir, te, tirx
@@ -30,46 +35,69 @@ set to zero, added to for one step of input channels, and written to memory; ``c
 BITS = "uint16"
 
 Expr = Any
+Image = Callable[[Expr, Expr, Expr, Expr, Expr], Expr]
+"""The value for indices ``n, g, pair, f, j``: a group's pair of channels at a place, and which of the two."""
 
 
 def declare_tile_phases(spec: ConvTranspose2dSpec, layout: TileLayout, target: Target) -> tirx.PrimFunc:
     """The phase form of `spec` as a PrimFunc to schedule; parameters and blocks as of `compute.declare_phases`."""
     batch, spec = te.var("n") if spec.n is None else spec.n, spec.sized
     data, packed, bias = parameters(spec, layout, batch)
-    window = None
+    image = None
     outputs = []
     for band in bands(spec):
         sums = None
         if reaches(spec, band):
-            window = _window(spec, layout, data) if window is None else window
-            sums = _sums_of(spec, layout, band, _accumulate(spec, layout, band, window, packed))
+            image = _image(spec, layout, data) if image is None else image
+            sums = _sums_of(spec, layout, band, _accumulate(spec, layout, band, batch, image, packed))
         outputs.append(finish(spec, layout, band, batch, sums, bias))
     return phase_function(spec, layout, target, [data.tensor, packed, bias], outputs)
 
 
-def _window(spec: ConvTranspose2dSpec, layout: TileLayout, data: Source) -> Any:
-    """The image in pairs of channels, its rows ``pitch`` apart and with zeros around it.
+def _image(spec: ConvTranspose2dSpec, layout: TileLayout, data: Source) -> Image:
+    """The image, rows ``pitch`` apart and zeros around it: the input, or a window in pairs of channels or in NHWC.
 
     Bits and not numbers, for TVM keeps intermediate bfloat16 numbers in float32.
     """
     window, pitch = layout.window(spec), layout.pitch(spec)
     (top, bottom), (left, right) = window.rows_inside, window.columns_inside
-    channels = spec.ci // spec.groups
+    channels, places = spec.ci // spec.groups, layout.image_rows(spec) * pitch
     pairs = layout.steps(spec) * layout.pairs(spec)
 
-    def read(n: Expr, g: Expr, pair: Expr, f: Expr, j: Expr) -> Expr:
-        row, column, channel = tirx.indexdiv(f, pitch), tirx.indexmod(f, pitch), 2 * pair + j
+    def read(n: Expr, g: Expr, channel: Expr, f: Expr) -> Expr:
+        row, column = tirx.indexdiv(f, pitch), tirx.indexmod(f, pitch)
         value = data.at(n, g * channels + channel, row + window.first_row, column + window.first_column)
         checks = [row >= top, row < bottom, column >= left, column < right]
         if channels < 2 * pairs:
             checks.append(channel < channels)
         return tirx.if_then_else(tirx.all(*checks), tirx.reinterpret(BITS, value), tirx.const(0, BITS))
 
-    shape = (data.tensor.shape[0], spec.groups, pairs, layout.image_rows(spec) * pitch, 2)
-    return te.compute(shape, read, name="window")
+    def read_pairs(n: Expr, g: Expr, pair: Expr, f: Expr, j: Expr) -> Expr:
+        return read(n, g, 2 * pair + j, f)
+
+    def read_places(n: Expr, f: Expr, c: Expr) -> Expr:
+        if channels == 2 * pairs:
+            return read(n, 0, c, f)
+        return read(n, tirx.indexdiv(c, 2 * pairs), tirx.indexmod(c, 2 * pairs), f)
+
+    batch = data.tensor.shape[0]
+    if layout.reads_input(spec):
+        # A place counts the columns of all rows from the first one on.
+        return lambda n, g, pair, f, j: data.at(n, g * channels + 2 * pair + j, 0, f)
+    if layout.by_positions:
+        kept = te.compute((batch, places, spec.groups * 2 * pairs), read_places, name="window")
+        return lambda n, g, pair, f, j: _number(kept[n, f, g * 2 * pairs + 2 * pair + j], spec)
+    paired = te.compute((batch, spec.groups, pairs, places, 2), read_pairs, name="window")
+    return lambda n, g, pair, f, j: _number(paired[n, g, pair, f, j], spec)
 
 
-def _accumulate(spec: ConvTranspose2dSpec, layout: TileLayout, band: Band, window: Any, packed: Any) -> Any:
+def _number(bits: Expr, spec: ConvTranspose2dSpec) -> Expr:
+    return tirx.reinterpret(spec.dtype, bits)
+
+
+def _accumulate(
+    spec: ConvTranspose2dSpec, layout: TileLayout, band: Band, batch: Expr, image: Image, packed: Any
+) -> Any:
     """The gathered reduction of one band."""
     origin, pitch, pairs = layout.window(spec), layout.pitch(spec), layout.pairs(spec)
     column_phases = spec.axes[1].phases
@@ -85,21 +113,22 @@ def _accumulate(spec: ConvTranspose2dSpec, layout: TileLayout, band: Band, windo
     axes = [te.reduce_axis((0, extent), name=name) for name, extent in extents.items()]
     th, tw, ks, kp, j = axes
 
-    def total(n: Expr, g: Expr, b: Expr, ph: Expr, c: Expr, pw: Expr, ob: Expr, p: Expr) -> Expr:
+    def total(n: Expr, g: Expr, b: Expr, ph: Expr, c: Expr, pw: Expr, *of_tile: Expr) -> Expr:
+        p, ob = of_tile if layout.by_positions else reversed(of_tile)
         place = c * (chunk * pitch) + p
         place += lookup(row_base, ph) - th * (step_h * pitch) + lookup(column_base, pw) - tw * step_w
         row, column = lookup(row_tap, ph) + th * band.phases[0].tap_step, lookup(column_start, pw) + tw
-        bits = window[n, g, ks * pairs + kp, place, j]
-        value = tirx.reinterpret(spec.dtype, bits).astype(spec.accumulator_dtype)
-        weight = packed[g * blocks + b, row, column, ks, ob * (2 * pairs) + kp * 2 + j].astype(spec.accumulator_dtype)
+        value = image(n, g, ks * pairs + kp, place, j).astype(spec.accumulator_dtype)
+        pair = kp * layout.co_block + ob if layout.by_positions else ob * pairs + kp
+        weight = packed[g * blocks + b, row, column, ks, pair * 2 + j].astype(spec.accumulator_dtype)
         product = value * weight
         if min(column_taps) != max(column_taps):
             product = tirx.if_then_else(tw < lookup(column_taps, pw), product, tirx.const(0, spec.accumulator_dtype))
         return te.sum(product, axis=axes)
 
-    lead = (window.shape[0], spec.groups, blocks, len(band.phases), layout.rows(band) // chunk, len(column_phases))
-    shape = (*lead, layout.co_block, layout.chunk_tiles(spec, band) * layout.positions)
-    return te.compute(shape, total, name=f"acc{band.index}")
+    lead = (batch, spec.groups, blocks, len(band.phases), layout.rows(band) // chunk, len(column_phases))
+    tile = layout.chunk_tiles(spec, band) * layout.positions, layout.co_block
+    return te.compute((*lead, *(tile if layout.by_positions else reversed(tile))), total, name=f"acc{band.index}")
 
 
 def _sums_of(spec: ConvTranspose2dSpec, layout: TileLayout, band: Band, acc: Any) -> Sums:
@@ -110,7 +139,8 @@ def _sums_of(spec: ConvTranspose2dSpec, layout: TileLayout, band: Band, acc: Any
         # A zero that TVM cannot see through: a schedule then sums all positions of a chunk, which whole tiles divide.
         unknown = tirx.bitwise_and(qh, 0)
         place = tirx.indexmod(qh, chunk) * pitch + qw + unknown
-        return acc[n, g, b, ph, tirx.indexdiv(qh, chunk), pw, ob, place]
+        of_tile = (place, ob) if layout.by_positions else (ob, place)
+        return acc[(n, g, b, ph, tirx.indexdiv(qh, chunk), pw, *of_tile)]
 
     return sums
 
@@ -119,17 +149,20 @@ def declare_tile_pack(spec: ConvTranspose2dSpec, layout: TileLayout, target: Tar
     """The packing of a plain weight: ``weight`` (ci, co/groups, kh, kw) to ``ordered``.
 
     ``ordered[block, kh, kw, ks, k]`` is stored by `convt_tvm.lower` at the place of its kernel column. With ``K`` pairs
-    of channels in a step, ``k = ob*2*K + c`` is channel ``ks*2*K + c`` for output channel ``ob``; what fills up a step
-    or a block is zero.
+    of channels in a step, ``k = (ob*K + kp)*2 + j`` is channel ``(ks*K + kp)*2 + j`` for output channel ``ob`` of a
+    block of ``O``; with lanes along channels ``k = (kp*O + ob)*2 + j`` is. What fills up a step or a block is zero.
     """
     in_channels, out_channels = spec.ci // spec.groups, spec.co // spec.groups
     weight = te.placeholder(spec.weight_shape, spec.dtype, name="weight")
     blocks, width = layout.blocks(spec), 2 * layout.pairs(spec)
 
     def order(block: Expr, y: Expr, x: Expr, ks: Expr, k: Expr) -> Expr:
-        group = tirx.indexdiv(block, blocks)
-        channel = tirx.indexmod(block, blocks) * layout.co_block + tirx.indexdiv(k, width)
-        source = ks * width + tirx.indexmod(k, width)
+        group, pair, j = tirx.indexdiv(block, blocks), tirx.indexdiv(k, 2), tirx.indexmod(k, 2)
+        if layout.by_positions:
+            kp, ob = tirx.indexdiv(pair, layout.co_block), tirx.indexmod(pair, layout.co_block)
+        else:
+            ob, kp = tirx.indexdiv(pair, width // 2), tirx.indexmod(pair, width // 2)
+        channel, source = tirx.indexmod(block, blocks) * layout.co_block + ob, ks * width + 2 * kp + j
         checks = [channel < out_channels] if out_channels % layout.co_block else []
         if in_channels < layout.steps(spec) * width:
             checks.append(source < in_channels)

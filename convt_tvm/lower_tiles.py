@@ -81,9 +81,15 @@ class _Tiles:
         layout = self.layout
         config = bytearray(64)
         config[0] = _PALETTE
-        shapes = {number: (layout.channel_rows, 4 * TILE_POSITIONS) for row in self.sums for number in row}
-        shapes |= {number: (layout.channel_rows, 4 * self.pairs) for number in self.weights}
-        shapes |= {number: (self.pairs, 4 * TILE_POSITIONS) for number in self.images}
+        channels, positions = layout.tile_channels, TILE_POSITIONS
+        # Rows of the first factor are rows of the sums, and columns of the second one their columns, in pairs.
+        first, second = ({number: channels for number in self.weights}, {number: positions for number in self.images})
+        if layout.by_positions:
+            first, second = second, first
+        rows, columns = next(iter(first.values())), next(iter(second.values()))
+        shapes = {number: (rows, 4 * columns) for row in self.sums for number in row}
+        shapes |= {number: (rows, 4 * self.pairs) for number in first}
+        shapes |= {number: (self.pairs, 4 * columns) for number in second}
         for number, (rows, width) in shapes.items():
             config[16 + 2 * number], config[48 + number] = width, rows
         words = [int.from_bytes(config[i : i + 8], "little", signed=True) for i in range(0, 64, 8)]
@@ -97,19 +103,23 @@ class _Tiles:
     def _multiply(self, loop: Any) -> Any:
         """One step: each tile of weights times each tile of the image, added to its sums."""
         loops, store = inside(loop)
-        image, weight = (_first(find_load(store.value, name), loops) for name in ("window", "packed"))
-        guard = find_guard(store.value)
-        rows = self.layout.channel_rows
+        loads = [find_load(store.value, name) for name in ("window", "input", "packed")]
+        image, weight = (_first(load, loops) for load in loads if load is not None)
+        guard, layout = find_guard(store.value), self.layout
+        position = len(image.indices) - 2
+        rows = position if layout.by_positions else position - 1
+        stride = 2 * element_stride(image.source, rows)
+        of_row, of_channel = (layout.co_block, 1) if layout.by_positions else (self.pairs, self.pairs)
         statements = [
-            _load(number, weight, {4: i * rows * 2 * self.pairs}, 4 * self.pairs)
+            _load(number, weight, {4: 2 * i * layout.tile_channels * of_channel}, 4 * of_row)
             for i, number in enumerate(self.weights)
         ]
-        stride = 2 * element_stride(image.source, 2)
         for j in range(len(self.sums[0])):
             number = self.images[j % len(self.images)]
-            statements.append(_load(number, image, {3: j * TILE_POSITIONS}, stride))
+            statements.append(_load(number, image, {position: j * TILE_POSITIONS}, stride))
             for i, weights in enumerate(self.weights):
-                statements.append(_call("tdpbf16ps", _byte(self.sums[i][j]), _byte(weights), _byte(number)))
+                factors = (number, weights) if layout.by_positions else (weights, number)
+                statements.append(_call("tdpbf16ps", _byte(self.sums[i][j]), *map(_byte, factors)))
         body = tirx.SeqStmt(statements)
         return body if guard is None else tirx.IfThenElse(guard, body, None)
 
@@ -118,11 +128,12 @@ class _Tiles:
         loops, store = inside(loop)
         place = _first(tirx.BufferLoad(store.buffer, store.indices), loops)
         axes = len(store.indices)
+        position, channel = (axes - 2, axes - 1) if self.layout.by_positions else (axes - 1, axes - 2)
         stride = 4 * element_stride(store.buffer, axes - 2)
         statements = []
         for i, row in enumerate(self.sums):
             for j, number in enumerate(row):
-                offsets = {axes - 2: i * self.layout.channel_rows, axes - 1: j * TILE_POSITIONS}
+                offsets = {channel: i * self.layout.tile_channels, position: j * TILE_POSITIONS}
                 indices = _offset_by(place, offsets)
                 offset = element_number(place.source, indices)
                 # Not address_of: TVM takes it for an access to one element, and cuts off what it sees no access to.

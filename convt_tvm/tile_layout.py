@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from convt_tvm.layout import Band, Layout, Window
+from convt_tvm.layout import Band, Layout, Window, bands
 from convt_tvm.spec import ConvTranspose2dSpec
 
 __all__ = ["REGISTERS", "TILE_CHANNELS", "TILE_POSITIONS", "TILE_ROWS", "TileLayout"]
@@ -23,7 +23,10 @@ class TileLayout(Layout):
 
     The positions of a phase are numbered through all rows: position ``q = row * pitch + column`` reads the image, whose
     rows are ``pitch`` apart as well, at ``q`` plus what the tap adds. Positions beyond a row's end are computed and
-    dropped. So a tile is full however narrow the image is, and ``lanes`` run along positions.
+    dropped. So a tile is full however narrow the image is.
+
+    Sums have a row for each channel and ``lanes`` run along positions (``ow``), which an image in pairs of channels is
+    read for; or a row for each position and ``lanes`` along channels (``co``), where an image in NHWC is read as it is.
 
     Parameters
     ----------
@@ -35,12 +38,26 @@ class TileLayout(Layout):
     positions: int
 
     @property
+    def skips_rows(self) -> bool:
+        """A tile of positions reads the border of a row as well."""
+        return False
+
+    def skips_columns(self, spec: ConvTranspose2dSpec) -> bool:
+        """As `skips_rows`."""
+        return False
+
+    @property
+    def by_positions(self) -> bool:
+        """Whether sums have a row for each position, and not for each channel."""
+        return self.lanes == "co"
+
+    @property
     def channel_tiles(self) -> int:
         """Tiles that share a block's channels."""
         return -(-self.co_block // TILE_ROWS)
 
     @property
-    def channel_rows(self) -> int:
+    def tile_channels(self) -> int:
         """Channels in each of these."""
         return self.co_block // self.channel_tiles
 
@@ -78,6 +95,21 @@ class TileLayout(Layout):
         """Rows of the image kept, with zeros behind it for the last tile of positions to read."""
         window, pitch = self.window(spec), self.pitch(spec)
         return window.height + -(-(window.width + self.columns(spec) + self.positions) // pitch)
+
+    def reads_input(self, spec: ConvTranspose2dSpec) -> bool:
+        """Whether tiles of positions read the input itself: in NHWC, whole steps of channels, and nothing beyond it."""
+        if not self.by_positions or spec.input_axes != "nhwc":
+            return False
+        window, whole = self.window(spec), 2 * self.pairs(spec) * self.steps(spec) == spec.ci // spec.groups
+        last_column = max(phase.base for phase in spec.axes[1].phases)
+
+        def end(band: Band) -> int:
+            """The place behind the last one that is read."""
+            first_row = self.rows(band) - self.chunk(band) + max(phase.base for phase in band.phases)
+            return first_row * spec.iw + self.chunk_tiles(spec, band) * self.positions + last_column
+
+        inside = window.is_inside and (window.height, window.width) == (spec.ih, spec.iw)
+        return whole and inside and max(map(end, bands(spec))) <= spec.ih * spec.iw
 
     def window_elements(self, spec: ConvTranspose2dSpec) -> int:
         """Number of values that are kept of the input, zeros of steps and rows included."""

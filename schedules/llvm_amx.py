@@ -19,6 +19,10 @@ to
       for ob, rows of the chunk, qw / column_block:
         for qw % column_block, pw:            interleaved in registers
 
+In channels_last sums have a row for each position and a column for each channel instead, ``p`` before ``ob``: what the
+unit reads of the image is then as it lies in memory, and what is stored too. Where there is no border and tiles of
+positions end with the image, the input itself is read; else its rows are copied, with zeros around.
+
 What it brings, in milliseconds on one core of an Emerald Rapids server, NCHW, weights packed, other work on the same
 core (processor time by turns in one process, median of 11 rounds, answers checked):
 
@@ -42,8 +46,15 @@ core (processor time by turns in one process, median of 11 rounds, answers check
     seed/square        9.91       21.5      62.7        13.7
     =================  =========  ========  ==========  ===================
 
+And in channels_last, on another day and alone on the core but for unet/up4, maskrcnn/mask and pointpillars/up4, in
+bfloat16 and times of PyTorch's in the same format: dcgan/2 0.20 and 7.2, dcgan/3 0.084 and 4.0, dcgan/4 0.065 and 2.4,
+dcgan/5 0.036 and 2.5, unet/up1 7.1 and 1.2, unet/up4 2.0 and 2.1, pose/1 1.4 and 12, pose/2 0.50 and 2.2, fcn8s/up8
+0.59 and 20, maskrcnn/mask 6.8 and 1.0, pointpillars/up4 6.9 and 1.4, sam/up1 0.71 and 1.2, hifigan/up1 0.40 and 13,
+grouped/4 0.16 and 1.5, dilated/k3d2 0.25 and 1.2, seed/square 8.1 and 1.4, seed/rect 5.5 and 33.
+
 What limits it:
 
+- Copies of the image, in channels_last: maskrcnn/mask, whose 14 x 14 positions no tile of 16 or 32 ends with.
 - Everything but the products. The unit did 2,800 GFLOP/s with its operands in registers, 16 cycles for each product,
   and as many for 1 row of channels as for 16; unet/up1 reaches 600, unet/up4 with 128 input channels and one tap 350.
 - Reading the image: a tile's 16 rows lie in two cache lines each wherever a tap shifts them. With one channel tile
@@ -61,7 +72,7 @@ from convt_tvm.compute import IN_VECTORS, spec_of
 from convt_tvm.compute_tiles import IN_TILES, tile_layout_of
 from convt_tvm.cost import MISS_BYTES_PER_CYCLE, band_cycles, block_sizes, lane_counts
 from convt_tvm.layout import Layout, bands, reaches
-from convt_tvm.schedule import parallelize
+from convt_tvm.schedule import find_window, parallelize
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.target import Target
 from convt_tvm.tile_layout import REGISTERS, TILE_POSITIONS, TILE_ROWS, TileLayout
@@ -74,13 +85,17 @@ MAX_POSITION_TILES = 4
 MAX_SUMS_SHARE = 4
 """The part of the second cache that the sums of a chunk may take: a quarter."""
 MAX_CHUNKS = 64
+MAX_COLUMNS = 8
+"""Places of a row that are stored together in channels_last."""
 MAX_INTERLEAVED = 512
 """Outputs in a row of a tile beyond which they are stored one by one, to keep code small."""
 CYCLES_PER_PRODUCT = 16
 """Of a tile product, however few of its rows and columns are used (16 to 1 rows tried)."""
 CYCLES_PER_WEIGHTS = 8
 CYCLES_PER_IMAGE = 32
-"""For reading a tile: of weights, whose rows are whole cache lines, and of the image, whose rows lie in two each."""
+CYCLES_PER_PLACES = 16
+"""For reading a tile: of weights, whose rows are whole cache lines, of an image in pairs, whose rows lie in two each,
+and of one in NHWC."""
 CYCLES_PER_SUMS = 150
 """For each tile of positions: the last products finish, sums are stored and set to zero."""
 CYCLES_PER_TASK = 500
@@ -91,30 +106,42 @@ CYCLES_PER_RUN = 8.0
 
 
 def applies(spec: ConvTranspose2dSpec) -> bool:
-    """Specs in bfloat16 that have any product, NCHW in memory."""
-    return spec.dtype == "bfloat16" and not spec.is_channels_last and any(reaches(spec, band) for band in bands(spec))
+    """Specs in bfloat16 that have any product."""
+    return spec.dtype == "bfloat16" and any(reaches(spec, band) for band in bands(spec))
 
 
 def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout, float]]:
     """Layouts whose sums fit the tile registers and a part of the second cache, each with its estimated cycles."""
     if "amx-bf16" not in target.features:
         return
-    channels, phases = spec.co // spec.groups, len(spec.axes[1].phases)
     height, width = (max(phase.count for phase in axis.phases) for axis in spec.axes)
-    lanes = min((count for count in lane_counts(spec, target) if count >= width), default=lane_counts(spec, target)[0])
+    phases, counts = len(spec.axes[1].phases), lane_counts(spec, target)
+    by_positions = spec.output_axes == "nhwc"
+    if not by_positions and spec.input_axes == "nhwc":
+        # One output channel: making pairs of NHWC takes longer than all sums (fsrcnn/x3 1.9 ms, in float32 0.4).
+        return
+    channels = spec.co // spec.groups
     block = -(-channels // -(-channels // (MAX_CHANNEL_TILES * TILE_ROWS)))
-    co_block = block + block % -(-block // TILE_ROWS)
-    tiles = -(-co_block // TILE_ROWS)
-    for vectors in range(1, min(2, -(-width // lanes)) + 1):
+    tiles = -(-block // TILE_ROWS)
+    if by_positions:
+        # Whole vectors of channels; three for 33 to 48, where blocks of two would be half empty.
+        tiles = 3 if -(-channels // TILE_ROWS) == 3 else tiles
+        co_block, lanes = tiles * TILE_ROWS, TILE_ROWS
+        whole = max(size for size in range(1, MAX_COLUMNS + 1) if width % size == 0)
+        columns = [whole if 2 * whole > min(width, MAX_COLUMNS) else -(-width // -(-width // MAX_COLUMNS))]
+    else:
+        co_block, lanes = block + block % tiles, min((count for count in counts if count >= width), default=counts[0])
+        columns = [vectors * lanes for vectors in range(1, min(2, -(-width // lanes)) + 1)]
+    for column_block in columns:
         for count in range(1, MAX_POSITION_TILES + 1):
             if tiles * (count + 1) + min(2, count) > REGISTERS:
                 continue
             for chunk in block_sizes(height, height):
                 layout = TileLayout(
-                    lanes="ow",
+                    lanes="co" if by_positions else "ow",
                     co_block=co_block,
                     row_block=1,
-                    column_block=vectors * lanes,
+                    column_block=column_block,
                     vector_lanes=lanes,
                     row_chunk=chunk,
                     positions=count * TILE_POSITIONS,
@@ -131,7 +158,8 @@ def _cycles(spec: ConvTranspose2dSpec, layout: TileLayout, target: Target) -> fl
     column_taps = sum(phase.taps for phase in spec.axes[1].phases)
     column_phases = len(spec.axes[1].phases)
     products = layout.channel_tiles * layout.position_tiles * CYCLES_PER_PRODUCT
-    reads = layout.channel_tiles * CYCLES_PER_WEIGHTS + layout.position_tiles * CYCLES_PER_IMAGE
+    reads = layout.channel_tiles * CYCLES_PER_WEIGHTS
+    reads += layout.position_tiles * (CYCLES_PER_PLACES if layout.by_positions else CYCLES_PER_IMAGE)
     total, chunks = 0.0, 1
     for band in bands(spec):
         chunks = layout.rows(band) // layout.chunk(band)
@@ -142,12 +170,15 @@ def _cycles(spec: ConvTranspose2dSpec, layout: TileLayout, target: Target) -> fl
     weight_bytes = prod(layout.packed_shape(spec)) * DTYPE_BYTES[spec.dtype]
     if weight_bytes > target.cache_bytes // 2:
         weight_bytes *= spec.input_shape[0] * chunks
-    run = min(layout.column_block, layout.columns(spec)) * column_phases
+    if layout.by_positions:
+        run, per_input, per_output = layout.co_block, 0.0 if layout.reads_input(spec) else 0.3, 0.5
+    else:
+        run, per_input, per_output = min(layout.column_block, layout.columns(spec)) * column_phases, 0.5, 1.0
     return (
         total
         + weight_bytes / MISS_BYTES_PER_CYCLE
-        + prod(spec.input_shape) * CYCLES_PER_INPUT
-        + prod(spec.output_shape) * (CYCLES_PER_OUTPUT + CYCLES_PER_RUN / run)
+        + prod(spec.input_shape) * per_input
+        + prod(spec.output_shape) * (per_output + CYCLES_PER_RUN / run)
     )
 
 
@@ -161,25 +192,37 @@ def space(sch: Schedule) -> None:
         column_block, column = sch.split(qw, [None, layout.column_block])
         chunk, row = sch.split(qh, [None, layout.chunk(band)])
         order = (n, g, chunk, b, ph)
-        sch.reorder(*order, ob, row, column_block, column, pw)
+        if layout.by_positions:
+            vector, lane = sch.split(ob, [None, layout.vector_lanes])
+            sch.reorder(*order, row, column_block, vector, lane, column, pw)
+        else:
+            sch.reorder(*order, ob, row, column_block, column, pw)
         if layout.column_block * len(spec.axes[1].phases) <= MAX_INTERLEAVED and reaches(spec, band):
-            sch.annotate(column, IN_VECTORS, True)
+            sch.annotate(lane if layout.by_positions else column, IN_VECTORS, True)
         task = parallelize(sch, order, band_cycles(spec))
         if reaches(spec, band):
             sch.annotate(task, IN_TILES, "configure")
             acc = sch.get_sblock(f"acc{band.index}")
             sch.compute_at(acc, task, preserve_unit_loops=True)
-            pw, ob, place, th, tw, ks, kp, j = sch.get_loops(acc)[-8:]
+            pw, *of_tile, th, tw, ks, kp, j = sch.get_loops(acc)[-8:]
+            place, ob = of_tile if layout.by_positions else reversed(of_tile)
             tile, position = sch.split(place, [None, layout.positions])
-            sch.reorder(pw, tile, th, tw, ks, ob, position, kp, j)
+            rows, lanes = (position, ob) if layout.by_positions else (ob, position)
+            sch.reorder(pw, tile, th, tw, ks, rows, lanes, kp, j)
             stored = sch.cache_write(acc, 0, "local")
             sch.reverse_compute_at(stored, tile, preserve_unit_loops=True)
             sch.unroll(pw)
             zeroed = sch.decompose_reduction(acc, th)
-            outermost = {"zero": sch.get_loops(zeroed)[-2], "multiply": ob, "store": sch.get_loops(stored)[-2]}
+            outermost = {"zero": sch.get_loops(zeroed)[-2], "multiply": rows, "store": sch.get_loops(stored)[-2]}
             for kind, loop in outermost.items():
                 sch.annotate(loop, IN_TILES, kind)
-    *channels, place, j = sch.get_loops(sch.get_sblock("window"))
-    sch.split(place, [None, layout.pitch(spec)])
-    sch.unroll(j)
-    parallelize(sch, channels, prod(spec.input_shape))
+    window = find_window(sch)
+    if window is None:
+        return
+    *before, place, last = sch.get_loops(window)
+    row, _ = sch.split(place, [None, layout.pitch(spec)])
+    if layout.by_positions:
+        before.append(row)
+    else:
+        sch.unroll(last)
+    parallelize(sch, before, prod(spec.input_shape))

@@ -71,12 +71,25 @@ def test_a_row_shares_its_border_with_the_next():
     assert layout.packed_dtype(make()) == "bfloat16"
 
 
-@pytest.mark.parametrize("spec", [make(), make(kernel_size=2, stride=3), make(ci=33, padding=3), make(iw=1, ih=1)])
+READ_AS_IT_IS = make(ci=64, ih=4, iw=16, kernel_size=2, padding=0, memory_format="channels_last")
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *(make(**changes) for changes in ({}, {"kernel_size": 2, "stride": 3}, {"ci": 33, "padding": 3})),
+        make(iw=1, ih=1),
+        make(memory_format="channels_last"),
+        READ_AS_IT_IS,
+        replace(READ_AS_IT_IS, padding=1),
+        replace(READ_AS_IT_IS, ih=5, padding=(1, 0)),
+    ],
+)
 def test_tiles_read_nothing_outside_the_window(spec):
     for choice in tile_choices(spec):
         layout, pitch = choice.layout, choice.layout.pitch(spec)
         first = layout.window(spec)
-        size = layout.image_rows(spec) * pitch
+        size = spec.ih * spec.iw if layout.reads_input(spec) else layout.image_rows(spec) * pitch
         for band in bands(spec):
             last = layout.rows(band) - layout.chunk(band)
             end = last * pitch + layout.chunk_tiles(spec, band) * layout.positions
@@ -95,11 +108,24 @@ def test_tiles_read_nothing_outside_the_window(spec):
                         assert max(reads) + end <= size
 
 
-def test_sums_are_tile_products():
-    text = str(lower_choice(make(), TILES, tile_choices(make())[0]).module["convt"])
+@pytest.mark.parametrize("spec", [make(), make(memory_format="channels_last"), READ_AS_IT_IS])
+def test_sums_are_tile_products(spec):
+    text = str(lower_choice(spec, TILES, tile_choices(spec)[0]).module["convt"])
     names = ("ldtilecfg", "tilezero", "tileloadd64", "tdpbf16ps", "tilestored64", "tilerelease")
     assert [name for name in names if f"llvm.x86.{name}" not in text] == []
     assert "acc0_local[" not in text
+
+
+def test_the_input_itself_is_read_where_no_tile_reaches_beyond_it():
+    chunks = {
+        choice.layout.row_chunk for choice in tile_choices(READ_AS_IT_IS) if choice.layout.reads_input(READ_AS_IT_IS)
+    }
+    assert chunks == {1, 2, 4}
+    others = ({"padding": 1}, {"ci": 65}, {"iw": 17}, {"kernel_size": 3}, {"memory_format": "contiguous_format"})
+    for changes in others:
+        spec = replace(READ_AS_IT_IS, **changes)
+        assert tile_choices(spec)
+        assert not any(choice.layout.reads_input(spec) for choice in tile_choices(spec))
 
 
 @pytest.mark.parametrize(
@@ -127,6 +153,10 @@ def test_refusal_says_why(monkeypatch, code, why):
         make(n=None, ci=33, co=21, kernel_size=3, padding=0),  # taps differ, steps and blocks are filled up
         make(n=2, ci=12, co=70, groups=2, kernel_size=(2, 5), stride=(3, 2), dilation=(2, 1), bias=False),
         make(ci=3, co=1, iw=1, stride=5, kernel_size=2, output_padding=3),
+        make(memory_format="channels_last"),
+        make(n=None, ci=33, co=21, kernel_size=3, padding=0, memory_format="channels_last"),
+        make(n=2, ci=12, co=70, groups=2, stride=(3, 2), dilation=(2, 1), bias=False, memory_format="channels_last"),
+        replace(READ_AS_IT_IS, n=2, groups=2),
     ],
     ids=lambda spec: spec.name,
 )
