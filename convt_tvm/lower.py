@@ -253,7 +253,7 @@ def lower_kernel(function: tirx.PrimFunc, *, asks_ahead: bool = True) -> tvm.IRM
     if layout.taps != "plain":
         asks_weights = asks_ahead and layout.lanes == "co" and weights_pass(spec, layout, target)
         body = multiply_vectors(body, spec.accumulator_dtype, asks_ahead=asks_weights)
-    body = transpose_window(body, window, target.vector_bytes)
+    body = transpose_window(body, window, window_axes(spec, layout), target.vector_bytes)
     if spec.dtype == "bfloat16" and target.multiplies_pairs:
         body = define_functions(body)
     if layout.gathers:

@@ -235,7 +235,9 @@ class Outputs:
             return self._copy_along(band, loops, node, self._gathered) if band == last_band(self.spec) else []
         spec, layout = self.spec, self.layout
         output_bytes = prod(spec.output_shape) * DTYPE_BYTES[spec.dtype]
-        fits, waits = output_bytes <= self.target.cache_bytes, prod(partial_sum(spec, band)) >= MIN_PRODUCTS
+        # Of a batch of any size one image may be one of many.
+        known = isinstance(self.batch, int | tirx.IntImm)
+        fits, waits = known and output_bytes <= self.target.cache_bytes, prod(partial_sum(spec, band)) >= MIN_PRODUCTS
         if layout.taps != "inner" or fits or not waits:
             return []
         n, g, b, ob, ph, qh, qw, _ = node.indices

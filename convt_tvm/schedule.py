@@ -6,7 +6,7 @@ from typing import Any
 
 from tvm.s_tir import Schedule
 
-from convt_tvm.compute import SKIPS_ROWS, SUMS, layout_of, spec_of
+from convt_tvm.compute import IN_VECTORS, SKIPS_ROWS, SUMS, layout_of, spec_of
 from convt_tvm.layout import (
     CACHE_LINE_BYTES,
     Band,
@@ -27,6 +27,7 @@ __all__ = [
     "share_pack",
     "spread_window",
     "sum_loops",
+    "turn_window",
 ]
 
 LoopRV = Any
@@ -163,11 +164,25 @@ def copy_window(sch: Schedule, spec: ConvTranspose2dSpec, window: SBlockRV) -> N
         outer, inner = sch.split(fourth, [None, factor])
         sch.reorder(outer, third, inner)
         sch.vectorize(inner)
+    elif spec.input_axes == "nhwc" != axes:
+        turn_window(sch, spec, window)
+        second = sch.get_loops(window)[1]
     elif axes[1] != spec.input_axes[1]:
         # In the order in which the input is read.
         sch.reorder(third, second)
         second = third
     parallelize(sch, (first, second), prod(spec.input_shape))
+
+
+def turn_window(sch: Schedule, spec: ConvTranspose2dSpec, window: SBlockRV) -> None:
+    """Copy rows of NHWC to rows of each channel by transposes in registers, 16 channels at a time."""
+    axes = window_axes(spec, layout_of(sch.mod["main"]))
+    place = dict(zip(axes[1:], sch.get_loops(window)[-3:], strict=True))
+    factor = max(size for size in (16, 8, 4, 2, 1) if spec.ci % size == 0)
+    outer, inner = sch.split(place["c"], [None, factor])
+    sch.reorder(place["h"], outer, place["w"], inner)
+    sch.vectorize(inner)
+    sch.annotate(place["w"], IN_VECTORS, True)
 
 
 def spread_window(sch: Schedule, spec: ConvTranspose2dSpec, window: SBlockRV) -> None:
