@@ -169,7 +169,8 @@ def declare_phases(spec: ConvTranspose2dSpec, layout: Layout, target: Target) ->
     Parameters are ``input`` and ``packed`` (see `parameters`, `Layout.packed_shape`), ``bias`` where the spec has one,
     and ``band0``, ``band1``, ... of shape ``(n, groups, blocks, co_block, row phases, rows, columns, column phases)``.
     Where the spec is for any batch size, ``n`` is a variable, and schedules see the spec of a single image. Blocks are
-    named ``window``, ``partial<k>``, ``acc<k>`` and ``band<k>``.
+    named ``window``, ``partial<k>``, ``acc<k>`` and ``band<k>``. With a layout that `Layout.skips_rows` a schedule has
+    to leave out row taps that would read the border (`SKIPS_ROWS`): there is nothing to read.
     """
     batch, spec = te.var("n") if spec.n is None else spec.n, spec.sized
     data, packed, bias = parameters(spec, layout, batch)

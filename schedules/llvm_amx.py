@@ -99,8 +99,8 @@ and of one in NHWC."""
 CYCLES_PER_SUMS = 150
 """For each tile of positions: the last products finish, sums are stored and set to zero."""
 CYCLES_PER_TASK = 500
-CYCLES_PER_INPUT = 0.5
-CYCLES_PER_OUTPUT = 1.0
+CYCLES_PER_INPUT, CYCLES_PER_OUTPUT = {"ow": 0.5, "co": 0.3}, {"ow": 1.0, "co": 0.5}
+"""For making a pair or copying a place, and for storing, by what lanes run along."""
 CYCLES_PER_RUN = 8.0
 """Cycles for each run of outputs stored side by side."""
 
@@ -170,15 +170,13 @@ def _cycles(spec: ConvTranspose2dSpec, layout: TileLayout, target: Target) -> fl
     weight_bytes = prod(layout.packed_shape(spec)) * DTYPE_BYTES[spec.dtype]
     if weight_bytes > target.cache_bytes // 2:
         weight_bytes *= spec.input_shape[0] * chunks
-    if layout.by_positions:
-        run, per_input, per_output = layout.co_block, 0.0 if layout.reads_input(spec) else 0.3, 0.5
-    else:
-        run, per_input, per_output = min(layout.column_block, layout.columns(spec)) * column_phases, 0.5, 1.0
+    per_input = 0.0 if layout.reads_input(spec) else CYCLES_PER_INPUT[layout.lanes]
+    run = layout.co_block if layout.by_positions else layout.column_block * column_phases
     return (
         total
         + weight_bytes / MISS_BYTES_PER_CYCLE
         + prod(spec.input_shape) * per_input
-        + prod(spec.output_shape) * (per_output + CYCLES_PER_RUN / run)
+        + prod(spec.output_shape) * (CYCLES_PER_OUTPUT[layout.lanes] + CYCLES_PER_RUN / run)
     )
 
 
