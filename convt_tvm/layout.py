@@ -178,12 +178,12 @@ class Layout:
         Tiles that reach the border are apart from the others then, their bodies unrolled: all indices of columns are
         constant in them, and products with the border are left out.
         """
-        if self.lanes != "co" or not self.unrolls_phases(spec):
+        if self.lanes != "co" or self.taps == "plain" or not self.unrolls_phases(spec):
             return False
         tiles, apart = self.columns(spec) // self.column_block, sum(self.border_tiles(spec))
         bodies = apart + (apart < tiles)
         peels = self.taps == "inner" and bodies * self._body(spec) <= MAX_PEELED[spec.output_axes]
-        return apart > 0 and (tiles == 1 or peels) and self.taps != "plain"
+        return apart > 0 and (tiles == 1 or peels)
 
     def border_tiles(self, spec: ConvTranspose2dSpec) -> Pair:
         """Tiles of columns, from the left and from the right, that reach beyond the image; each is counted once."""

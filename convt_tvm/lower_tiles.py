@@ -81,12 +81,10 @@ class _Tiles:
         layout = self.layout
         config = bytearray(64)
         config[0] = _PALETTE
-        channels, positions = layout.tile_channels, TILE_POSITIONS
         # Rows of the first factor are rows of the sums, and columns of the second one their columns, in pairs.
-        first, second = ({number: channels for number in self.weights}, {number: positions for number in self.images})
+        first, rows, second, columns = self.weights, layout.tile_channels, self.images, TILE_POSITIONS
         if layout.by_positions:
-            first, second = second, first
-        rows, columns = next(iter(first.values())), next(iter(second.values()))
+            first, rows, second, columns = second, columns, first, rows
         shapes = {number: (rows, 4 * columns) for row in self.sums for number in row}
         shapes |= {number: (rows, 4 * self.pairs) for number in first}
         shapes |= {number: (self.pairs, 4 * columns) for number in second}

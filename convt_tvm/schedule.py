@@ -27,7 +27,6 @@ __all__ = [
     "share_pack",
     "spread_window",
     "sum_loops",
-    "turn_window",
 ]
 
 LoopRV = Any
@@ -153,36 +152,25 @@ def find_window(sch: Schedule) -> SBlockRV | None:
 def copy_window(sch: Schedule, spec: ConvTranspose2dSpec, window: SBlockRV) -> None:
     """Copy the whole window before anything else, at about a cycle for each value.
 
-    Turning NCHW to NHWC goes by 16 channels at a time, so that the cache lines read stay in the cache until they are
-    used up, and those written are written once.
+    From NCHW to NHWC, or from NHWC to rows of channels, it goes by transposes in registers, 16 channels at a time, so
+    that the cache lines read stay in the cache until they are used up, and those written are written once.
     """
     spread_window(sch, spec, window)
     axes = window_axes(spec, layout_of(sch.mod["main"]))
     first, second, third, fourth = sch.get_loops(window)
-    if axes == "nhwc" != spec.input_axes:
-        factor = max(size for size in (16, 8, 4, 2, 1) if int(sch.get(fourth).extent) % size == 0)
-        outer, inner = sch.split(fourth, [None, factor])
-        sch.reorder(outer, third, inner)
+    if (axes == "nhwc") != (spec.input_axes == "nhwc"):
+        place = dict(zip(axes[1:], (second, third, fourth), strict=True))
+        factor = max(size for size in (16, 8, 4, 2, 1) if int(sch.get(place["c"]).extent) % size == 0)
+        outer, inner = sch.split(place["c"], [None, factor])
+        sch.reorder(place["h"], outer, place["w"], inner)
         sch.vectorize(inner)
-    elif spec.input_axes == "nhwc" != axes:
-        turn_window(sch, spec, window)
-        second = sch.get_loops(window)[1]
+        sch.annotate(place["w"], IN_VECTORS, True)
+        second = place["h"]
     elif axes[1] != spec.input_axes[1]:
         # In the order in which the input is read.
         sch.reorder(third, second)
         second = third
     parallelize(sch, (first, second), prod(spec.input_shape))
-
-
-def turn_window(sch: Schedule, spec: ConvTranspose2dSpec, window: SBlockRV) -> None:
-    """Copy rows of NHWC to rows of each channel by transposes in registers, 16 channels at a time."""
-    axes = window_axes(spec, layout_of(sch.mod["main"]))
-    place = dict(zip(axes[1:], sch.get_loops(window)[-3:], strict=True))
-    factor = max(size for size in (16, 8, 4, 2, 1) if spec.ci % size == 0)
-    outer, inner = sch.split(place["c"], [None, factor])
-    sch.reorder(place["h"], outer, place["w"], inner)
-    sch.vectorize(inner)
-    sch.annotate(place["w"], IN_VECTORS, True)
 
 
 def spread_window(sch: Schedule, spec: ConvTranspose2dSpec, window: SBlockRV) -> None:

@@ -210,8 +210,6 @@ def space(sch: Schedule) -> None:
     if window is not None:
         spec = spec_of(sch.mod["main"])
         copy_window(sch, spec, window)
-        if spec.input_axes == "nchw":
-            sch.annotate(sch.get_loops(window)[-2], IN_VECTORS, True)
 
 
 def tile(sch: Schedule) -> None:

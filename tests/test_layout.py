@@ -53,7 +53,7 @@ def test_steps_are_those_that_read_the_image(row_block):
 
 
 def test_border_tiles_are_no_more_than_reach_the_border():
-    # Columns -1 to 8 of an image of 8: the first and the last of tiles of 3, and all that hold columns beyond 9.
+    # Taps read columns -1 to 8 of an image of 8: in the first tile and in the last, which may be the same.
     spec = ConvTranspose2dSpec(n=1, ci=4, ih=8, iw=8, co=16, kernel_size=3, padding=1)
     tiles = {columns: Layout("co", 16, 1, columns, 16, 1).border_tiles(spec) for columns in (1, 2, 3, 4, 8)}
     assert tiles == {1: (1, 1), 2: (1, 1), 3: (1, 1), 4: (1, 1), 8: (1, 0)}
