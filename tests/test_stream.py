@@ -79,6 +79,12 @@ def test_outputs_go_by_their_size(name, asks, gathers):
     assert bool(re.search(r"convt_copy_past_caches\"?,", text)) == gathers
 
 
+def test_an_output_of_any_batch_size_is_taken_for_a_large_one():
+    spec = replace(resolve(["dcgan/4"])[0].spec, n=None)
+    text = lower_choice(spec, HOST, default_choice(spec.sized, HOST)).module.script()
+    assert re.search(r"llvm\.prefetch.*, 1, 2, 1\)", text)
+
+
 @pytest.mark.parametrize(
     ("name", "dtype", "lines"),
     [
