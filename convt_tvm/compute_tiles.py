@@ -23,7 +23,7 @@ from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
 from convt_tvm.tile_layout import TileLayout
 
-__all__ = ["IN_TILES", "declare_tile_pack", "declare_tile_phases", "tile_layout_of"]
+__all__ = ["ENDS_AT", "IN_TILES", "declare_tile_pack", "declare_tile_phases", "tile_layout_of"]
 
 IN_TILES = "convt.in_tiles"
 """Annotation of a loop that a processor's tile unit takes the place of, or is configured for.
@@ -31,6 +31,9 @@ IN_TILES = "convt.in_tiles"
 ``zero``, ``multiply`` and ``store`` are the outermost loops around the sums of one tile of channels and positions being
 set to zero, added to for one step of input channels, and written to memory; ``configure`` is the loop over tasks.
 """
+
+ENDS_AT = "convt.ends_at"
+"""Annotation of a loop over tiles of positions: how many there are; a tile that would end after them begins earlier."""
 
 BITS = "uint16"
 

@@ -12,7 +12,7 @@ import tvm
 from tvm import tirx
 
 from convt_tvm.compute import spec_of
-from convt_tvm.compute_tiles import IN_TILES, tile_layout_of
+from convt_tvm.compute_tiles import ENDS_AT, IN_TILES, tile_layout_of
 from convt_tvm.lower import lower_kernel
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.statements import (
@@ -58,12 +58,18 @@ class _Tiles:
         self.sums = [[row * columns + column for column in range(columns)] for row in range(rows)]
         self.weights = list(range(rows * columns, rows * columns + rows))
         self.images = list(range(rows * columns + rows, REGISTERS))
+        self.earlier: Expr = 0
+        """By how many positions the tile at hand begins earlier than its number says."""
 
     def change(self, node: Any) -> Any:
-        """What stands for a loop with `IN_TILES`; None for any other statement."""
-        if not isinstance(node, tirx.For) or IN_TILES not in node.annotations:
+        """What stands for a loop with `IN_TILES` or `ENDS_AT`; None for any other statement."""
+        if not isinstance(node, tirx.For):
             return None
         loop = node
+        if ENDS_AT in loop.annotations:
+            return self._end_at(loop, int(loop.annotations[ENDS_AT]))
+        if IN_TILES not in loop.annotations:
+            return None
         match str(node.annotations[IN_TILES]):
             case "configure":
                 return self._configure(loop)
@@ -98,6 +104,14 @@ class _Tiles:
         work = rewrite(loop.body, self.change)
         return _loop(loop, tirx.SeqStmt([*before, work, _call("tilerelease")]))
 
+    def _end_at(self, loop: Any, positions: int) -> Any:
+        """A loop over tiles, the last of which ends with the last position; sums of some are computed twice."""
+        size = self.layout.positions
+        self.earlier = tirx.max((loop.loop_var + 1) * size - positions, 0)
+        body = rewrite(loop.body, self.change)
+        self.earlier = 0
+        return _loop(loop, body)
+
     def _multiply(self, loop: Any) -> Any:
         """One step: each tile of weights times each tile of the image, added to its sums."""
         loops, store = inside(loop)
@@ -114,7 +128,7 @@ class _Tiles:
         ]
         for j in range(len(self.sums[0])):
             number = self.images[j % len(self.images)]
-            statements.append(_load(number, image, {position: j * TILE_POSITIONS}, stride))
+            statements.append(_load(number, image, {position: j * TILE_POSITIONS - self.earlier}, stride))
             for i, weights in enumerate(self.weights):
                 factors = (number, weights) if layout.by_positions else (weights, number)
                 statements.append(_call("tdpbf16ps", _byte(self.sums[i][j]), *map(_byte, factors)))
@@ -131,7 +145,7 @@ class _Tiles:
         statements = []
         for i, row in enumerate(self.sums):
             for j, number in enumerate(row):
-                offsets = {channel: i * self.layout.tile_channels, position: j * TILE_POSITIONS}
+                offsets = {channel: i * self.layout.tile_channels, position: j * TILE_POSITIONS - self.earlier}
                 indices = _offset_by(place, offsets)
                 offset = element_number(place.source, indices)
                 # Not address_of: TVM takes it for an access to one element, and cuts off what it sees no access to.

@@ -87,9 +87,13 @@ class TileLayout(Layout):
         left, right = window.columns_inside
         return max(1, right, window.width - left)
 
+    def chunk_positions(self, spec: ConvTranspose2dSpec, band: Band) -> int:
+        """Positions in a chunk of `band`, as far as its last row is stored."""
+        return (self.chunk(band) - 1) * self.pitch(spec) + self.columns(spec)
+
     def chunk_tiles(self, spec: ConvTranspose2dSpec, band: Band) -> int:
-        """Tiles of ``positions`` in a chunk of `band`, as far as its last row is stored."""
-        return -(-((self.chunk(band) - 1) * self.pitch(spec) + self.columns(spec)) // self.positions)
+        """Tiles of ``positions`` for these."""
+        return -(-self.chunk_positions(spec, band) // self.positions)
 
     def image_rows(self, spec: ConvTranspose2dSpec) -> int:
         """Rows of the image kept, with zeros behind it for the last tile of positions to read."""
@@ -97,7 +101,10 @@ class TileLayout(Layout):
         return window.height + -(-(window.width + self.columns(spec) + self.positions) // pitch)
 
     def reads_input(self, spec: ConvTranspose2dSpec) -> bool:
-        """Whether tiles of positions read the input itself: in NHWC, whole steps of channels, and nothing beyond it."""
+        """Whether tiles of positions read the input itself: in NHWC, whole steps of channels, and nothing beyond it.
+
+        The last tile of a chunk then ends with it: its first positions may be some of the tile before.
+        """
         if not self.by_positions or spec.input_axes != "nhwc":
             return False
         window, whole = self.window(spec), 2 * self.pairs(spec) * self.steps(spec) == spec.ci // spec.groups
@@ -106,7 +113,7 @@ class TileLayout(Layout):
         def end(band: Band) -> int:
             """The place behind the last one that is read."""
             first_row = self.rows(band) - self.chunk(band) + max(phase.base for phase in band.phases)
-            return first_row * spec.iw + self.chunk_tiles(spec, band) * self.positions + last_column
+            return first_row * spec.iw + max(self.positions, self.chunk_positions(spec, band)) + last_column
 
         inside = window.is_inside and (window.height, window.width) == (spec.ih, spec.iw)
         return whole and inside and max(map(end, bands(spec))) <= spec.ih * spec.iw

@@ -83,6 +83,7 @@ READ_AS_IT_IS = make(ci=64, ih=4, iw=16, kernel_size=2, padding=0, memory_format
         READ_AS_IT_IS,
         replace(READ_AS_IT_IS, padding=1),
         replace(READ_AS_IT_IS, ih=5, padding=(1, 0)),
+        replace(READ_AS_IT_IS, ih=5, iw=10),
     ],
 )
 def test_tiles_read_nothing_outside_the_window(spec):
@@ -93,6 +94,8 @@ def test_tiles_read_nothing_outside_the_window(spec):
         for band in bands(spec):
             last = layout.rows(band) - layout.chunk(band)
             end = last * pitch + layout.chunk_tiles(spec, band) * layout.positions
+            if layout.reads_input(spec):
+                end = last * pitch + max(layout.positions, layout.chunk_positions(spec, band))
             for row in band.phases:
                 for column in spec.axes[1].phases:
                     if row.taps and column.taps:
@@ -121,7 +124,12 @@ def test_the_input_itself_is_read_where_no_tile_reaches_beyond_it():
         choice.layout.row_chunk for choice in tile_choices(READ_AS_IT_IS) if choice.layout.reads_input(READ_AS_IT_IS)
     }
     assert chunks == {1, 2, 4}
-    others = ({"padding": 1}, {"ci": 65}, {"iw": 17}, {"kernel_size": 3}, {"memory_format": "contiguous_format"})
+    uneven = replace(READ_AS_IT_IS, iw=20)
+    for layout in (choice.layout for choice in tile_choices(uneven)):
+        # A tile that begins earlier still needs as many positions before the end of its chunk.
+        whole = uneven.ih % layout.row_chunk == 0
+        assert layout.reads_input(uneven) == (whole and layout.positions <= 20 * layout.row_chunk)
+    others = ({"output_padding": 1}, {"ci": 65}, {"iw": 3}, {"kernel_size": 3}, {"memory_format": "contiguous_format"})
     for changes in others:
         spec = replace(READ_AS_IT_IS, **changes)
         assert tile_choices(spec)
@@ -157,6 +165,7 @@ def test_refusal_says_why(monkeypatch, code, why):
         make(n=None, ci=33, co=21, kernel_size=3, padding=0, memory_format="channels_last"),
         make(n=2, ci=12, co=70, groups=2, stride=(3, 2), dilation=(2, 1), bias=False, memory_format="channels_last"),
         replace(READ_AS_IT_IS, n=2, groups=2),
+        replace(READ_AS_IT_IS, n=2, ih=5, iw=10),  # a last tile that begins earlier
     ],
     ids=lambda spec: spec.name,
 )
