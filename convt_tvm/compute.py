@@ -50,9 +50,9 @@ from convt_tvm.spec import ConvTranspose2dSpec, Pair
 from convt_tvm.target import Target
 
 __all__ = [
-    "GATHERS",
     "IN_VECTORS",
     "PARTIAL",
+    "PASSES_CACHES",
     "PEELS",
     "SKIPS_ROWS",
     "SUMS",
@@ -75,11 +75,11 @@ __all__ = [
 
 SKIPS_ROWS = "convt.skips_rows"
 """Annotation of a loop in a reduction: it is left out where no row that it reads belongs to the image."""
-GATHERS = "convt.gathers"
+PASSES_CACHES = "convt.passes_caches"
 """Annotation of a loop each of whose iterations writes whole rows, the phases of a chunk, of one block's channels.
 
 They go to memory past the caches, see `convt_tvm.outputs`. Such loops of several bands are joined in one. In each the
-loop over phases is inside that over tiles of rows: the rows before a tile's are complete, and copied beside its sums.
+loop over phases is inside that over tiles of rows: the rows before a tile's are complete.
 """
 IN_VECTORS = "convt.in_vectors"
 """Annotation of the outermost loop around an output's store that becomes vectors along the row.

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
-from convt_tvm.layout import Layout, bands, partial_sum, reaches, sums_in_parts
+from convt_tvm.layout import CACHE_LINE_BYTES, Layout, bands, partial_sum, reaches, sums_in_parts
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.target import Target
 
@@ -31,10 +31,10 @@ __all__ = [
     "band_cycles",
     "block_sizes",
     "core_cycles",
-    "gathering",
     "image_bytes",
     "is_for_memory",
     "lane_counts",
+    "past_caches",
     "phase_blocks",
     "row_chunks",
 ]
@@ -60,6 +60,8 @@ PAST_CACHES_BYTES = 16 << 20
 """Outputs from this size on may go past the caches: the next layer would find little of them there."""
 COPY_BYTES_PER_CYCLE = 7
 """Of gathered rows copied past the caches after the last sums of a task, beside which the others are (25 GB/s)."""
+STREAMED_ROWS = 4, 16
+"""How many rows of a phase a task may take whose vectors go past the caches as they are."""
 GATHERED_SHARES = 32, 8, 4
 """What parts of the second cache the rows that a task gathers may take."""
 
@@ -79,9 +81,10 @@ class Core:
         Cycles that each load takes in any case; vectors that lie across cache lines take twice as many.
     add_in_memory
         Cycles for adding a vector of partial sums to one of sums that is loaded from the stack and stored there.
-    output_wait, output_hidden, gathered
+    output_wait, output_hidden, gathered, streamed
         Cycles for each output that goes to memory by way of the caches, less a share of the cycles in which it is
-        summed; and for one that is gathered and goes past them.
+        summed; for one that is gathered and goes past them; and, of the cycles in which one is summed, the share for
+        one that goes past them from registers: loads of sums then wait behind stores.
     """
 
     fma_bytes: int
@@ -94,6 +97,7 @@ class Core:
     output_wait: float
     output_hidden: float
     gathered: float
+    streamed: float
 
 
 WIDE = Core(
@@ -107,13 +111,15 @@ WIDE = Core(
     output_wait=0.85,
     output_hidden=0.4,
     gathered=0.25,
+    streamed=0.2,
 )
 """Such a core issues two loads in a cycle beside two multiply-adds: Emerald Rapids, tiles of 1 x 14 and 1 x 28 in the
 first cache. Where another thread shares the core tiles of few loads lose least: dilated/k3d2 in channels_last took 0.91
 of the time with 4 vectors by 6 positions, 10 loads, in place of 2 by 11, 13.
 
 Gathering its outputs took kernelbench/75 (0.65 cycles of sums for each) 0.88 of the time, seed/square (1.2) 0.96,
-seed/rect (1.8) 1.08, unet/up4 (4) 1.04 and pointpillars/up4 (8) 1.06.
+seed/rect (1.8) 1.08, unet/up4 (4) 1.04 and pointpillars/up4 (8) 1.06. From registers kernelbench/81 (0.4) took 0.70
+of the time that gathering does, kernelbench/75 0.76, seed/square 0.90, seed/rect 1.12, unet/up4 1.0 to 1.2.
 """
 PAIRED = Core(
     fma_bytes=64,
@@ -126,10 +132,12 @@ PAIRED = Core(
     output_wait=0.5,
     output_hidden=0.0,
     gathered=0.0,
+    streamed=0.0,
 )
 """A Zen 4 core works on 64 bytes in two halves: a multiply-add a cycle, a load in 1.06 cycles, or 1.7 across lines.
 
-Of outputs through the caches seed/square waited for each 0.3 cycles, kernelbench/75 0.6.
+Of outputs through the caches seed/square waited for each 0.3 cycles, kernelbench/75 0.6. From registers none was
+measured: as with gathering, no wait is reckoned with.
 """
 
 
@@ -222,29 +230,30 @@ def is_for_memory(spec: ConvTranspose2dSpec) -> bool:
     return prod(spec.output_shape) * DTYPE_BYTES[spec.dtype] >= PAST_CACHES_BYTES
 
 
-def gathering(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> Iterator[Layout]:
-    """`layout` with chunks of rows to gather, which pays where the output `is_for_memory`.
+def past_caches(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> Iterator[Layout]:
+    """`layout` in the ways for its outputs to go past the caches, which pays where the output `is_for_memory`.
 
-    A chunk's rows of a block of channels fit a part of the second cache, and there are several tasks. In channels_last
-    a block has no rows of its own.
+    Rows of a chunk are gathered, as many as fit a part of the second cache; or vectors of columns go from registers, in
+    chunks of few rows, for rows that follow each other share a cache line. There are several tasks. In channels_last a
+    block has no rows of its own.
     """
     if spec.output_axes == "nhwc":
         return
-    rows = max(band.rows for band in bands(spec))
-    row_bytes = layout.co_block * spec.stride[0] * spec.ow * DTYPE_BYTES[spec.dtype]
-    seen = set()
-    for share in GATHERED_SHARES:
-        held = target.cache_bytes // share // row_bytes // layout.row_block * layout.row_block
-        gathered = replace(
-            layout,
-            row_chunk=min(max(layout.row_block, held), -(-rows // layout.row_block) * layout.row_block),
-            gathers=True,
-        )
-        chunks = {gathered.rows(band) // gathered.chunk(band) for band in bands(spec)}
-        tasks = spec.input_shape[0] * spec.groups * layout.blocks(spec) * max(chunks)
-        if len(chunks) == 1 < tasks and gathered not in seen:
-            seen.add(gathered)
-            yield gathered
+    itemsize, rows = DTYPE_BYTES[spec.dtype], max(band.rows for band in bands(spec))
+    row_bytes = layout.co_block * spec.stride[0] * spec.ow * itemsize
+    held = [target.cache_bytes // share // row_bytes // layout.row_block for share in GATHERED_SHARES]
+    tiles = -(-rows // layout.row_block)
+    chunks = [min(max(1, count), tiles) * layout.row_block for count in held]
+    found = [replace(layout, row_chunk=chunk, gathers=True) for chunk in chunks]
+    is_line = layout.lanes == "ow" and layout.vector_lanes * itemsize == CACHE_LINE_BYTES
+    if target.joins_vectors and is_line and spec.dtype == spec.accumulator_dtype:
+        chunks = [min(rows, -(-rows // -(-rows // size))) for size in STREAMED_ROWS]
+        found += [replace(layout, row_chunk=chunk, streams=True) for chunk in chunks]
+    for passing in dict.fromkeys(found):
+        counts = {passing.rows(band) // passing.chunk(band) for band in bands(spec)}
+        tasks = spec.input_shape[0] * spec.groups * layout.blocks(spec) * max(counts)
+        if len(counts) == 1 < tasks:
+            yield passing
 
 
 def _image_traffic(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> int:
@@ -329,12 +338,14 @@ def core_cycles(
 def _wait_per_output(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> float:
     """Cycles for each output in which nothing is summed: for its way to memory, or for the last rows of a task."""
     core = core_of(target)
+    sums = spec.multiply_adds / LANES_PER_CYCLE / prod(spec.output_shape)
+    if layout.streams:
+        return core.streamed * sums
     if layout.gathers:
         last = layout.row_block / max(layout.chunk(band) for band in bands(spec))
         return core.gathered + last * DTYPE_BYTES[spec.dtype] / COPY_BYTES_PER_CYCLE
     if not is_for_memory(spec):
         return 0.0
-    sums = spec.multiply_adds / LANES_PER_CYCLE / prod(spec.output_shape)
     return max(0.0, core.output_wait - core.output_hidden * sums)
 
 

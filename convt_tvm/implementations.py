@@ -130,16 +130,17 @@ def _build(target: Target, schedule: str | None, spec: ConvTranspose2dSpec) -> O
 def _drawn(found: Sequence["Choice"], spec: ConvTranspose2dSpec, target: Target) -> "Choice":
     """One of the choices, the same for a spec every time.
 
-    Half of those that can gather rows do, as only outputs far larger than a case's would be worth it. Tile units and
-    GPUs have layouts of their own, which cannot.
+    Half of those whose outputs can go past the caches do, as only outputs far larger than a case's would be worth it.
+    Tile units and GPUs have layouts of their own, which cannot.
     """
-    from convt_tvm.cost import gathering
+    from convt_tvm.cost import past_caches
 
-    gathers, number = divmod(crc32(spec.name.encode()), len(found))
+    rest, number = divmod(crc32(spec.name.encode()), len(found))
     choice = found[number]
-    if gathers % 2 and type(choice.layout) in (Layout, DotLayout) and choice.layout.taps == "inner":
-        gathered = next(gathering(spec, choice.layout, target), choice.layout)
-        return replace(choice, layout=gathered)
+    if rest % 2 and type(choice.layout) in (Layout, DotLayout) and choice.layout.taps == "inner":
+        plain = replace(choice.layout, gathers=False, streams=False)
+        passing = list(past_caches(spec, plain, target))
+        return replace(choice, layout=passing[rest // 2 % len(passing)]) if passing else choice
     return choice
 
 

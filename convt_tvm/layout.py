@@ -107,6 +107,8 @@ class Layout:
     gathers
         Whether a task writes all phases of its chunk, by way of a buffer and past the caches; all bands then have the
         same number of chunks.
+    streams
+        Whether it writes them past the caches without a buffer, vectors of columns that are whole cache lines.
     """
 
     lanes: Literal["co", "ow"]
@@ -118,21 +120,28 @@ class Layout:
     phases: int = 1
     taps: Literal["inner", "outer", "plain"] = "inner"
     gathers: bool = False
+    streams: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return asdict(self)
+        """The fields as JSON values; ``streams`` only where it is true, as no layout had it at first."""
+        return {name: value for name, value in asdict(self).items() if value or name != "streams"}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """The layout that `to_json` wrote."""
-        others = ("lanes", "taps", "gathers")
+        others = ("lanes", "taps", "gathers", "streams")
         numbers = {field.name: int(values[field.name]) for field in fields(cls) if field.name not in others}
         lanes: Literal["co", "ow"] = "co" if values["lanes"] == "co" else "ow"
         taps: Literal["inner", "outer", "plain"] = (
             "outer" if values["taps"] == "outer" else "plain" if values["taps"] == "plain" else "inner"
         )
-        return cls(lanes=lanes, taps=taps, gathers=bool(values["gathers"]), **numbers)
+        gathers, streams = bool(values["gathers"]), bool(values.get("streams", False))
+        return cls(lanes=lanes, taps=taps, gathers=gathers, streams=streams, **numbers)
+
+    @property
+    def passes_caches(self) -> bool:
+        """Whether a task writes all phases of its chunk, past the caches."""
+        return self.gathers or self.streams
 
     @property
     def sum_order(self) -> tuple[object, ...]:

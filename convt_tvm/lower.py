@@ -15,7 +15,7 @@ import tvm
 from tvm import s_tir, tirx
 
 from convt_tvm.bfloat16 import define_functions
-from convt_tvm.compute import GATHERS, PARTIAL, PEELS, SKIPS_ROWS, SUMS, layout_of, lookup, spec_of, target_of
+from convt_tvm.compute import PARTIAL, PASSES_CACHES, PEELS, SKIPS_ROWS, SUMS, layout_of, lookup, spec_of, target_of
 from convt_tvm.layout import CACHE_LINE_BYTES, Window, bands, kernel_columns, window_axes
 from convt_tvm.lower_products import multiply_vectors, weights_pass
 from convt_tvm.lower_window import transpose_window
@@ -34,7 +34,7 @@ from convt_tvm.statements import (
     tensor,
     with_value,
 )
-from convt_tvm.stream import define_copy
+from convt_tvm.stream import define_copy, define_lines
 
 __all__ = ["flatten_blocks", "lower_kernel", "lower_pack"]
 
@@ -56,8 +56,8 @@ class Rules:
         By the name of a buffer, what replaces stores to it with the loops directly around them.
     skip
         Replaces loops annotated with `SKIPS_ROWS`.
-    gather
-        Gives the body of loops annotated with `GATHERS`.
+    pass_caches
+        Gives the body of loops annotated with `PASSES_CACHES`.
     peel
         Gives those that do in turn what a loop annotated with `PEELS` does.
     ahead
@@ -67,7 +67,7 @@ class Rules:
 
     stores: Mapping[str, Store]
     skip: Callable[[Any], Any] = lambda nest: nest
-    gather: Callable[[Loop, Visit], Any] = lambda loop, visit: visit(loop.body)
+    pass_caches: Callable[[Loop, Visit], Any] = lambda loop, visit: visit(loop.body)
     peel: Callable[[Loop], list[Loop]] = lambda loop: [loop]
     ahead: Mapping[str, Callable[[Sequence[Loop], Any], list[Any]]] = field(default_factory=dict)
 
@@ -109,8 +109,8 @@ def _rewrite(statement: Any, rules: Rules) -> Any:
 
     def visit(node: Any, loops: tuple[Loop, ...] = ()) -> Any:
         match node:
-            case tirx.For() if GATHERS in node.annotations:
-                return nest(loops, rebuild(node, rules.gather(node, visit)))
+            case tirx.For() if PASSES_CACHES in node.annotations:
+                return nest(loops, rebuild(node, rules.pass_caches(node, visit)))
             case tirx.For() if PEELS in node.annotations:
                 return nest(loops, sequence([rebuild(part, visit(part.body)) for part in rules.peel(node)]))
             case tirx.For() if SKIPS_ROWS in node.annotations:
@@ -151,13 +151,13 @@ def _holds_sums(node: Any) -> bool:
     return isinstance(node, tirx.AllocBuffer) and str(node.buffer.name).startswith(SUMS)
 
 
-def _join_gathering(body: Any, last: str) -> Any:
-    """`body` with the tasks of all bands that gather their outputs done one after the other, in one loop over tasks.
+def _join_passing(body: Any, last: str) -> Any:
+    """`body` with the tasks of all bands whose outputs pass the caches done one after the other, in one loop over tasks.
 
     The band of the name `last` comes last.
     """
     parts = list(body.seq) if isinstance(body, tirx.SeqStmt) else [body]
-    tasks = [part for part in parts if isinstance(part, tirx.For) and GATHERS in part.annotations]
+    tasks = [part for part in parts if isinstance(part, tirx.For) and PASSES_CACHES in part.annotations]
     tasks.sort(key=lambda task: find_store(task, (last,)) is not None)
     if len(tasks) < 2:
         return body
@@ -165,7 +165,7 @@ def _join_gathering(body: Any, last: str) -> Any:
     work = [first.body]
     for task in others:
         if not tvm.sym.Analyzer().can_prove_equal(task.extent, first.extent):
-            raise AssertionError(f"bands with {first.extent} and {task.extent} tasks cannot gather their outputs")
+            raise AssertionError(f"bands with {first.extent} and {task.extent} tasks cannot share tasks")
         work += [tirx.Bind(task.loop_var, first.loop_var), task.body]
     rest = [part for part in parts if part not in tasks]
     return sequence([*rest, rebuild(first, sequence(work))])
@@ -243,11 +243,11 @@ def lower_kernel(function: tirx.PrimFunc, *, asks_ahead: bool = True) -> tvm.IRM
     rules = Rules(
         stores={name: partial(outputs.store, band) for name, band in named.items()},
         skip=lambda nest: _skip_rows(nest, row_axis, images),
-        gather=outputs.gather,
+        pass_caches=outputs.pass_caches,
         peel=lambda loop: _peel(loop, layout.border_tiles(spec)),
         ahead={name: partial(outputs.ahead, band) for name, band in named.items() if asks_ahead},
     )
-    body = _rewrite(_join_gathering(function.body, f"band{last_band(spec).index}"), rules)
+    body = _rewrite(_join_passing(function.body, f"band{last_band(spec).index}"), rules)
     if not layout.unrolls_phases(spec):
         body = rewrite(body, _guard_sum)
     if layout.taps != "plain":
@@ -258,6 +258,8 @@ def lower_kernel(function: tirx.PrimFunc, *, asks_ahead: bool = True) -> tvm.IRM
         body = define_functions(body)
     if layout.gathers:
         body = define_copy(body, spec.dtype)
+    if layout.streams:
+        body = define_lines(body, spec.dtype)
     return _assemble(function, "convt", inputs, outputs.tensor, body)
 
 

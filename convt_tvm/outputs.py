@@ -6,6 +6,8 @@ narrowed where a surplus was computed and in whole vectors where phases lie side
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -15,7 +17,17 @@ from tvm import DataType, tirx
 from convt_tvm.bfloat16 import LANES, narrow, transpose_pairs
 from convt_tvm.compute import IN_VECTORS, lookup
 from convt_tvm.layout import CACHE_LINE_BYTES, Band, Layout, bands, partial_sum, reaches
-from convt_tvm.shuffle import binary, extract, interleave, pieces, ramp, transpose, transpose_values, vector_dtype
+from convt_tvm.shuffle import (
+    binary,
+    define,
+    extract,
+    interleave,
+    pieces,
+    ramp,
+    transpose,
+    transpose_values,
+    vector_dtype,
+)
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec, Pair
 from convt_tvm.statements import (
     Clip,
@@ -29,7 +41,7 @@ from convt_tvm.statements import (
     tensor,
     with_value,
 )
-from convt_tvm.stream import ask_for, copy_past_caches, end_copies
+from convt_tvm.stream import ask_for, copy_past_caches, end_copies, put_line
 from convt_tvm.target import Target
 
 __all__ = ["Outputs", "last_band"]
@@ -96,6 +108,8 @@ class Outputs:
     tensor: Any = field(init=False)
     """The output, its axes in the order of its memory."""
     _gathered: _Gathered | None = field(init=False, default=None)
+    _carried: Any = field(init=False, default=None)
+    """With ``streams``: the last vector of the tile before, for each channel of a block."""
 
     def __post_init__(self) -> None:
         """Declare the output."""
@@ -120,6 +134,9 @@ class Outputs:
 
         if not reaches(spec, band):
             # The bias alone: whole rows.
+            if self._carried is not None:
+                filling = self._fill_row([n, g * channels + channel, row, 0], node.value)
+                return nest(_outside_rows(loops, node), filling, [*filled, *rows])
             column = tirx.Var("column", "int32")
             whole_row = tirx.For(column, 0, spec.ow, tirx.ForKind.SERIAL, node)
             around = [*_outside_rows(loops, node), whole_row]
@@ -142,6 +159,9 @@ class Outputs:
                 nests.append(nest(loops, statement, [*clips, Clip(qw, whole, whole + 1), Clip(pw, 0, rest)]))
             return sequence(nests)
 
+        if self._carried is not None:
+            # Sums are in registers only where constants number them, and LLVM unrolls nothing as long as this.
+            loops = [self._unrolled(loop, ob) if i < outside else loop for i, loop in enumerate(loops)]
         inner = loops[outside:]
         first_lane, first_channel, first_column = (at_start(index, inner) for index in (ob, channel, qw))
         by_channels = layout.lanes == "co"
@@ -163,7 +183,7 @@ class Outputs:
                 return statement
             return tirx.IfThenElse(first_channel + lane < channels, statement, None)
 
-        def tile(count: int) -> Any:
+        def tile(count: int, *, at_end: bool) -> Any:
             column = qw - first_column
             if by_channels:
                 position, positions = column * phases + pw, layout.column_block * phases
@@ -180,14 +200,18 @@ class Outputs:
                 return _store_places(counted, value, count, shape, layout.vector_lanes, put, left, channels)
             shape = phases, layout.column_block
             loops = sorted(inner, key=lambda loop: not loop.loop_var.same_as(pw))
+            if self._carried is not None:
+                line = partial(self._line, [n, g * channels + channel, row, 0], first_column * stride_w)
+                carried = tirx.BufferLoad(self._carried, [ob, ramp(0, layout.vector_lanes)])
+                return _stream_columns(loops, value, (pw, column), count, shape, carried, line, at_end=at_end)
             return _store_columns(loops, value, (pw, column), count, shape, layout.vector_lanes, put)
 
         size = layout.column_block
-        body = tile(size * phases)
-        if columns != whole:
+        body = tile(size * phases, at_end=False)
+        if columns != whole or self._carried is not None:
             # Where the last tile begins, and the outputs that are left for it.
             last = columns - size
-            narrower = tile(spec.ow - last * stride_w)
+            narrower = tile(spec.ow - last * stride_w, at_end=True)
             body = tirx.IfThenElse(first_column < last, body, narrower) if last else narrower
         return nest(loops[:outside], body, rows if by_channels or self._is_nhwc else [*filled, *rows])
 
@@ -206,6 +230,10 @@ class Outputs:
             return list(loops)
         unrolled = tirx.ForKind.UNROLLED
         return [rebuild(loop, loop.body, kind=unrolled) if is_short(loop) else loop for loop in loops]
+
+    def _unrolled(self, loop: Loop, index: Expr) -> Loop:
+        """`loop`, unrolled if it counts the index."""
+        return rebuild(loop, loop.body, kind=tirx.ForKind.UNROLLED) if depends_on(index, loop.loop_var) else loop
 
     def _place(self, n: Expr, channel: Expr, row: Expr, column: Expr) -> list[Expr]:
         """The indices of a value of the output."""
@@ -252,12 +280,20 @@ class Outputs:
             beside = [loop for loop in around if _counts_by_one(ob, loop.loop_var)]
             around = [loop for loop in around if loop not in beside]
             channel = at_start(channel, beside)
-        number, lines = tirx.Var("line", "int32"), -(-(size - 1) // line)
-        offset = tirx.min(number * line, size - 1)
-        column = tirx.min(first * spec.stride[1] + offset, spec.ow - 1)
-        asked = sequence(ask_for(self.tensor, [self._place(n, channel, row, column)], to_write=True))
-        kind = tirx.ForKind.UNROLLED if lines < MAX_ASKED else tirx.ForKind.SERIAL
-        asked = tirx.For(number, 0, lines + 1, kind, asked)
+
+        def ask(column: Expr) -> Any:
+            return sequence(ask_for(self.tensor, [self._place(n, channel, row, column)], to_write=True))
+
+        if self._carried is not None:
+            # Of a row's lines those at its ends go through the caches.
+            ends = {0: 0, layout.columns(spec) - layout.column_block: spec.ow - 1}
+            asked = sequence([tirx.IfThenElse(first == tile, ask(column), None) for tile, column in ends.items()])
+        else:
+            number, lines = tirx.Var("line", "int32"), -(-(size - 1) // line)
+            offset = tirx.min(number * line, size - 1)
+            kind = tirx.ForKind.UNROLLED if lines < MAX_ASKED else tirx.ForKind.SERIAL
+            asked = ask(tirx.min(first * spec.stride[1] + offset, spec.ow - 1))
+            asked = tirx.For(number, 0, lines + 1, kind, asked)
         for loop in reversed(around):
             asked = tirx.For(loop.loop_var, loop.min, loop.extent, tirx.ForKind.SERIAL, asked)
         return [asked]
@@ -292,11 +328,38 @@ class Outputs:
         gathered.copied_bytes = tirx.min((layout.chunk(band) - layout.row_block) * row_bytes, gathered.size_bytes)
         return [tirx.For(piece, 0, each, tirx.ForKind.SERIAL, copied)]
 
-    def gather(self, loop: Loop, visit: Callable[[Any], Any]) -> Any:
-        """The body of `loop`, one of whose iterations writes a run of rows of each channel of a block.
+    def pass_caches(self, loop: Loop, visit: Callable[[Any], Any]) -> Any:
+        """The body of `loop`, one of whose iterations writes a run of rows of each channel of a block."""
+        return self._stream(loop, visit) if self.layout.streams else self._gather(loop, visit)
 
-        The rows are gathered in a buffer first, whose runs then go past the caches: most of them beside the sums of the
-        last band, the others after them.
+    def _stream(self, loop: Loop, visit: Callable[[Any], Any]) -> Any:
+        """That body, whose vectors go past the caches, each joined with the one before in its row to a cache line."""
+        shape = self.layout.co_block, self.layout.vector_lanes
+        self._carried = carried = tirx.decl_buffer(shape, self.spec.dtype, name="carried")
+        body = visit(loop.body)
+        self._carried = None
+        return tirx.SeqStmt([on_stack(tirx.AllocBuffer(carried)), body, *end_copies(self.target.arch)])
+
+    def _line(self, row: Sequence[Expr], first: Expr, position: int, before: Expr, now: Expr, *, at_end: bool) -> Any:
+        """The statement that writes the line ending among `now`, at a position of the tile that is `first` in its row.
+
+        `row` has the indices of the row's first value. A tile's first vector may be that of the row.
+        """
+        begin, address = (tirx.address_of(tirx.BufferLoad(self.tensor, place)) for place in ([0, 0, 0, 0], row))
+        size = self.spec.ow if at_end or position == 0 else None
+        return put_line(begin, address, first + position, before, now, size)
+
+    def _fill_row(self, row: Sequence[Expr], value: Expr) -> Any:
+        """A row that is the same value all over, past the caches."""
+        number, lanes = tirx.Var("number", "int32"), self.layout.vector_lanes
+        vector = tirx.Broadcast(value, lanes)
+        line = self._line(row, number * lanes, 0, vector, vector, at_end=True)
+        return tirx.For(number, 0, -(-self.spec.ow // lanes) + 1, tirx.ForKind.SERIAL, line)
+
+    def _gather(self, loop: Loop, visit: Callable[[Any], Any]) -> Any:
+        """That body, whose rows are gathered in a buffer first.
+
+        Its runs then go past the caches: most of them beside the sums of the last band, the others after them.
         """
         spec, layout = self.spec, self.layout
         found = {band.index: place for band in bands(spec) if (place := find_store(loop.body, (f"band{band.index}",)))}
@@ -348,11 +411,22 @@ def _outside_rows(loops: Sequence[Loop], store: Any) -> list[Loop]:
 
 
 def _stage(loops: Sequence[Loop], value: Expr, indices: Sequence[Expr], shape: Pair) -> tuple[Any, list[Any]]:
-    """A buffer in registers with `value` at `indices` for all of `loops`, the last of them as a vector."""
+    """A buffer in registers with `value` at `indices` for all of `loops`, the last of them as a vector.
+
+    Or as some, of a power of two of lanes: LLVM takes 48 apart (kernelbench/75 took three times as long).
+    """
     staged = tirx.decl_buffer(shape, value.ty.dtype, name="staged")
-    nest = tirx.BufferStore(staged, value, indices)
+    *loops, lane = loops
+    extent = int(lane.extent)
+    size = extent & -extent
+    if size < extent:
+        number, place = tirx.Var("vector", "int32"), tirx.Var("lane", "int32")
+        value, *indices = (with_value(each, lane.loop_var, number * size + place) for each in (value, *indices))
+        loops.append(tirx.For(number, 0, extent // size, tirx.ForKind.UNROLLED, lane.body))
+        lane = tirx.For(place, 0, size, tirx.ForKind.VECTORIZED, lane.body)
+    nest = rebuild(lane, tirx.BufferStore(staged, value, indices), kind=tirx.ForKind.VECTORIZED)
     for loop in reversed(loops):
-        nest = rebuild(loop, nest, kind=tirx.ForKind.VECTORIZED if loop is loops[-1] else tirx.ForKind.UNROLLED)
+        nest = rebuild(loop, nest, kind=tirx.ForKind.UNROLLED)
     return staged, [on_stack(tirx.AllocBuffer(staged)), nest]
 
 
@@ -454,6 +528,40 @@ def _store_columns(
         for start, vector in zip(range(first * phases, count, lanes), woven, strict=False):
             for offset, size in binary(min(lanes, count - start)):
                 statements.append(store(0, start + offset, extract(vector, offset, size, lanes), size))
+    return sequence(statements)
+
+
+def _stream_columns(
+    loops: Sequence[Loop],
+    value: Expr,
+    place: Sequence[Expr],
+    count: int,
+    shape: Pair,
+    carried: Any,
+    line: Callable[..., Any],
+    *,
+    at_end: bool,
+) -> Any:
+    """Write what `_store_columns` stores in whole cache lines; a row's last tile writes its last line as well.
+
+    `carried` holds the vector before the tile's first, and `line` writes the line that ends among the values of a
+    vector: at a position, of the vector before and it.
+    """
+    phases, columns = shape
+    lanes, dtype = int(carried.indices[-1].lanes), value.ty.dtype
+    staged, statements = _stage(loops, value, place, shape)
+    vectors = [define(carried, lanes, dtype, statements)]
+    for first in range(0, columns, lanes):
+        by_phase = [tirx.BufferLoad(staged, [phase, ramp(first, lanes)]) for phase in range(phases)]
+        vectors += interleave(by_phase, lanes, dtype, statements)
+    used = -(-count // lanes)
+    for number, (before, now) in enumerate(pairwise(vectors[: used + 1])):
+        statements.append(line(number * lanes, before, now, at_end=at_end and number == used - 1))
+    last = vectors[used]
+    if at_end:
+        statements.append(line(used * lanes, last, last, at_end=True))
+    else:
+        statements.append(tirx.BufferStore(carried.source, last, carried.indices))
     return sequence(statements)
 
 

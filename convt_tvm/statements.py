@@ -137,13 +137,13 @@ class Clip:
     stop: int
 
     def apply(self, loops: Sequence[Loop], ranges: dict[Any, tuple[Expr, Expr]], checks: list[Expr]) -> None:
-        """Narrow the innermost of `loops` that the index counts with, or else add a check.
+        """Narrow the innermost of `loops` that the index counts with, unless it is unrolled, or else add a check.
 
         The range of a loop, not a predicate in it: that leaves LLVM plain loops to vectorise. Given predicates it makes
         masked stores, and LLVM 22 for x86 writes four bytes where a truncating store of 16-bit values has a constant
         mask of one lane (bfloat16, 17 columns in vectors of 8).
         """
-        for loop in reversed(loops):
+        for loop in (loop for loop in reversed(loops) if loop.kind != tirx.ForKind.UNROLLED):
             base = with_value(self.index, loop.loop_var, 0)
             if tvm.sym.Analyzer().can_prove_equal(self.index - base, loop.loop_var):
                 zero, extent = tirx.const(0, "int32"), loop.extent

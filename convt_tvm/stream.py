@@ -2,9 +2,10 @@
 
 A store to a line that is in no cache first reads the line from memory, and holds up every store after it meanwhile.
 Where an output is too large for the caches anyway, a task gathers its rows on the side, for each channel a run of them
-that is contiguous in the output, and copies whole cache lines by stores that read nothing (``vmovntps``). For smaller
-ones, which the next layer will read from the cache, it asks for the lines of a tile before it sums. Weights that do not
-stay in the second cache are asked for some steps before they are multiplied.
+that is contiguous in the output, and copies whole cache lines by stores that read nothing (``vmovntps``). Where vectors
+are as long as a line, and an instruction joins any parts of two, lines leave from registers instead. For smaller
+outputs, which the next layer will read from the cache, it asks for the lines of a tile before it sums. Weights that do
+not stay in the second cache are asked for some steps before they are multiplied.
 
 On one core of a Zen 4 server stores wrote 20 GB/s in order, those past the caches 50. They take no time if there are
 but some dozens at once, for which the core has buffers, and sums between; the fence waits for all of them.
@@ -19,12 +20,12 @@ from tvm import tirx
 from convt_tvm.layout import CACHE_LINE_BYTES
 from convt_tvm.statements import import_llvm
 
-__all__ = ["ask_for", "copy_past_caches", "define_copy", "end_copies"]
+__all__ = ["ask_for", "copy_past_caches", "define_copy", "define_lines", "end_copies", "put_line"]
 
 Expr = Any
 Statement = Any
 
-_COPY = "convt_copy_past_caches"
+_COPY, _LINE, _EDGE = "convt_copy_past_caches", "convt_put_line", "convt_put_edge"
 _DATA = 1
 _FOR_WRITING, _FOR_READING = (1, 2, _DATA), (0, 3, _DATA)
 """Arguments of ``llvm.prefetch``: to write in the second cache (the first is left to inputs), to read in the first."""
@@ -65,6 +66,115 @@ def define_copy(body: Statement, dtype: str) -> Statement:
     TIR has no such stores. LLVM makes them of any store marked so.
     """
     return import_llvm(body, _copy_text(tvm.DataType(dtype).bits))
+
+
+def put_line(begin: Expr, row: Expr, place: Expr, before: Expr, now: Expr, size: Expr | None) -> Statement:
+    """A statement that writes the cache line which ends among the values `now`, at `place` in a row, past the caches.
+
+    `row` is the address of a row of `size` values, `begin` that of all rows, and `before` has the values before
+    `place`. So vector after vector of a row, and its last one once more as if it followed, write the whole row. Lines
+    at its ends are shared with others: with `size` values of the row alone are written, through the caches where they
+    are no whole line; without it the line is known to be whole. `define_lines` is around it, and `end_copies` comes
+    after the last.
+    """
+    place = tirx.Cast("int64", place)
+    if size is None:
+        return tirx.Evaluate(tirx.call_extern("void", _LINE, begin, row, place, before, now))
+    return tirx.Evaluate(tirx.call_extern("void", _EDGE, begin, row, place, before, now, tirx.Cast("int64", size)))
+
+
+def define_lines(body: Statement, dtype: str) -> Statement:
+    """`body` with what `put_line` calls, for values of `dtype`, float32 or float64, on a processor with AVX-512."""
+    return import_llvm(body, _lines_text(tvm.DataType(dtype).bits))
+
+
+def _lines_text(bits: int) -> str:
+    """How lines are put together, in LLVM's language: by one permutation of two vectors.
+
+    Where an address is no multiple of a value's size each vector is stored as it is.
+    """
+    lanes, size_bytes = 8 * CACHE_LINE_BYTES // bits, bits // 8
+    kind, name = ("float", "ps") if bits == 32 else ("double", "pd")
+    vector, places = f"<{lanes} x {kind}>", f"<{lanes} x i{bits}>"
+    numbers = f"<{', '.join(f'i{bits} {lane}' for lane in range(lanes))}>"
+
+    def splat(value: str, result: str) -> str:
+        return f"""
+  %{result}_one = insertelement {places} poison, i{bits} {value}, i64 0
+  %{result} = shufflevector {places} %{result}_one, {places} poison, <{lanes} x i32> zeroinitializer"""
+
+    def lane_number(value: str, result: str) -> str:
+        return f"%{result} = add i64 {value}, 0" if bits == 64 else f"%{result} = trunc i64 {value} to i{bits}"
+
+    def some(first: str, to: str, value: str, label: str) -> str:
+        """Store those values that are in the row."""
+        return f"""
+  {lane_number(first, f"{label}_first")}{splat(f"%{label}_first", f"{label}_firsts")}
+  %{label}_places = add {places} %{label}_firsts, {numbers}
+  {lane_number("%size", f"{label}_size")}{splat(f"%{label}_size", f"{label}_sizes")}
+  %{label}_inside = icmp ult {places} %{label}_places, %{label}_sizes
+  call void @llvm.masked.store.v{lanes}f{bits}.p0({vector} {value}, ptr {to}, i32 1, <{lanes} x i1> %{label}_inside)
+  ret void"""
+
+    def define(function: str, size: str, whole: str, plain: str) -> str:
+        return f"""
+define linkonce_odr hidden void @{function}(
+  ptr %begin, ptr %row, i64 %place, {vector} %before, {vector} %now{size}
+) alwaysinline {{
+  %first_address = ptrtoint ptr %begin to i64
+  %odd = and i64 %first_address, {size_bytes - 1}
+  %fits = icmp eq i64 %odd, 0
+  %at_place = getelementptr {kind}, ptr %row, i64 %place
+  br i1 %fits, label %line, label %plain
+
+line:
+  %address = ptrtoint ptr %row to i64
+  %behind = sub i64 0, %address
+  %gap = and i64 %behind, {CACHE_LINE_BYTES - 1}
+  %shift = udiv exact i64 %gap, {size_bytes}
+  {lane_number("%shift", "shift_lanes")}{splat("%shift_lanes", "shifts")}
+  %picked = add {places} %shifts, {numbers}
+  %value = call {vector} @llvm.x86.avx512.vpermi2var.{name}.512({vector} %before, {places} %picked, {vector} %now)
+  %end = add i64 %place, %shift
+  %from = sub i64 %end, {lanes}
+  %to = getelementptr {kind}, ptr %row, i64 %from
+{whole}
+
+plain:{plain}
+}}
+"""
+
+    store = f"""  store {vector} %value, ptr %to, align {CACHE_LINE_BYTES}, !nontemporal !0
+  ret void"""
+    checked = f"""  %starts = icmp sge i64 %from, 0
+  %ends = icmp sle i64 %end, %size
+  %is_whole = and i1 %starts, %ends
+  br i1 %is_whole, label %whole, label %check
+
+whole:
+{store}
+
+check:
+  %begins_before = icmp slt i64 %from, %size
+  %ends_behind = icmp sgt i64 %end, 0
+  %any = and i1 %begins_before, %ends_behind
+  br i1 %any, label %part, label %none
+
+none:
+  ret void
+
+part:{some("%from", "%to", "%value", "part")}"""
+    plain = f"""
+  store {vector} %now, ptr %at_place, align 1
+  ret void"""
+    return f"""
+{define(_LINE, "", store, plain)}
+{define(_EDGE, ", i64 %size", checked, some("%place", "%at_place", "%now", "odd_part"))}
+declare {vector} @llvm.x86.avx512.vpermi2var.{name}.512({vector}, {places}, {vector})
+declare void @llvm.masked.store.v{lanes}f{bits}.p0({vector}, ptr, i32, <{lanes} x i1>)
+
+!0 = !{{i32 1}}
+"""
 
 
 def _copy_text(bits: int) -> str:

@@ -193,6 +193,11 @@ class Target:
         return {"avx512bf16", "avx512vl"} <= set(self.features)
 
     @property
+    def joins_vectors(self) -> bool:
+        """Whether an instruction takes a vector from anywhere in two, and vectors are cache lines (AVX-512)."""
+        return "avx512f" in self.features
+
+    @property
     def vector_registers(self) -> int:
         """Number of vector registers: 32 with AVX-512 and on aarch64, otherwise 16."""
         return 32 if self.arch == "aarch64" or "avx512f" in self.features else 16

@@ -78,17 +78,17 @@ from dataclasses import replace
 
 from tvm.s_tir import Schedule
 
-from convt_tvm.compute import GATHERS, IN_VECTORS, PEELS, layout_of, spec_of
+from convt_tvm.compute import IN_VECTORS, PASSES_CACHES, PEELS, layout_of, spec_of
 from convt_tvm.cost import (
     Costs,
     Tile,
     band_cycles,
     block_sizes,
     core_cycles,
-    gathering,
     image_bytes,
     is_for_memory,
     lane_counts,
+    past_caches,
     row_chunks,
 )
 from convt_tvm.layout import CACHE_LINE_BYTES, Layout, Window, bands, collides, crowds, reaches, reads_input
@@ -161,7 +161,7 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
                                 cycles = core_cycles(spec, layout, tile, target, reuse=1, costs=costs)
                                 yield layout, OUTER_CYCLES * cycles
                         plain = Layout("co", vectors * lanes, rows, columns, lanes, rows)
-                        for layout in gathering(spec, plain, target) if is_for_memory(spec) else ():
+                        for layout in past_caches(spec, plain, target) if is_for_memory(spec) else ():
                             yield layout, core_cycles(spec, layout, tile, target, reuse=1, costs=costs)
 
 
@@ -237,7 +237,7 @@ def tile(sch: Schedule) -> None:
         )
         task = parallelize(sch, order, band_cycles(spec))
         if layout.gathers:
-            sch.annotate(task, GATHERS, True)
+            sch.annotate(task, PASSES_CACHES, True)
         if reaches(spec, band):
             acc = sch.get_sblock(f"acc{band.index}")
             sch.compute_at(acc, column_block if inner else task, preserve_unit_loops=True)

@@ -25,7 +25,8 @@ In channels_last the last line is
         for pw:                               ob and qw: transposed in registers
 
 With ``gathers`` the parallel loop ends with b, the rows of all phases of the chunk go to a buffer, and from there past
-the caches to the output, most of them beside the sums of the rows that follow.
+the caches to the output, most of them beside the sums of the rows that follow. With ``streams`` it ends with b as well,
+and vectors go past the caches from registers: each is joined with the one before in its row to a whole cache line.
 
 With few channels the column phases are worked on together, so that enough sums are under way to hide the latency of an
 addition.
@@ -57,7 +58,13 @@ grouped/4 1.13, dcgan/5 1.09. What limits it there:
   fsrcnn/x3 (58 %), one channel, has 21 loads for 36 multiply-adds; with rows of all channels together, which are in
   fewer pages, it took 0.35 ms in place of 0.40. In C the same loop, its rows whole cache lines apart, reached 90 %;
   here that cost layers of 32 columns a tenth.
-- Outputs. Stores past the caches are slow: gathering pays for less than some 50 multiply-adds an output only.
+- Outputs. Stores past the caches are slow: gathering pays for less than some 50 multiply-adds an output only. From
+  registers there is nothing to copy, and lines are written whole wherever rows begin: kernelbench/81 went from 6.3 to
+  4.1 ms, kernelbench/75 from 8.3 to 6.0, seed/square from 12.5 to 11.2. Loads of sums wait behind a tile's stores,
+  22 to 88 lines at once, which seed/rect and unet/up4, with more sums for each, lose by: they store through the
+  caches. A row's first and last line are shared with its neighbours; asked for ahead, they gained 8 % for seed/square.
+- Register arrays. LLVM keeps sums in registers if all loops around their stores are unrolled: in a loop over channels
+  seed/rect took 1.1 times as long. Vectors of 48 values took kernelbench/75 2.7 times as long, fsrcnn/x3 1.25.
 - Channels_last. Transposes in registers took a layer of 32 to 8 channels from 0.37 ms, lanes along channels, to 0.21,
   fcn8s/up8 from 1.94 to 1.70.
 """
@@ -67,16 +74,16 @@ from dataclasses import replace
 
 from tvm.s_tir import Schedule
 
-from convt_tvm.compute import GATHERS, IN_VECTORS, layout_of, spec_of
+from convt_tvm.compute import IN_VECTORS, PASSES_CACHES, layout_of, spec_of
 from convt_tvm.cost import (
     Costs,
     Tile,
     band_cycles,
     block_sizes,
     core_cycles,
-    gathering,
     is_for_memory,
     lane_counts,
+    past_caches,
     phase_blocks,
     row_chunks,
 )
@@ -127,7 +134,8 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
                         reuse = phases * max(1, *(phase.taps for phase in spec.axes[1].phases))
                         plain = Layout("ow", co_block, 1, vectors * lanes, lanes, 1, phases)
                         chunked = [replace(plain, row_chunk=chunk) for chunk in row_chunks(spec, 1, target)]
-                        for layout in (*chunked, *(gathering(spec, plain, target) if is_for_memory(spec) else ())):
+                        passing = past_caches(spec, plain, target) if is_for_memory(spec) else ()
+                        for layout in (*chunked, *passing):
                             chunk = layout.row_chunk
                             run = chunk * spec.iw if copies_by_chunk(spec, layout) else spec.ih * spec.iw
                             per_input = CYCLES_PER_INPUT[spec.input_axes] + CYCLES_PER_RUN / run
@@ -154,7 +162,7 @@ def copies_by_chunk(spec: ConvTranspose2dSpec, layout: Layout) -> bool:
     So it is with one tap for each row phase. There must be several chunks, for they are what threads share. Bands that
     are gathered together share tasks for single blocks, and a window of a chunk would be copied in each.
     """
-    if layout.gathers and len(bands(spec)) > 1:
+    if layout.passes_caches and len(bands(spec)) > 1:
         return False
     reached = [band for band in bands(spec) if reaches(spec, band)]
     if len(reached) != 1 or spec.groups != 1:
@@ -176,18 +184,18 @@ def space(sch: Schedule) -> None:
         n, g, b, ob, ph, qh, qw, pw = sch.get_loops(output)
         column_block, column = sch.split(qw, [None, layout.column_block])
         chunk, row = sch.split(qh, [None, layout.chunk(band)])
-        order = (n, g, chunk, b, row, ph) if layout.gathers else (n, g, chunk, b, ph, row)
+        order = (n, g, chunk, b, row, ph) if layout.passes_caches else (n, g, chunk, b, ph, row)
         moved = reaches(spec, band) and in_vectors(spec, layout)
         by_places = moved and spec.output_axes == "nhwc"
         sch.reorder(*order, column_block, *((ob, pw, column) if by_places else (ob, column, pw)))
         if moved:
             sch.annotate(ob if by_places else column, IN_VECTORS, True)
         of_chunk = by_chunk and reaches(spec, band)
-        shared = order[:3] if of_chunk else order[:4] if layout.gathers else order
+        shared = order[:3] if of_chunk else order[:4] if layout.passes_caches else order
         task = parallelize(sch, shared, band_cycles(spec))
-        if layout.gathers:
+        if layout.passes_caches:
             # A loop over one block is simplified away.
-            sch.annotate(b if of_chunk and layout.blocks(spec) > 1 else task, GATHERS, True)
+            sch.annotate(b if of_chunk and layout.blocks(spec) > 1 else task, PASSES_CACHES, True)
         if reaches(spec, band):
             acc = sch.get_sblock(f"acc{band.index}")
             sch.compute_at(acc, column_block, preserve_unit_loops=True)

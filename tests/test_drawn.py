@@ -17,19 +17,20 @@ from convt_tvm.layout import Layout
 from convt_tvm.space import choices, spaces
 from convt_tvm.target import Target
 
-AMX = Target.parse("llvm:x86_64+amx-bf16+avx512bf16+avx512vl+avx512dq")
+AMX = Target.parse("llvm:x86_64+amx-bf16+avx512f+avx512bf16+avx512vl+avx512dq")
 
 
-def test_layouts_gather_where_their_schedules_can():
-    gathering = set()
-    for _, spec in fuzzed_specs(1, range(60)):
+def test_outputs_pass_the_caches_where_their_schedules_can():
+    gathering, streaming = set(), set()
+    for _, spec in fuzzed_specs(1, range(120)):
         for target in (AMX.for_dtype(spec.dtype), Target.parse("cuda:sm_90").for_dtype(spec.dtype)):
             for space in spaces():
                 found = choices(spec, target, space.name)
-                if found and (choice := _drawn(found, spec, target)).layout.gathers:
-                    gathering.add(space.name)
+                if found and (choice := _drawn(found, spec, target)).layout.passes_caches:
+                    (gathering if choice.layout.gathers else streaming).add(space.name)
                     assert type(choice.layout) in (Layout, DotLayout)
     assert gathering == {"llvm_channels", "llvm_columns", "llvm_dot"}
+    assert streaming == {"llvm_columns"}
 
 
 def test_what_is_drawn_for_a_tile_unit_is_lowered():

@@ -106,3 +106,6 @@ def test_sums_take_taps_first_where_channels_are_few():
 def test_json_holds_the_whole_layout():
     for layout in (Layout("co", 32, 1, 6, 16, 8, taps="outer"), Layout("ow", 13, 1, 32, 16, 4, 2, gathers=True)):
         assert Layout.from_json(layout.to_json()) == layout
+        assert "streams" not in layout.to_json()
+        streaming = replace(layout, gathers=False, streams=True)
+        assert Layout.from_json(streaming.to_json()) == streaming

@@ -20,7 +20,7 @@ from convt_tvm.layout import Layout
 from convt_tvm.reference import integer_inputs, normal_inputs, reference
 from convt_tvm.runtime import load
 from convt_tvm.space import choices, default_choice, spaces, varied_choices
-from convt_tvm.spec import CONTIGUOUS, MEMORY_ORDER, ConvTranspose2dSpec
+from convt_tvm.spec import CONTIGUOUS, DTYPE_BYTES, MEMORY_ORDER, ConvTranspose2dSpec
 from convt_tvm.target import Target
 from convt_tvm.tile_layout import TileLayout
 from convt_tvm.workloads import resolve
@@ -111,11 +111,14 @@ def test_each_space_is_exact_in_several_layouts(lanes, tmp_path):
         (ONE_ROW, "ow", {"row_chunk": 2, "gathers": True}),
         (STRIDED, "co", {"row_chunk": 2, "gathers": True}),
         (STRIDED, "ow", {"row_chunk": 6, "gathers": True}),
+        (BORDERED, "ow", {"row_chunk": 4, "streams": True}),
+        (ONE_ROW, "ow", {"row_chunk": 2, "streams": True}),
+        (STRIDED, "ow", {"row_chunk": 6, "streams": True}),
     ],
 )
 def test_each_decision_is_exact_at_the_border(spec, lanes, changes, tmp_path):
     first = next(choice for choice in choices(spec, HOST) if choice.layout.lanes == lanes)
-    layout = replace(first.layout, row_block=1, **{"row_chunk": 1, **changes})
+    layout = laid_out(first.layout, spec, {"row_chunk": 1, **changes})
     assert is_exact(spec, replace(first, layout=layout), tmp_path / "kernel"), layout
 
 
@@ -138,20 +141,32 @@ def test_phases_in_a_loop_sum_to_the_bits_of_unrolled_ones(dtype):
     assert torch.equal(bits(outputs[True]), bits(outputs[False]))
 
 
-def test_outputs_for_memory_are_gathered():
-    found = choices(resolve(["seed/square"])[0].spec, V4)
-    gathering = [choice.layout for choice in found if choice.layout.gathers]
-    assert gathering
-    assert {layout.lanes for layout in gathering} == {"co", "ow"}
-    assert not any(choice.layout.gathers for choice in choices(resolve(["dcgan/4"])[0].spec, V4))
+def test_outputs_for_memory_pass_the_caches():
+    spec = resolve(["seed/square"])[0].spec
+
+    def passing(spec, target=V4):
+        layouts = [choice.layout for choice in choices(spec, target) if choice.layout.passes_caches]
+        return [{layout.lanes for layout in layouts if getattr(layout, how)} for how in ("gathers", "streams")]
+
+    assert passing(spec) == [{"co", "ow"}, {"ow"}]
+    # Of a narrow type or in shorter vectors no vector is a cache line.
+    for dtype, target in (("float16", V4), ("bfloat16", V4), ("float32", Target.parse("llvm:x86-64-v3"))):
+        assert passing(replace(spec, dtype=dtype), target) == [{"co", "ow"}, set()]
+    assert passing(resolve(["dcgan/4"])[0].spec) == [set(), set()]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
-@pytest.mark.parametrize("offset", [0, 1, 2, 7, 60, 63])
-def test_gathered_rows_go_to_any_address_and_nowhere_else(dtype, offset, tmp_path):
+@pytest.mark.parametrize(
+    ("dtype", "how"),
+    [
+        *((dtype, {"gathers": True}) for dtype in ("float32", "float64", "float16", "bfloat16")),
+        *((dtype, {"streams": True}) for dtype in ("float32", "float64")),
+    ],
+)
+@pytest.mark.parametrize("offset", [0, 1, 2, 7, 8, 60, 63])
+def test_rows_past_the_caches_go_to_any_address_and_nowhere_else(dtype, how, offset, tmp_path):
     spec = replace(ONE_ROW, dtype=dtype, iw=31)
     first = next(choice for choice in choices(spec, HOST) if choice.layout.lanes == "ow" and choice.space.applies(spec))
-    layout = replace(first.layout, row_block=1, row_chunk=2, gathers=True)
+    layout = laid_out(first.layout, spec, {"row_chunk": 2, **how})
     inputs = integer_inputs(spec, seed=2)
     size = math.prod(spec.output_shape) * inputs[0].element_size()
     build_artifact(spec, HOST, tmp_path / "kernel", choice=replace(first, layout=layout))
@@ -196,6 +211,16 @@ def test_every_schedule_batch_size_and_memory_format_gives_the_same_bits(spec, n
 def unit_of(choice):
     """What multiplies: those for pairs of bfloat16 round in ways of their own."""
     return type(choice.layout) if isinstance(choice.layout, DotLayout | TileLayout) else Layout
+
+
+def laid_out(layout, spec, changes):
+    """A layout of one row, changed; with ``streams`` its vectors are cache lines."""
+    layout = replace(layout, row_block=1, **changes)
+    if not layout.streams:
+        return layout
+    if not HOST.joins_vectors:
+        pytest.skip("no vector of this processor is a cache line")
+    return replace(layout, column_block=16, vector_lanes=64 // DTYPE_BYTES[spec.dtype])
 
 
 def is_exact(spec, choice, directory):

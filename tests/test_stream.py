@@ -13,7 +13,7 @@ from tvm import tirx
 from convt_tvm.compiler import lower_choice
 from convt_tvm.cpu_code import compile_library
 from convt_tvm.space import choices, default_choice
-from convt_tvm.stream import copy_past_caches, define_copy, end_copies
+from convt_tvm.stream import _lines_text, copy_past_caches, define_copy, define_lines, end_copies, put_line
 from convt_tvm.target import Target
 from convt_tvm.workloads import resolve
 
@@ -63,20 +63,74 @@ def test_parts_before_the_last_end_with_a_line(tmp_path):
     assert int((target != 0).sum()) == 107
 
 
+def writer(dtype, library):
+    """``write(source, target, size)`` for a row of up to 160 values, one vector after the other, compiled."""
+    lanes = 64 // np.dtype(dtype).itemsize
+    source, target = (tirx.decl_buffer((176,), dtype, name=name, data_alignment=1) for name in ("source", "target"))
+    size = tirx.Var("size", "int32")
+    begin = tirx.address_of(tirx.BufferLoad(target, [0]))
+
+    def vector(number):
+        return tirx.BufferLoad(source, [tirx.Ramp(number * lanes, 1, lanes)])
+
+    number, last = tirx.Var("number", "int32"), tirx.indexdiv(size + lanes - 1, lanes)
+    before = tirx.max(number - 1, 0)
+    edge, inside = (put_line(begin, begin, number * lanes, vector(before), vector(number), end) for end in (size, None))
+    # All but the first line and the last two are whole.
+    put = tirx.IfThenElse(tirx.any(number == 0, number >= last - 1), edge, inside)
+    body = tirx.For(number, 0, last + 1, tirx.ForKind.SERIAL, put)
+    body = define_lines(tirx.SeqStmt([body, *end_copies(HOST.arch)]), dtype)
+    function = tirx.PrimFunc([source, target, size], body, tvm.ir.TupleType([]))
+    compile_library(tvm.IRModule({"write": function.with_attr("global_symbol", "write")}), HOST, library)
+    return tvm.runtime.load_module(str(library))["write"]
+
+
+@pytest.mark.skipif(not HOST.joins_vectors, reason="no vector of this processor is a cache line")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_lines_write_a_row_and_nothing_else(dtype, tmp_path):
+    write, size = writer(dtype, tmp_path / "write.so"), np.dtype(dtype).itemsize
+    source = torch.arange(1, 177).to(getattr(torch, dtype))
+    for count in (1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 150, 160):
+        for offset in (0, 1, 3, size, 5 * size, 32, 63, 64 - size):
+            around = np.full(176 * size + 192, 77, np.uint8)
+            start = -around.ctypes.data % 64 + 64 + offset
+            target = torch.frombuffer(around, dtype=source.dtype, count=176, offset=start)
+            write(source, target, count)
+            assert torch.equal(target[:count], source[:count])
+            assert (around[:start] == 77).all()
+            assert (around[start + count * size :] == 77).all()
+
+
+def test_whole_lines_pass_the_caches():
+    text = _lines_text(32)
+    # Both functions store a whole line so, and the rest through the caches.
+    assert text.count("!nontemporal") == 2
+    assert text.count("@llvm.masked.store") == 3
+
+
 @pytest.mark.parametrize(
-    ("name", "asks", "gathers"),
+    ("name", "asks", "ways"),
     [
-        ("sam/up1", True, False),  # 4 MiB
-        ("seed/square", False, True),  # 53 MB
-        ("dcgan/4", False, False),  # fits the second cache
-        ("bilinear/depthwise", False, False),  # too few products to wait behind
+        ("sam/up1", True, ""),  # 4 MiB
+        ("seed/square", True, "put_line put_edge"),  # 53 MB; the ends of rows are asked for
+        ("seed/rect", True, ""),  # 25 MB, but many products for each output
+        ("dcgan/4", False, ""),  # fits the second cache
+        ("bilinear/depthwise", False, ""),  # too few products to wait behind
     ],
 )
-def test_outputs_go_by_their_size(name, asks, gathers):
+def test_outputs_go_by_their_size(name, asks, ways):
+    target = Target.parse("llvm:x86_64+avx512f+avx512vl+avx512dq+avx512bw+fma+avx512fp16")
     spec = resolve([name])[0].spec
-    text = lower_choice(spec, HOST, default_choice(spec, HOST)).module.script()
+    text = lower_choice(spec, target, default_choice(spec, target)).module.script()
     assert bool(re.search(r"llvm\.prefetch.*, 1, 2, 1\)", text)) == asks
-    assert bool(re.search(r"convt_copy_past_caches\"?,", text)) == gathers
+    for way in ("put_line", "put_edge", "copy_past_caches"):
+        assert bool(re.search(rf"convt_{way}\"?,", text)) == (way in ways.split())
+
+
+def test_rows_are_gathered_where_vectors_are_no_lines():
+    spec, target = resolve(["seed/square"])[0].spec, Target.parse("llvm:x86-64-v3")
+    text = lower_choice(spec, target, default_choice(spec, target)).module.script()
+    assert re.search(r"convt_copy_past_caches\"?,", text)
 
 
 def test_an_output_of_any_batch_size_is_taken_for_a_large_one():
