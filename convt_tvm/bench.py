@@ -23,7 +23,7 @@ from convt_tvm.place import Place
 from convt_tvm.processor import TILE_FEATURES
 from convt_tvm.reference import Inputs, empty_output, error_bound, in_format, normal_inputs, reference
 from convt_tvm.roofline import Limits, Loops, bound, measure, processor_loops
-from convt_tvm.roofline_torch import torch_loops
+from convt_tvm.roofline_torch import multiply_matrices, torch_loops
 from convt_tvm.rows import COPY, OURS, OURS_DEFAULT, OURS_LAST, TORCH_LAST, Row
 from convt_tvm.runtime import Kernel
 from convt_tvm.spec import CHANNELS_LAST, ConvTranspose2dSpec
@@ -123,11 +123,14 @@ def target_loops(spec: ConvTranspose2dSpec, target: Target, threads: int) -> Loo
     """
     if target.kind == "cuda":
         return torch_loops(spec, "cuda", spec.dtype, threads)
-    if not TILE_FEATURES.isdisjoint(target.for_dtype(spec.dtype).features):
-        # What torch makes of the tile unit: a plain loop of its products would need it configured.
-        return torch_loops(spec, "cpu", spec.dtype, threads)
+    in_tiles = not TILE_FEATURES.isdisjoint(target.for_dtype(spec.dtype).features)
     if importlib.util.find_spec("tvm") is None:
-        return torch_loops(spec, "cpu", spec.accumulator_dtype, threads)
+        return torch_loops(spec, "cpu", spec.dtype if in_tiles else spec.accumulator_dtype, threads)
+    if in_tiles:
+        # What torch makes of the tile unit: a plain loop of its products would need it configured.
+        products = multiply_matrices("cpu", spec.dtype)
+        loops = processor_loops(spec, spec.accumulator_dtype, threads)
+        return replace(loops, dtype=spec.dtype, multiply_adds=products)
     in_pairs = spec.dtype == "bfloat16" and target.multiplies_pairs
     return processor_loops(spec, spec.dtype if in_pairs else spec.accumulator_dtype, threads)
 

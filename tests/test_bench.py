@@ -111,24 +111,32 @@ def test_the_memory_of_the_loops_is_freed(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("spec", "target", "made", "dtype"),
+    ("spec", "target", "products", "moves"),
     [
-        (SPEC, "llvm:x86-64-v4", "processor_loops", "float32"),
-        (replace(SPEC, dtype="float64"), "llvm:x86-64-v4", "processor_loops", "float64"),
-        (replace(SPEC, dtype="float16"), "llvm:x86-64-v4", "processor_loops", "float32"),
-        (replace(SPEC, dtype="bfloat16"), "llvm:x86-64-v4", "processor_loops", "float32"),
-        (replace(SPEC, dtype="bfloat16"), "llvm:x86_64+avx512bf16+avx512vl", "processor_loops", "bfloat16"),
-        (replace(SPEC, dtype="bfloat16"), "llvm:x86_64+amx-bf16", "torch_loops", "bfloat16"),
-        (replace(SPEC, dtype="bfloat16"), "cuda:sm_90", "torch_loops", "bfloat16"),
+        (SPEC, "llvm:x86-64-v4", "plain float32", "plain"),
+        (replace(SPEC, dtype="float64"), "llvm:x86-64-v4", "plain float64", "plain"),
+        (replace(SPEC, dtype="float16"), "llvm:x86-64-v4", "plain float32", "plain"),
+        (replace(SPEC, dtype="bfloat16"), "llvm:x86-64-v4", "plain float32", "plain"),
+        (replace(SPEC, dtype="bfloat16"), "llvm:x86_64+avx512bf16+avx512vl", "plain bfloat16", "plain"),
+        (replace(SPEC, dtype="bfloat16"), "llvm:x86_64+amx-bf16", "torch bfloat16", "plain"),
+        (replace(SPEC, dtype="bfloat16"), "cuda:sm_90", "torch bfloat16", "torch"),
     ],
 )
-def test_the_loops_are_of_what_a_target_multiplies_with(monkeypatch, spec, target, made, dtype):
-    monkeypatch.setattr(bench_module, "processor_loops", lambda *asked: ("processor_loops", asked[1]))
-    monkeypatch.setattr(bench_module, "torch_loops", lambda *asked: ("torch_loops", asked[2]))
-    assert bench_module.target_loops(spec, Target.parse(target), 1) == (made, dtype)
+def test_the_loops_are_of_what_a_target_multiplies_with(monkeypatch, spec, target, products, moves):
+    def made(kind):
+        return lambda dtype, threads: Loops(threads, dtype, Loop(f"{kind} {dtype}", 1), (kind,))
+
+    plain, torchs = made("plain"), made("torch")
+    monkeypatch.setattr(bench_module, "processor_loops", lambda spec, dtype, n: plain(dtype, n))
+    monkeypatch.setattr(bench_module, "torch_loops", lambda spec, _, dtype, n: torchs(dtype, n))
+    monkeypatch.setattr(bench_module, "multiply_matrices", lambda _, dtype: Loop(f"torch {dtype}", 1))
+    dtype = products.split()[1]
+    expected = Loops(1, dtype, Loop(products, 1), (moves,))
+    assert bench_module.target_loops(spec, Target.parse(target), 1) == expected
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    without_tvm = ("torch_loops", dtype if made == "torch_loops" else spec.accumulator_dtype)
-    assert bench_module.target_loops(spec, Target.parse(target), 1) == without_tvm
+    dtype = dtype if products.startswith("torch") else spec.accumulator_dtype
+    expected = Loops(1, dtype, Loop(f"torch {dtype}", 1), ("torch",))
+    assert bench_module.target_loops(spec, Target.parse(target), 1) == expected
 
 
 def test_beside_torch_in_channels_last_is_ours():
