@@ -14,6 +14,7 @@ has dot products of it, two multiply-adds in each lane.
 """
 
 import functools
+import gc
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -240,6 +241,8 @@ def _library(dtype: str, threads: int) -> Any:
     with tempfile.TemporaryDirectory(prefix="convt-tvm-limits-") as scratch:
         path = Path(scratch) / "limits.so"
         _compile(dtype, threads, path)
+        # TVM's parser leaves the frames of all its callers in cycles, which keep their tensors.
+        gc.collect()
         # An opened library stays mapped when its file is gone.
         return tvm_ffi.load_module(str(path))
 

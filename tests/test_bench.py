@@ -10,7 +10,7 @@ import torch
 from test_database import write_tuned
 
 from convt_tvm import bench as bench_module
-from convt_tvm import runtime
+from convt_tvm import roofline, runtime
 from convt_tvm.bench import Tolerance, bench, current_commit
 from convt_tvm.check import torch_eager
 from convt_tvm.measure import noise_floor
@@ -97,6 +97,7 @@ def test_limits_are_medians_of_the_rounds_that_the_kernels_take_turns_in(monkeyp
 
 def test_the_memory_of_the_loops_is_freed(monkeypatch):
     target_loops, alive = bench_module.target_loops, []
+    roofline._library.cache_clear()
 
     def watched(spec, target, threads):
         loops = target_loops(spec, target, threads)
