@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from convt_tvm import roofline, roofline_torch, runtime
+from convt_tvm import runtime
 from convt_tvm.check import operand_unit, thread_count
 from convt_tvm.machine import machine, package_versions
 from convt_tvm.measure import interleaved, noise_floor
@@ -22,14 +22,15 @@ from convt_tvm.peers import DISTRIBUTIONS, Contender, Refusal, prepare
 from convt_tvm.place import Place
 from convt_tvm.processor import TILE_FEATURES
 from convt_tvm.reference import Inputs, empty_output, error_bound, in_format, normal_inputs, reference
-from convt_tvm.roofline import Limits, bound
+from convt_tvm.roofline import Limits, Loops, bound, measure, processor_loops
+from convt_tvm.roofline_torch import multiply_matrices, torch_loops
 from convt_tvm.rows import COPY, OURS, OURS_DEFAULT, OURS_LAST, TORCH_LAST, Row
 from convt_tvm.runtime import Kernel
 from convt_tvm.spec import CHANNELS_LAST, ConvTranspose2dSpec
 from convt_tvm.target import Target
 from convt_tvm.workloads import Workload
 
-__all__ = ["Tolerance", "bench", "current_commit", "measure_target_limits"]
+__all__ = ["Tolerance", "bench", "current_commit", "measure_target_limits", "target_loops"]
 
 PEER_SLACK = 4
 """Peers may be this many times farther from float64 than a plain sum can be: their algorithms are not known here."""
@@ -115,18 +116,35 @@ def _library_flags(target: Target) -> Iterator[None]:
             torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def measure_target_limits(spec: ConvTranspose2dSpec, target: Target, threads: int | None = None) -> Limits:
-    """What the machine that runs `target` could do at best for such a spec, on so many threads of a processor."""
+def target_loops(spec: ConvTranspose2dSpec, target: Target, threads: int) -> Loops:
+    """What finds the limits of the machine that runs `target` for such a spec, on so many threads of a processor.
+
+    Thread pools have that size while this is called and the loops run.
+    """
     if target.kind == "cuda":
-        return roofline_torch.measure_limits("cuda", spec.dtype, 1, tf32=target.allows_tf32)
-    count = threads or torch.get_num_threads()
-    if not TILE_FEATURES.isdisjoint(target.for_dtype(spec.dtype).features):
-        # What torch makes of the tile unit: a plain loop of its products would need it configured.
-        return roofline_torch.measure_limits("cpu", spec.dtype, count)
+        return torch_loops(spec, "cuda", spec.dtype, threads)
+    in_tiles = not TILE_FEATURES.isdisjoint(target.for_dtype(spec.dtype).features)
     if importlib.util.find_spec("tvm") is None:
-        return roofline_torch.measure_limits("cpu", spec.accumulator_dtype, count)
+        return torch_loops(spec, "cpu", spec.dtype if in_tiles else spec.accumulator_dtype, threads)
+    if in_tiles:
+        # What torch makes of the tile unit: a plain loop of its products would need it configured.
+        products = multiply_matrices("cpu", spec.dtype)
+        loops = processor_loops(spec, spec.accumulator_dtype, threads)
+        return replace(loops, dtype=spec.dtype, multiply_adds=products)
     in_pairs = spec.dtype == "bfloat16" and target.multiplies_pairs
-    return roofline.measure_limits(spec.dtype if in_pairs else spec.accumulator_dtype, count)
+    return processor_loops(spec, spec.dtype if in_pairs else spec.accumulator_dtype, threads)
+
+
+def measure_target_limits(spec: ConvTranspose2dSpec, target: Target, threads: int) -> Limits:
+    """The limits by `target_loops`, with nothing else to take turns with."""
+    place, count = Place.of(target), _thread_count(target, threads)
+    with thread_count(count), _library_flags(target):
+        loops = target_loops(spec, target, count)
+        return measure(loops, settle_secs=place.settle_secs(SETTLE_SECS[False]), time_calls=place.time_calls())
+
+
+def _thread_count(target: Target, threads: int | None) -> int:
+    return 1 if target.kind == "cuda" else threads or torch.get_num_threads()
 
 
 def _contender(kernel: Kernel, inputs: Inputs) -> Contender:
@@ -161,7 +179,7 @@ def bench(
     target: str | Target = "llvm",
     *,
     peers: Sequence[str],
-    limits: Limits,
+    threads: int | None = None,
     place: Place | None = None,
     rounds: int = 15,
     seed: int = 0,
@@ -177,7 +195,8 @@ def bench(
 
     Weights are constant: packed, frozen or laid out beforehand. Every contender's answer is compared with float64, and
     those that are wrong are not timed. The others take turns, in reversed order each round, each running untimed for a
-    while before its sample (`SETTLE_SECS`).
+    while before its sample (`SETTLE_SECS`). So do the loops of `target_loops`, which give the machine's limits: medians
+    like the times that they are compared with.
 
     Parameters
     ----------
@@ -185,8 +204,8 @@ def bench(
         What our kernel is compiled for.
     peers
         Names of `convt_tvm.peers.PEERS`.
-    limits
-        Measured just before for the spec, by `measure_target_limits`; every thread pool gets its number of threads.
+    threads
+        Size of every thread pool on a processor; by default torch's number.
     place
         Where kernels for `target` run, by default with warm caches. On a GPU all contenders' tensors are there, and
         its own clock times them.
@@ -214,8 +233,9 @@ def bench(
     KeyError
         for a peer of another name.
     """
-    spec, threads = workload.spec.sized, limits.threads
+    spec = workload.spec.sized
     resolved = Target.parse(target).for_dtype(spec.dtype)
+    threads = _thread_count(resolved, threads)
     place = place or Place.of(resolved)
     inputs = normal_inputs(spec, seed)
     tolerance = Tolerance(spec, inputs, unit=operand_unit(spec, resolved))
@@ -254,6 +274,7 @@ def bench(
         return bool(kernels[0].manifest.tuning.get("result", {}).get("tuned", False))
 
     samples: dict[str, list[float]] = {}
+    limits: Limits | None = None
     with (
         TemporaryDirectory(prefix="convt-tvm-bench-") as directory,
         thread_count(threads),
@@ -272,38 +293,41 @@ def bench(
             if settle_secs is None:
                 settle_secs = place.settle_secs(SETTLE_SECS[threads > 1])
             try:
+                loops = target_loops(spec, resolved, threads)
                 samples = interleaved(
-                    contenders,
+                    contenders | loops.functions,
                     rounds=rounds,
                     settle_secs=settle_secs,
                     min_sample_secs=min_sample_secs,
                     time_calls=place.time_calls(),
                 )
+                limits = loops.limits(samples)
             except Exception as error:  # recorded in every row: an unfinished round compares nothing
                 reason = f"while being timed: {type(error).__name__}: {' '.join(str(error).split())}"
                 details |= {name: details[name] | {"status": "failed", "reason": reason} for name in contenders}
         contenders.clear()
-    return _rows(workload, resolved, place, limits, rounds, details, samples)
+    return _rows(workload, resolved, place, threads, limits, rounds, details, samples)
 
 
 def _rows(
     workload: Workload,
     target: Target,
     place: Place,
-    limits: Limits,
+    threads: int,
+    limits: Limits | None,
     rounds: int,
     details: dict[str, dict[str, Any]],
     samples: dict[str, list[float]],
 ) -> list[Row]:
     here = machine()
     described = {name: value for name, value in here.to_json().items() if name != "versions"}
-    limit = bound(workload.spec.sized, limits)
+    limit = None if limits is None else bound(workload.spec.sized, limits)
     common = Row(
         workload=workload.name,
         spec=workload.spec.name,
         implementation="",
         status="failed",
-        threads=limits.threads,
+        threads=threads,
         rounds=rounds,
         target=target.name,
         date=datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -312,15 +336,19 @@ def _rows(
         versions={**here.versions, **package_versions(DISTRIBUTIONS)},
         commit=current_commit(),
         noise_floor=noise_floor(samples[OURS], samples[COPY]) if {OURS, COPY} <= samples.keys() else None,
-        bound_us=limit.secs * 1e6,
-        bound_by=limit.by,
-        peak_gflops=limit.flops_per_sec / 1e9,
-        bandwidth_gbs=limit.bandwidth.bytes_per_sec / 1e9,
     )
+    if limit is not None:
+        common = replace(
+            common,
+            bound_us=limit.secs * 1e6,
+            bound_by=limit.by,
+            peak_gflops=limit.flops_per_sec / 1e9,
+            bandwidth_gbs=limit.bytes_per_sec / 1e9,
+        )
     rows = []
     for name, found in details.items():
         times: dict[str, Any] = {}
-        if name in samples:
+        if name in samples and limit is not None:
             middle = median(samples[name])
             times = {
                 "median_us": middle,

@@ -370,7 +370,7 @@ def _do_check(entry: Entry, artifact: Path, job: dict[str, Any]) -> dict[str, An
 
 
 def _do_bench(entry: Entry, artifact: Path, job: dict[str, Any]) -> list[dict[str, Any]]:
-    from convt_tvm.bench import bench, measure_target_limits
+    from convt_tvm.bench import bench
     from convt_tvm.peers import GPU_PEERS, PEERS
     from convt_tvm.place import Place
     from convt_tvm.workloads import Workload
@@ -380,7 +380,7 @@ def _do_bench(entry: Entry, artifact: Path, job: dict[str, Any]) -> list[dict[st
         Workload(entry.workload, "", entry.spec),
         entry.target,
         peers=job["peers"] or (GPU_PEERS if place.device == "cuda" else tuple(PEERS)),
-        limits=measure_target_limits(entry.spec, entry.target, _threads(entry)),
+        threads=_threads(entry),
         place=place,
         rounds=job["rounds"],
         artifact=artifact,

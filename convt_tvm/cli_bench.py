@@ -78,14 +78,12 @@ def bench(
         raise typer.BadParameter("--baseline compares ratios to torch, which has to be among the peers.")
 
     from convt_tvm.bench import bench as bench_workload
-    from convt_tvm.bench import measure_target_limits
 
     compiled_for.require_host()
     rows: list[Row] = []
 
     def work(workload: Any) -> None:
-        limits = measure_target_limits(workload.spec, compiled_for, threads)
-        found = bench_workload(workload, compiled_for, peers=names, limits=limits, place=place, rounds=rounds)
+        found = bench_workload(workload, compiled_for, peers=names, threads=threads, place=place, rounds=rounds)
         rows.extend(found)
         if output is not None:
             append_lines(output, found)
@@ -187,7 +185,7 @@ def _is_of_check(path: Path) -> bool:
 def explain(workloads: Workloads, target: TargetName = "llvm", threads: Threads = None, as_json: Json = False) -> None:
     """Show which taps reach which outputs, what the machine allows, and which schedule would run and why.
 
-    Measures the machine's peak and bandwidth, a second or two. With --json, one line a workload.
+    Measures the machine's peak and bandwidth for each, half a second or so. With --json, one line a workload.
     """
     from convt_tvm.target import Target
     from convt_tvm.workloads import resolve
@@ -201,9 +199,9 @@ def explain(workloads: Workloads, target: TargetName = "llvm", threads: Threads 
     from convt_tvm.terminal import print_explanation
 
     count = threads or torch.get_num_threads()
-    limits = {dtype: measure_limits(dtype, count) for dtype in {each.spec.accumulator_dtype for each in chosen}}
     for number, workload in enumerate(chosen):
-        found = explain_workload(workload, compiled_for, limits=limits[workload.spec.accumulator_dtype])
+        limits = measure_limits(workload.spec.sized, workload.spec.accumulator_dtype, count)
+        found = explain_workload(workload, compiled_for, limits=limits)
         if as_json:
             print_json(found.to_json())
         else:

@@ -112,8 +112,7 @@ class Explanation:
                 "flops": self.bound.flops,
                 "size_bytes": self.bound.size_bytes,
                 "peak_gflops": self.bound.flops_per_sec / 1e9,
-                "bandwidth_gbs": self.bound.bandwidth.bytes_per_sec / 1e9,
-                "bandwidth_size_bytes": self.bound.bandwidth.size_bytes,
+                "bandwidth_gbs": self.bound.bytes_per_sec / 1e9,
             },
             "candidates": [asdict(candidate) for candidate in self.candidates],
             "stored": None if self.stored is None else self.stored.summary(),
@@ -132,7 +131,7 @@ def explain(workload: Workload, target: str | Target = "llvm", *, limits: Limits
     Parameters
     ----------
     limits
-        This machine's, for the spec's ``accumulator_dtype``.
+        This machine's, for the workload's spec and its ``accumulator_dtype``.
 
     Raises
     ------

@@ -149,6 +149,13 @@ def _conditions(runs: Sequence[Run]) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
+_LIMITS = {
+    False: "the bandwidth that of reading and writing as many bytes as the layer does",
+    True: "of a product of matrices and of a copy no smaller than the layer's tensors",
+}
+"""What was timed for peak and bandwidth, on processors and on GPUs."""
+
+
 def to_markdown(rows: Sequence[Row]) -> str:
     """Tables of the last run of each workload, one for each number of threads, and what they were measured with.
 
@@ -169,11 +176,13 @@ def to_markdown(rows: Sequence[Row]) -> str:
         if peaks:
             parts.append(f"Measured peak: {_digits(max(peaks))} GFLOP/s.")
         parts += [_overhead(run) for run in every if run.is_overhead]
+    on_gpus = any("gpu" in row.machine for row in rows)
     parts.append(
-        "*bound*: the roofline's time from the measured peak and bandwidth, and which of them binds. *noise*: by how "
-        "much two copies of our kernel differed. *best peer / ours*: the smallest ratio of a peer's time, in bold, to "
-        "ours in the same memory format. *ours_default*: the cost rule's kernel, where tuning "
-        "found the faster one that *ours* is. Weights are constant everywhere; all in one process, by turns."
+        "*bound*: the roofline's time from the measured peak and bandwidth, and which of them binds; both are medians "
+        f"taken by turns with the kernels, {_LIMITS[on_gpus]}. *noise*: by how much two copies of our kernel differed. "
+        "*best peer / ours*: the smallest ratio of a peer's time, in bold, to ours in the same memory format. "
+        "*ours_default*: the cost rule's kernel, where tuning found the faster one that *ours* is. Weights are "
+        "constant everywhere; all in one process, by turns."
     )
     parts += _conditions(latest_runs(rows))
     return "\n\n".join(parts) + "\n"

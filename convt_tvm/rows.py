@@ -68,13 +68,14 @@ class Row:
     gflops
         Useful multiplications and additions, in units of 1e9 a second.
     share_of_peak
-        Those over the machine's measured peak.
+        Those over ``peak_gflops``.
     share_of_bound
         The roofline's time over the median.
     bound_us, bound_by
         The time below which this machine cannot compute the workload, and which limit that is.
     peak_gflops, bandwidth_gbs
-        Those limits, measured in the same process: multiply-adds as two operations, bytes read or written.
+        Those limits, medians of loops that took turns with the implementations: multiply-adds as two operations, bytes
+        read or written where there are as many as the workload's.
     schedule, layout
         Of our kernel.
     cold

@@ -337,7 +337,7 @@ def print_explanation(found: "Explanation") -> None:
                 "roofline",
                 f"{milliseconds(limit.secs * 1e6)} ms, bound by {limit.by}: {limit.flops / 1e9:.4g} GFLOP at "
                 f"{limit.flops_per_sec / 1e9:.4g} GFLOP/s take {milliseconds(limit.compute_secs * 1e6)} ms, "
-                f"{limit.size_bytes / 1e6:.4g} MB at {limit.bandwidth.bytes_per_sec / 1e9:.4g} GB/s "
+                f"{limit.size_bytes / 1e6:.4g} MB at {limit.bytes_per_sec / 1e9:.4g} GB/s "
                 f"{milliseconds(limit.memory_secs * 1e6)} ms; "
                 f"{found.threads} thread{'s' if found.threads > 1 else ''}",
             ),

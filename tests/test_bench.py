@@ -2,18 +2,21 @@ import json
 import math
 import re
 import subprocess
+import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 from test_database import write_tuned
 
 from convt_tvm import bench as bench_module
+from convt_tvm import roofline, runtime
 from convt_tvm.bench import Tolerance, bench, current_commit
 from convt_tvm.check import torch_eager
 from convt_tvm.measure import noise_floor
 from convt_tvm.peers import PEERS
 from convt_tvm.reference import normal_inputs
-from convt_tvm.roofline import Bandwidth, Limits
+from convt_tvm.roofline import Loop, Loops
 from convt_tvm.rows import COPY, OURS, OURS_DEFAULT, OURS_LAST, Row
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
@@ -21,13 +24,16 @@ from convt_tvm.workloads import Workload
 
 SPEC = ConvTranspose2dSpec(n=1, ci=4, ih=3, iw=3, co=2, kernel_size=3, stride=2, padding=1, output_padding=1)
 WORKLOAD = Workload("tiny", "a test", SPEC)
-LIMITS = Limits(1, "float32", 100e9, (Bandwidth(1 << 20, 10e9),))
-FAST = {"rounds": 2, "settle_secs": 0.0, "min_sample_secs": 1e-4}
+FAST = {"threads": 1, "rounds": 2, "settle_secs": 0.0, "min_sample_secs": 1e-4}
 
 
 @pytest.fixture(scope="module")
 def rows():
-    return {row.implementation: row for row in bench(WORKLOAD, peers=["torch"], limits=LIMITS, **FAST)}
+    return {row.implementation: row for row in bench(WORKLOAD, peers=["torch"], **FAST)}
+
+
+def limits_of(row):
+    return row.bound_us, row.bound_by, row.peak_gflops, row.bandwidth_gbs
 
 
 def test_a_tiny_bench_with_torch(rows):
@@ -37,9 +43,9 @@ def test_a_tiny_bench_with_torch(rows):
         assert (row.threads, row.rounds, len(row.samples_us)) == (1, 2, 2)
         assert row.median_us > 0 and row.mad_us >= 0 and row.noise_floor >= 1
         assert row.gflops == pytest.approx(2 * SPEC.multiply_adds / row.median_us / 1e3)
-        assert row.share_of_peak == pytest.approx(row.gflops / 100)
-        assert row.bound_us == pytest.approx(max(2 * SPEC.multiply_adds / 100e9, SPEC.size_bytes / 10e9) * 1e6)
-        assert (row.bound_by, row.peak_gflops, row.bandwidth_gbs) == ("memory", 100.0, 10.0)
+        assert row.share_of_peak == pytest.approx(row.gflops / row.peak_gflops)
+        assert row.share_of_bound == pytest.approx(row.bound_us / row.median_us)
+        assert row.peak_gflops > 0.1 and row.bandwidth_gbs > 0.01
         assert 0 <= row.error_over_bound <= 1
         assert row.versions["torch"] == torch.__version__ and "versions" not in row.machine
         assert Row.from_json(json.loads(json.dumps(row.to_json()))) == row
@@ -48,8 +54,94 @@ def test_a_tiny_bench_with_torch(rows):
     assert len({row.date for row in rows.values()}) == 1
 
 
+def test_limits_are_medians_of_the_rounds_that_the_kernels_take_turns_in(monkeypatch):
+    """On a machine that halves its speed now and then, limits of another moment would be no denominator."""
+    samples = {"flops": [2.0, 9.0, 1.0], "one": [4.0, 8.0, 9.0], "other": [9.0, 5.0, 1.0], OURS: [1.0, 8.0, 2.0]}
+    rounds, taken, loops = [], [], []
+
+    def loop(name):
+        def run():
+            taken.append(name)
+
+        return run
+
+    def target_loops(spec, target, threads):
+        loops.append((spec, threads, torch.get_num_threads(), runtime.get_num_threads()))
+        ways = Loop(loop("one"), 60e3), Loop(loop("other"), 60e3)
+        return Loops(threads, "float32", Loop(loop("flops"), 200e3), ways)
+
+    def interleaved(functions, **options):
+        found = {}
+        for name, function in functions.items():
+            taken.clear()
+            function()
+            found[name] = samples[taken[0] if taken else OURS]
+        rounds.append((list(functions), options["rounds"]))
+        return found
+
+    monkeypatch.setattr(bench_module, "target_loops", target_loops)
+    monkeypatch.setattr(bench_module, "interleaved", interleaved)
+    rows = bench(WORKLOAD, peers=["torch"], threads=1, rounds=3)
+    assert loops == [(SPEC, 1, 1, 1)]
+    ((names, count),) = rounds
+    assert count == 3 and names[:3] == [OURS, COPY, "torch"] and len(names) == 6
+    assert [row.implementation for row in rows] == [OURS, COPY, "torch"]
+    for row in rows:
+        # 200,000 operations in 2 us; 60,000 bytes in 5 us, the faster of both ways.
+        assert (row.peak_gflops, row.bandwidth_gbs) == (pytest.approx(100), pytest.approx(12))
+        assert row.bound_us == pytest.approx(max(2 * SPEC.multiply_adds / 100e3, SPEC.size_bytes / 12e3))
+        assert (row.median_us, row.bound_by) == (2.0, "memory")
+        assert row.share_of_peak == pytest.approx(2 * SPEC.multiply_adds / 2.0 / 100e3)
+        assert row.share_of_bound == pytest.approx(row.bound_us / 2.0)
+
+
+def test_the_memory_of_the_loops_is_freed(monkeypatch):
+    target_loops, alive = bench_module.target_loops, []
+    roofline._library.cache_clear()
+
+    def watched(spec, target, threads):
+        loops = target_loops(spec, target, threads)
+        alive.extend(
+            weakref.ref(argument) for argument in loops.moves[0].run.args if isinstance(argument, torch.Tensor)
+        )
+        return loops
+
+    monkeypatch.setattr(bench_module, "target_loops", watched)
+    bench(WORKLOAD, peers=[], **FAST)
+    assert len(alive) == 2 and [each() for each in alive] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("spec", "target", "products", "moves"),
+    [
+        (SPEC, "llvm:x86-64-v4", "plain float32", "plain"),
+        (replace(SPEC, dtype="float64"), "llvm:x86-64-v4", "plain float64", "plain"),
+        (replace(SPEC, dtype="float16"), "llvm:x86-64-v4", "plain float32", "plain"),
+        (replace(SPEC, dtype="bfloat16"), "llvm:x86-64-v4", "plain float32", "plain"),
+        (replace(SPEC, dtype="bfloat16"), "llvm:x86_64+avx512bf16+avx512vl", "plain bfloat16", "plain"),
+        (replace(SPEC, dtype="bfloat16"), "llvm:x86_64+amx-bf16", "torch bfloat16", "plain"),
+        (replace(SPEC, dtype="bfloat16"), "cuda:sm_90", "torch bfloat16", "torch"),
+    ],
+)
+def test_the_loops_are_of_what_a_target_multiplies_with(monkeypatch, spec, target, products, moves):
+    def made(kind):
+        return lambda dtype, threads: Loops(threads, dtype, Loop(f"{kind} {dtype}", 1), (kind,))
+
+    plain, torchs = made("plain"), made("torch")
+    monkeypatch.setattr(bench_module, "processor_loops", lambda spec, dtype, n: plain(dtype, n))
+    monkeypatch.setattr(bench_module, "torch_loops", lambda spec, _, dtype, n: torchs(dtype, n))
+    monkeypatch.setattr(bench_module, "multiply_matrices", lambda _, dtype: Loop(f"torch {dtype}", 1))
+    dtype = products.split()[1]
+    expected = Loops(1, dtype, Loop(products, 1), (moves,))
+    assert bench_module.target_loops(spec, Target.parse(target), 1) == expected
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    dtype = dtype if products.startswith("torch") else spec.accumulator_dtype
+    expected = Loops(1, dtype, Loop(f"torch {dtype}", 1), ("torch",))
+    assert bench_module.target_loops(spec, Target.parse(target), 1) == expected
+
+
 def test_beside_torch_in_channels_last_is_ours():
-    rows = bench(WORKLOAD, peers=["torch_channels_last"], limits=LIMITS, **FAST)
+    rows = bench(WORKLOAD, peers=["torch_channels_last"], **FAST)
     found = {row.implementation: row for row in rows}
     assert list(found) == [OURS, COPY, OURS_LAST, "torch_channels_last"]
     assert {(row.status, row.reason, row.spec) for row in rows} == {("ok", "", SPEC.name)}
@@ -60,7 +152,7 @@ def test_beside_a_tuned_kernel_is_the_default(tmp_path, monkeypatch):
     monkeypatch.setenv("CONVT_TVM_TUNING_LOGS", str(tmp_path))
     target = Target.parse("llvm").for_dtype("float32")
     tuned = write_tuned(tmp_path, SPEC, target, 1)
-    found = {row.implementation: row for row in bench(WORKLOAD, peers=[], limits=LIMITS, **FAST)}
+    found = {row.implementation: row for row in bench(WORKLOAD, peers=[], **FAST)}
     assert list(found) == [OURS, COPY, OURS_DEFAULT]
     assert found[OURS].layout == tuned.layout.to_json() != found[OURS_DEFAULT].layout
     assert found[OURS_DEFAULT].median_us > 0
@@ -84,7 +176,7 @@ def peer(change):
 )
 def test_a_wrong_answer_is_reported_and_not_timed(monkeypatch, change, reason):
     monkeypatch.setitem(PEERS, "wrong", peer(change))
-    rows = bench(WORKLOAD, peers=["wrong", "torch"], limits=LIMITS, **FAST)
+    rows = bench(WORKLOAD, peers=["wrong", "torch"], **FAST)
     found = {row.implementation: row for row in rows}
     assert found["wrong"].status == "wrong"
     assert re.search(reason, found["wrong"].reason)
@@ -105,7 +197,7 @@ def test_a_peer_that_raises_later_has_failed(monkeypatch):
         return run
 
     monkeypatch.setitem(PEERS, "late", prepare)
-    row = bench(WORKLOAD, peers=["late"], limits=LIMITS, **FAST)[-1]
+    row = bench(WORKLOAD, peers=["late"], **FAST)[-1]
     assert (row.status, row.reason) == ("failed", "MemoryError: out of luck")
 
 
@@ -114,15 +206,16 @@ def test_an_exception_while_timing_is_no_crash(monkeypatch):
         raise RuntimeError("gone")
 
     monkeypatch.setattr(bench_module, "interleaved", interleaved)
-    rows = bench(WORKLOAD, peers=["torch"], limits=LIMITS, **FAST)
+    rows = bench(WORKLOAD, peers=["torch"], **FAST)
     assert {(row.status, row.reason, row.median_us) for row in rows} == {
         ("failed", "while being timed: RuntimeError: gone", None)
     }
+    assert {(row.threads, *limits_of(row)) for row in rows} == {(1, None, None, None, None)}
 
 
 def test_an_unknown_peer_is_an_error():
     with pytest.raises(KeyError, match="cudnn"):
-        bench(WORKLOAD, peers=["cudnn"], limits=LIMITS, **FAST)
+        bench(WORKLOAD, peers=["cudnn"], **FAST)
 
 
 def test_refusals_become_rows(monkeypatch):
@@ -130,7 +223,7 @@ def test_refusals_become_rows(monkeypatch):
         raise ImportError("No module named 'onnx'")
 
     monkeypatch.setitem(PEERS, "absent", prepare)
-    row = bench(WORKLOAD, peers=["absent"], limits=LIMITS, **FAST)[-1]
+    row = bench(WORKLOAD, peers=["absent"], **FAST)[-1]
     assert row.status == "unavailable" and "No module named 'onnx'" in row.reason
 
 
@@ -139,9 +232,10 @@ def test_our_own_failure_is_a_row_and_peers_are_left_out(monkeypatch):
         raise RuntimeError("no\nlinker")
 
     monkeypatch.setattr(bench_module, "_load_twice", build)
-    ours, copy = bench(WORKLOAD, peers=["torch"], limits=LIMITS, **FAST)
+    ours, copy = bench(WORKLOAD, peers=["torch"], **FAST)
     assert (ours.status, ours.reason, ours.noise_floor) == ("failed", "RuntimeError: no linker", None)
     assert copy.status == "failed"
+    assert (ours.threads, *limits_of(ours)) == (1, None, None, None, None)
 
 
 def test_our_own_wrong_answer_is_not_timed(monkeypatch):
@@ -152,8 +246,9 @@ def test_our_own_wrong_answer_is_not_timed(monkeypatch):
         return lambda: run() * 1.001
 
     monkeypatch.setattr(bench_module, "_contender", wrong)
-    ours, _ = bench(WORKLOAD, peers=["torch"], limits=LIMITS, **FAST)
+    ours, _ = bench(WORKLOAD, peers=["torch"], **FAST)
     assert (ours.status, ours.median_us) == ("wrong", None) and ours.schedule
+    assert limits_of(ours) == (None,) * 4
 
 
 def test_the_two_copies_are_two_libraries(tmp_path):
@@ -166,8 +261,6 @@ def test_the_two_copies_are_two_libraries(tmp_path):
 
 
 def test_thread_pools_are_equal_and_restored(monkeypatch):
-    from convt_tvm import runtime
-
     seen = []
 
     def prepare(spec, inputs, threads):
@@ -176,7 +269,7 @@ def test_thread_pools_are_equal_and_restored(monkeypatch):
 
     monkeypatch.setitem(PEERS, "probe", prepare)
     before = torch.get_num_threads()
-    bench(WORKLOAD, peers=["probe"], limits=LIMITS, **FAST)
+    bench(WORKLOAD, peers=["probe"], **FAST)
     assert seen == [(1, 1, 1)]
     assert torch.get_num_threads() == before
 
@@ -190,7 +283,7 @@ def test_several_threads_settle_longer(monkeypatch):
         return {name: [1.0] * rounds for name in functions}
 
     monkeypatch.setattr(bench_module, "interleaved", interleaved)
-    bench(WORKLOAD, peers=[], limits=LIMITS, rounds=2)
+    bench(WORKLOAD, peers=[], threads=1, rounds=2)
     assert seen == [0.005] and bench_module.SETTLE_SECS[True] >= 0.1
 
 

@@ -103,8 +103,8 @@ MAY_IMPORT = {
     "special": "spec reference check",
     "determinism": "errors spec runtime reference check",
     "peers": "spec reference",
-    "roofline": "spec target bfloat16 runtime",
-    "roofline_torch": "measure place roofline",
+    "roofline": "spec huge_pages target bfloat16 runtime statements stream measure",
+    "roofline_torch": "spec roofline",
     "bench": "spec workloads processor target machine runtime compiler reference measure place check rows peers "
     "roofline roofline_torch",
     "workers": "",

@@ -9,7 +9,7 @@ from test_gpu_kernel import needs_emulator
 
 from convt_tvm import bench as bench_module
 from convt_tvm import gpu, roofline_torch
-from convt_tvm.bench import Tolerance, bench, measure_target_limits
+from convt_tvm.bench import Tolerance, bench, measure_target_limits, target_loops
 from convt_tvm.check import check, operand_unit
 from convt_tvm.compiler import build_artifact
 from convt_tvm.database import find_result
@@ -22,7 +22,6 @@ from convt_tvm.peers import GPU_PEERS, PEERS
 from convt_tvm.place import GRAPH_CALLS, GpuStopwatch, Place
 from convt_tvm.records import Candidate, Context, Result
 from convt_tvm.reference import normal_inputs
-from convt_tvm.roofline import Bandwidth, Limits
 from convt_tvm.rows import COPY, OURS, Row, latest_runs
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.store import Store
@@ -32,12 +31,13 @@ from convt_tvm.workloads import Workload
 
 SPEC = ConvTranspose2dSpec(n=1, ci=2, ih=3, iw=3, co=4, kernel_size=3, stride=2)
 WORKLOAD = Workload(name="tiny", source="", spec=SPEC)
-LIMITS = Limits(1, "float32", 1e9, (Bandwidth(1 << 20, 1e9),))
-FAST = {"limits": LIMITS, "rounds": 2, "min_sample_secs": 0.0}
+FAST = {"rounds": 2, "min_sample_secs": 0.0}
 
 
 @pytest.fixture
-def emulated():
+def emulated(monkeypatch):
+    monkeypatch.setitem(roofline_torch.SIDES, "cuda", 16)
+    monkeypatch.setattr(roofline_torch, "GPU_WORKING_SETS", (1 << 8, 1 << 10, 1 << 12))
     with emulated_gpu():
         yield
 
@@ -56,6 +56,7 @@ def test_bench_times_ours_and_torch_on_the_gpu_and_names_it(emulated):
     assert [row.status for row in (ours, copy, torchs)] == ["ok"] * 3
     assert ours.machine["gpu"]["name"] == "emulated" and ours.machine["gpu"]["arch"] == "sm_90"
     assert (ours.target, ours.cold, len(torchs.samples_us)) == ("cuda:sm_90", False, 2)
+    assert ours.threads == 1 and ours.peak_gflops > 0 and ours.bandwidth_gbs > 0
     assert Row.from_json(json.loads(json.dumps(ours.to_json()))) == ours
 
 
@@ -68,14 +69,24 @@ def test_a_wrong_answer_on_the_gpu_is_not_timed(emulated, monkeypatch):
 
 
 @needs_emulator
-def test_limits_of_the_gpu_are_measured_once(emulated, monkeypatch):
-    monkeypatch.setitem(roofline_torch.SIDES, "cuda", 16)
-    monkeypatch.setattr(roofline_torch, "GPU_WORKING_SETS", (1 << 8, 1 << 10))
-    roofline_torch.measure_limits.cache_clear()
-    found = measure_target_limits(SPEC, Target.parse("cuda"))
-    assert found.flops_per_sec > 0 and [each.size_bytes for each in found.bandwidths] == [1 << 8, 1 << 10]
-    assert measure_target_limits(SPEC, Target.parse("cuda")) is found
-    roofline_torch.measure_limits.cache_clear()
+def test_limits_of_the_gpu_come_from_products_and_copies_there(emulated, monkeypatch):
+    found = []
+
+    def watched(*asked):
+        found.append((torch.backends.cuda.matmul.allow_tf32, target_loops(*asked)))
+        return found[-1][1]
+
+    monkeypatch.setattr(bench_module, "target_loops", watched)
+    limits = measure_target_limits(SPEC, Target.parse("cuda"), 4)
+    assert (limits.threads, limits.dtype) == (1, "float32")
+    assert limits.flops_per_sec > 0 and limits.bytes_per_sec > 0
+    assert measure_target_limits(SPEC, Target.parse("cuda:sm_90+tf32"), 1).flops_per_sec > 0
+    assert [tf32 for tf32, _ in found] == [False, True]
+    loops = found[0][1]
+    (copy,) = loops.moves
+    assert loops.multiply_adds.amount == 2 * 16**3
+    assert (SPEC.size_bytes, copy.amount) == (1160, 1 << 12)
+    assert all(tensor.is_cuda for tensor in (*loops.multiply_adds.run.args, *copy.run.args))
 
 
 @needs_emulator

@@ -37,6 +37,18 @@ def test_the_table_holds_every_workload_and_its_losses():
     assert lines[-1] == "a cpu, 2 cores, Linux, Python 3.11.0; torch 2.13.0; commit abc; 2026-01-01."
 
 
+@pytest.mark.parametrize(
+    ("machine", "timed"),
+    [
+        ({}, "the bandwidth that of reading and writing as many bytes as the layer does"),
+        ({"gpu": {"name": "a GPU"}}, "of a product of matrices and of a copy no smaller than the layer's tensors"),
+    ],
+)
+def test_what_the_bound_was_measured_with_is_told(machine, timed):
+    text = to_markdown(run_of({OURS: 10.0, "torch": 40.0}, machine=machine))
+    assert f"both are medians taken by turns with the kernels, {timed}. *noise*" in text
+
+
 def test_a_tuned_kernel_has_the_default_beside_it():
     rows = run_of({OURS: 100.0, OURS_DEFAULT: 200.0, "torch": 150.0})
     lines = to_markdown([*rows, *run_of({OURS: 100.0, "torch": 150.0}, spec="other", workload="dcgan/5")]).splitlines()
