@@ -152,7 +152,7 @@ def _holds_sums(node: Any) -> bool:
 
 
 def _join_passing(body: Any, last: str) -> Any:
-    """`body` with the tasks of all bands whose outputs pass the caches done one after the other, in one loop over tasks.
+    """`body` with the tasks of all bands whose outputs pass the caches in one loop, done one after the other.
 
     The band of the name `last` comes last.
     """
