@@ -27,7 +27,7 @@ from convt_tvm.machine import package_versions
 from convt_tvm.manifest import KERNEL_FILE, Manifest
 from convt_tvm.records import Candidate
 from convt_tvm.runtime import Kernel, load
-from convt_tvm.space import Choice, default_choice, find_choice
+from convt_tvm.space import Choice, default_choice, find_choice, sized_for_choice
 from convt_tvm.spec import CONTIGUOUS, ConvTranspose2dSpec
 from convt_tvm.target import Target
 
@@ -153,7 +153,7 @@ def build_artifact(
             lowered = None
             if choice is None and tuned and spec.n is not None:
                 choice, lowered, tuning = _tuned_choice(declared, resolved)
-            choice = choice or default_choice(declared.sized, resolved)
+            choice = choice or default_choice(sized_for_choice(declared, resolved), resolved)
             _check_indexable(declared.sized, choice.layout)
             lowered = lowered or lower_choice(declared, resolved, choice)
             resources = compile_module(lowered.module, resolved, library)

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
-from convt_tvm.layout import CACHE_LINE_BYTES, Layout, bands, partial_sum, reaches, sums_in_parts
+from convt_tvm.layout import CACHE_LINE_BYTES, PAST_CACHES_BYTES, Layout, bands, partial_sum, reaches, sums_in_parts
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.target import Target
 
@@ -56,8 +56,6 @@ STALL_BYTES_PER_CYCLE = 256
 
 ADD_CYCLES = 1
 """For adding a vector of partial sums to one of sums in registers."""
-PAST_CACHES_BYTES = 16 << 20
-"""Outputs from this size on may go past the caches: the next layer would find little of them there."""
 COPY_BYTES_PER_CYCLE = 7
 """Of gathered rows copied past the caches after the last sums of a task, beside which the others are (25 GB/s)."""
 STREAMED_ROWS = 4, 16

@@ -138,7 +138,7 @@ def explain(workload: Workload, target: str | Target = "llvm", *, limits: Limits
     TargetError
         if the target is a string that names none.
     """
-    from convt_tvm.space import choices
+    from convt_tvm.space import choices, sized_for_choice
 
     spec = workload.spec.sized
     resolved = Target.parse(target).for_dtype(spec.dtype)
@@ -153,7 +153,8 @@ def explain(workload: Workload, target: str | Target = "llvm", *, limits: Limits
         bound=bound(spec, limits),
         threads=limits.threads,
         candidates=tuple(
-            Candidate(choice.space.name, choice.layout.to_json(), choice.cycles) for choice in choices(spec, resolved)
+            Candidate(choice.space.name, choice.layout.to_json(), choice.cycles)
+            for choice in choices(sized_for_choice(workload.spec, resolved), resolved)
         ),
         stored=found.result,
         ignored=found.ignored,

@@ -16,6 +16,7 @@ from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec, Pair
 
 __all__ = [
     "CACHE_LINE_BYTES",
+    "PAST_CACHES_BYTES",
     "Band",
     "Layout",
     "Window",
@@ -69,6 +70,8 @@ Rapids server fsrcnn/x3 took 0.92, fcn8s/up8 (21) 0.90, layers of 24 to 48 chann
 kernelbench/75 1.07.
 """
 CACHE_LINE_BYTES = 64
+PAST_CACHES_BYTES = 16 << 20
+"""Outputs from this size on may go past the caches: the next layer would find little of them there."""
 CACHE_SET_BYTES = 4096
 """Addresses so far apart share a set of the first cache, on every x86 and most Arm cores since 2006."""
 CACHE_WAYS = 4

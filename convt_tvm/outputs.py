@@ -16,7 +16,7 @@ from tvm import DataType, tirx
 
 from convt_tvm.bfloat16 import LANES, narrow, transpose_pairs
 from convt_tvm.compute import IN_VECTORS, lookup
-from convt_tvm.layout import CACHE_LINE_BYTES, Band, Layout, bands, partial_sum, reaches
+from convt_tvm.layout import CACHE_LINE_BYTES, PAST_CACHES_BYTES, Band, Layout, bands, partial_sum, reaches
 from convt_tvm.shuffle import (
     binary,
     define,
@@ -246,6 +246,17 @@ class Outputs:
         return self.spec.output_axes == "nhwc"
 
     @property
+    def _is_large(self) -> Expr:
+        """Whether an output that streams is too large for the caches; one of a known batch size would not otherwise."""
+        if self._batch_is_known:
+            return tirx.const(1, "bool")
+        return self.batch >= -(-PAST_CACHES_BYTES // (prod(self.spec.output_shape[1:]) * DTYPE_BYTES[self.spec.dtype]))
+
+    @property
+    def _batch_is_known(self) -> bool:
+        return isinstance(self.batch, int | tirx.IntImm)
+
+    @property
     def _narrows(self) -> bool:
         """Whether instructions round what is stored."""
         return self.spec.dtype == "bfloat16" and self.target.multiplies_pairs
@@ -264,8 +275,8 @@ class Outputs:
         spec, layout = self.spec, self.layout
         output_bytes = prod(spec.output_shape) * DTYPE_BYTES[spec.dtype]
         # Of a batch of any size one image may be one of many.
-        known = isinstance(self.batch, int | tirx.IntImm)
-        fits, waits = known and output_bytes <= self.target.cache_bytes, prod(partial_sum(spec, band)) >= MIN_PRODUCTS
+        fits = self._batch_is_known and output_bytes <= self.target.cache_bytes
+        waits = prod(partial_sum(spec, band)) >= MIN_PRODUCTS
         if layout.taps != "inner" or fits or not waits:
             return []
         n, g, b, ob, ph, qh, qw, _ = node.indices
@@ -284,16 +295,15 @@ class Outputs:
         def ask(column: Expr) -> Any:
             return sequence(ask_for(self.tensor, [self._place(n, channel, row, column)], to_write=True))
 
+        number, lines = tirx.Var("line", "int32"), -(-(size - 1) // line)
+        offset = tirx.min(number * line, size - 1)
+        kind = tirx.ForKind.UNROLLED if lines < MAX_ASKED else tirx.ForKind.SERIAL
+        asked = tirx.For(number, 0, lines + 1, kind, ask(tirx.min(first * spec.stride[1] + offset, spec.ow - 1)))
         if self._carried is not None:
             # Of a row's lines those at its ends go through the caches.
             ends = {0: 0, layout.columns(spec) - layout.column_block: spec.ow - 1}
-            asked = sequence([tirx.IfThenElse(first == tile, ask(column), None) for tile, column in ends.items()])
-        else:
-            number, lines = tirx.Var("line", "int32"), -(-(size - 1) // line)
-            offset = tirx.min(number * line, size - 1)
-            kind = tirx.ForKind.UNROLLED if lines < MAX_ASKED else tirx.ForKind.SERIAL
-            asked = ask(tirx.min(first * spec.stride[1] + offset, spec.ow - 1))
-            asked = tirx.For(number, 0, lines + 1, kind, asked)
+            some = sequence([tirx.IfThenElse(first == tile, ask(column), None) for tile, column in ends.items()])
+            asked = some if self._batch_is_known else tirx.IfThenElse(self._is_large, some, asked)
         for loop in reversed(around):
             asked = tirx.For(loop.loop_var, loop.min, loop.extent, tirx.ForKind.SERIAL, asked)
         return [asked]
@@ -347,7 +357,7 @@ class Outputs:
         """
         begin, address = (tirx.address_of(tirx.BufferLoad(self.tensor, place)) for place in ([0, 0, 0, 0], row))
         size = self.spec.ow if at_end or position == 0 else None
-        return put_line(begin, address, first + position, before, now, size)
+        return put_line(self._is_large, begin, address, first + position, before, now, size)
 
     def _fill_row(self, row: Sequence[Expr], value: Expr) -> Any:
         """A row that is the same value all over, past the caches."""

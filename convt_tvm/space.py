@@ -12,13 +12,26 @@ from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import Trace
 
 import convt_tvm.schedules
+from convt_tvm.cost import is_for_memory
 from convt_tvm.errors import BuildError
 from convt_tvm.layout import Layout
 from convt_tvm.records import Candidate
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
 
-__all__ = ["Choice", "Space", "choices", "default_choice", "find_choice", "spaces", "varied_choices"]
+__all__ = [
+    "Choice",
+    "Space",
+    "choices",
+    "default_choice",
+    "find_choice",
+    "sized_for_choice",
+    "spaces",
+    "varied_choices",
+]
+
+FEW_IMAGES = 8
+"""At most so many are taken for any batch size: of more, outputs are not often too large for the caches."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +81,20 @@ def choices(spec: ConvTranspose2dSpec, target: Target, schedule: str | None = No
     return sorted(found, key=lambda choice: choice.cycles)
 
 
+def sized_for_choice(spec: ConvTranspose2dSpec, target: Target) -> ConvTranspose2dSpec:
+    """`spec` with the batch size that schedules are compared for, its own if it has one.
+
+    For any batch size it is a single image; or the fewest images whose outputs are too large for the caches, where
+    these are few and their best schedule streams, as smaller batches then lose little by it (`Layout.streams`).
+    """
+    if spec.n is not None:
+        return spec
+    one = spec.sized
+    count = next((n for n in range(2, FEW_IMAGES + 1) if is_for_memory(one.with_batch(n))), 1)
+    found = choices(one.with_batch(count), target) if count > 1 and not is_for_memory(one) else []
+    return one.with_batch(count) if found and found[0].layout.streams else one
+
+
 def default_choice(spec: ConvTranspose2dSpec, target: Target) -> Choice:
     """What runs when nothing was tuned; raises BuildError if no space applies.
 
@@ -110,7 +137,8 @@ def find_choice(spec: ConvTranspose2dSpec, target: Target, candidate: Candidate)
     for space in spaces():
         if space.name == candidate.schedule and space.target_kind == target.kind and space.applies(spec):
             found = _layouts(space, spec, target)
-            if not found or found[0][0].to_json().keys() != candidate.layout.keys():
+            # Only some layouts of a space say that they stream.
+            if not found or found[0][0].to_json().keys() ^ candidate.layout.keys() > {"streams"}:
                 return None
             wanted = type(found[0][0]).from_json(candidate.layout)
             return next((Choice(space, layout, cycles) for layout, cycles in found if layout == wanted), None)

@@ -68,8 +68,12 @@ def define_copy(body: Statement, dtype: str) -> Statement:
     return import_llvm(body, _copy_text(tvm.DataType(dtype).bits))
 
 
-def put_line(begin: Expr, row: Expr, place: Expr, before: Expr, now: Expr, size: Expr | None) -> Statement:
+def put_line(
+    passes: Expr, begin: Expr, row: Expr, place: Expr, before: Expr, now: Expr, size: Expr | None
+) -> Statement:
     """A statement that writes the cache line which ends among the values `now`, at `place` in a row, past the caches.
+
+    Only where it `passes`; otherwise, by way of the caches, just the values.
 
     `row` is the address of a row of `size` values, `begin` that of all rows, and `before` has the values before
     `place`. So vector after vector of a row, and its last one once more as if it followed, write the whole row. Lines
@@ -77,10 +81,12 @@ def put_line(begin: Expr, row: Expr, place: Expr, before: Expr, now: Expr, size:
     are no whole line; without it the line is known to be whole. `define_lines` is around it, and `end_copies` comes
     after the last.
     """
-    place = tirx.Cast("int64", place)
+    passes, place = tirx.Cast("int32", passes), tirx.Cast("int64", place)
     if size is None:
-        return tirx.Evaluate(tirx.call_extern("void", _LINE, begin, row, place, before, now))
-    return tirx.Evaluate(tirx.call_extern("void", _EDGE, begin, row, place, before, now, tirx.Cast("int64", size)))
+        return tirx.Evaluate(tirx.call_extern("void", _LINE, passes, begin, row, place, before, now))
+    return tirx.Evaluate(
+        tirx.call_extern("void", _EDGE, passes, begin, row, place, before, now, tirx.Cast("int64", size))
+    )
 
 
 def define_lines(body: Statement, dtype: str) -> Statement:
@@ -119,11 +125,13 @@ def _lines_text(bits: int) -> str:
     def define(function: str, size: str, whole: str, plain: str) -> str:
         return f"""
 define linkonce_odr hidden void @{function}(
-  ptr %begin, ptr %row, i64 %place, {vector} %before, {vector} %now{size}
+  i32 %passes, ptr %begin, ptr %row, i64 %place, {vector} %before, {vector} %now{size}
 ) alwaysinline {{
   %first_address = ptrtoint ptr %begin to i64
   %odd = and i64 %first_address, {size_bytes - 1}
-  %fits = icmp eq i64 %odd, 0
+  %is_even = icmp eq i64 %odd, 0
+  %may_pass = icmp ne i32 %passes, 0
+  %fits = and i1 %may_pass, %is_even
   %at_place = getelementptr {kind}, ptr %row, i64 %place
   br i1 %fits, label %line, label %plain
 

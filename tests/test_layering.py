@@ -61,7 +61,7 @@ MAY_IMPORT = {
     "records": "digests errors",
     "store": "errors records",
     "database": "errors gpu spec target machine threads records store",
-    "space": "errors spec target layout schedules records",
+    "space": "errors spec target layout cost schedules records",
     "stream": "layout statements",
     "outputs": "spec target layout bfloat16 compute shuffle statements stream",
     "lower_products": "spec target layout compute shuffle statements stream",

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -64,10 +64,10 @@ def test_parts_before_the_last_end_with_a_line(tmp_path):
 
 
 def writer(dtype, library):
-    """``write(source, target, size)`` for a row of up to 160 values, one vector after the other, compiled."""
+    """``write(source, target, size, passes)`` for a row of up to 160 values, one vector after the other, compiled."""
     lanes = 64 // np.dtype(dtype).itemsize
     source, target = (tirx.decl_buffer((176,), dtype, name=name, data_alignment=1) for name in ("source", "target"))
-    size = tirx.Var("size", "int32")
+    size, passes = tirx.Var("size", "int32"), tirx.Var("passes", "int32")
     begin = tirx.address_of(tirx.BufferLoad(target, [0]))
 
     def vector(number):
@@ -75,12 +75,14 @@ def writer(dtype, library):
 
     number, last = tirx.Var("number", "int32"), tirx.indexdiv(size + lanes - 1, lanes)
     before = tirx.max(number - 1, 0)
-    edge, inside = (put_line(begin, begin, number * lanes, vector(before), vector(number), end) for end in (size, None))
+    edge, inside = (
+        put_line(passes, begin, begin, number * lanes, vector(before), vector(number), end) for end in (size, None)
+    )
     # All but the first line and the last two are whole.
     put = tirx.IfThenElse(tirx.any(number == 0, number >= last - 1), edge, inside)
     body = tirx.For(number, 0, last + 1, tirx.ForKind.SERIAL, put)
     body = define_lines(tirx.SeqStmt([body, *end_copies(HOST.arch)]), dtype)
-    function = tirx.PrimFunc([source, target, size], body, tvm.ir.TupleType([]))
+    function = tirx.PrimFunc([source, target, size, passes], body, tvm.ir.TupleType([]))
     compile_library(tvm.IRModule({"write": function.with_attr("global_symbol", "write")}), HOST, library)
     return tvm.runtime.load_module(str(library))["write"]
 
@@ -91,11 +93,11 @@ def test_lines_write_a_row_and_nothing_else(dtype, tmp_path):
     write, size = writer(dtype, tmp_path / "write.so"), np.dtype(dtype).itemsize
     source = torch.arange(1, 177).to(getattr(torch, dtype))
     for count in (1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 150, 160):
-        for offset in (0, 1, 3, size, 5 * size, 32, 63, 64 - size):
+        for offset, passes in product((0, 1, 3, size, 5 * size, 32, 63, 64 - size), (True, False)):
             around = np.full(176 * size + 192, 77, np.uint8)
             start = -around.ctypes.data % 64 + 64 + offset
             target = torch.frombuffer(around, dtype=source.dtype, count=176, offset=start)
-            write(source, target, count)
+            write(source, target, count, passes)
             assert torch.equal(target[:count], source[:count])
             assert (around[:start] == 77).all()
             assert (around[start + count * size :] == 77).all()
