@@ -174,7 +174,8 @@ def to_markdown(rows: Sequence[Row]) -> str:
             parts.append("\n".join(_table(runs)))
             parts.append(_summary(runs))
         if peaks:
-            parts.append(f"Measured peak: {_digits(max(peaks))} GFLOP/s.")
+            least, most = _digits(min(peaks)), _digits(max(peaks))
+            parts.append(f"Measured peak: {least if least == most else f'{least} to {most}'} GFLOP/s.")
         parts += [_overhead(run) for run in every if run.is_overhead]
     on_gpus = any("gpu" in row.machine for row in rows)
     parts.append(

@@ -138,7 +138,7 @@ def find_choice(spec: ConvTranspose2dSpec, target: Target, candidate: Candidate)
         if space.name == candidate.schedule and space.target_kind == target.kind and space.applies(spec):
             found = _layouts(space, spec, target)
             # Only some layouts of a space say that they stream.
-            if not found or found[0][0].to_json().keys() ^ candidate.layout.keys() > {"streams"}:
+            if not found or not found[0][0].to_json().keys() ^ candidate.layout.keys() <= {"streams"}:
                 return None
             wanted = type(found[0][0]).from_json(candidate.layout)
             return next((Choice(space, layout, cycles) for layout, cycles in found if layout == wanted), None)

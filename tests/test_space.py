@@ -1,6 +1,7 @@
 """Schedule spaces: every layout is right, the default suits its target."""
 
 import math
+import re
 from dataclasses import replace
 
 import hypothesis
@@ -10,16 +11,16 @@ import pytest
 import torch
 from drawn_specs import drawn_specs
 
-from convt_tvm import cost
+from convt_tvm import cost, outputs
 from convt_tvm import space as space_module
 from convt_tvm.check import bits
-from convt_tvm.compiler import build, build_artifact
+from convt_tvm.compiler import build, build_artifact, lower_choice
 from convt_tvm.dot_layout import DotLayout
 from convt_tvm.errors import BuildError
 from convt_tvm.layout import Layout
 from convt_tvm.reference import integer_inputs, normal_inputs, reference
 from convt_tvm.runtime import load
-from convt_tvm.space import choices, default_choice, spaces, varied_choices
+from convt_tvm.space import choices, default_choice, find_choice, sized_for_choice, spaces, varied_choices
 from convt_tvm.spec import CONTIGUOUS, DTYPE_BYTES, MEMORY_ORDER, ConvTranspose2dSpec
 from convt_tvm.target import Target
 from convt_tvm.tile_layout import TileLayout
@@ -177,6 +178,44 @@ def test_rows_past_the_caches_go_to_any_address_and_nowhere_else(dtype, how, off
     assert torch.equal(output.view(spec.output_shape).double(), reference(spec, *inputs))
     assert (around[:start] == 77).all()
     assert (around[start + size :] == 77).all()
+
+
+def test_a_stored_candidate_is_found_whether_it_streams_or_not():
+    spec = resolve(["seed/square"])[0].spec
+    found = choices(spec, V4, "llvm_columns")
+    for streams in (True, False):
+        choice = next(choice for choice in found if choice.layout.streams == streams)
+        assert find_choice(spec, V4, choice.candidate) == choice
+        unknown = {**choice.candidate.layout, "another": 1}
+        assert find_choice(spec, V4, replace(choice.candidate, layout=unknown)) is None
+
+
+def test_any_batch_size_is_taken_for_few_images_that_outgrow_the_caches():
+    k75, square, small = (
+        replace(resolve([name])[0].spec, n=None) for name in ("kernelbench/75", "seed/square", "dcgan/4")
+    )
+    # 12.6, 2.7 and 0.3 MB an image.
+    assert [sized_for_choice(spec, V4).n for spec in (k75, square, small)] == [2, 7, 1]
+    assert default_choice(sized_for_choice(k75, V4), V4).layout.streams
+    for spec, target in ((replace(k75, dtype="float16"), V4), (k75, V3), (replace(k75, co=512, groups=1), V4)):
+        assert sized_for_choice(spec, target).n == 1
+    assert sized_for_choice(k75.with_batch(3), V4).n == 3
+
+
+@pytest.mark.skipif(not HOST.joins_vectors, reason="no vector of this processor is a cache line")
+def test_any_batch_size_passes_the_caches_where_it_outgrows_them(monkeypatch, tmp_path):
+    spec = replace(ONE_ROW, n=None)
+    monkeypatch.setattr(outputs, "PAST_CACHES_BYTES", 2 * spec.sized.size_bytes)
+    first = next(choice for choice in choices(spec.sized, HOST) if choice.layout.lanes == "ow")
+    choice = replace(first, layout=laid_out(first.layout, spec, {"row_chunk": 2, "streams": True}))
+    text = lower_choice(spec, HOST, choice).module["convt"].script()
+    least = -(-2 * spec.sized.size_bytes // (4 * math.prod(spec.sized.output_shape)))
+    assert re.search(rf"n >= {least}\b", text)
+    build_artifact(spec, HOST, tmp_path / "kernel", choice=choice)
+    kernel = load(tmp_path / "kernel")
+    for n in range(least + 2):
+        inputs = integer_inputs(spec.with_batch(n), seed=n)
+        assert torch.equal(kernel(*inputs).double(), reference(spec.with_batch(n), *inputs))
 
 
 @hypothesis.given(
