@@ -275,7 +275,8 @@ def _weight_traffic(spec: ConvTranspose2dSpec, layout: Layout, held: int) -> tup
     weights = _weight_bytes(spec)
     rows = max(layout.rows(band) for band in bands(spec))
     chunk = min(layout.row_chunk, rows)
-    tiles = chunk // layout.row_block * (layout.columns(spec) // layout.column_block)
+    # A tap is met by as many rows as the image has (1 in dcgan/1, whose tiles of one row share no weights).
+    tiles = min(chunk // layout.row_block, spec.ih) * min(layout.columns(spec) // layout.column_block, spec.iw)
     if weights <= held:
         return weights, tiles * (rows // chunk)
     if layout.slice_bytes(spec) <= held:
