@@ -56,6 +56,7 @@ __all__ = [
     "PEELS",
     "SKIPS_ROWS",
     "SUMS",
+    "VECTORS",
     "Source",
     "copied_window",
     "create_function",
@@ -89,7 +90,12 @@ over columns and phases follow.
 """
 
 PEELS = "convt.peels"
-"""Annotation of a loop over tiles of columns: those that reach beyond the image get a body each."""
+"""Annotation of a loop over tiles of columns: those that reach beyond the image get a body each.
+
+With lanes along columns it is the last one that does, whose loops over `VECTORS` end with the last output.
+"""
+VECTORS = "convt.vectors"
+"""Annotation of a loop over the vectors of columns in a tile."""
 
 SUMS = "acc"
 """Name of the sums of band k, followed by k."""

@@ -206,11 +206,26 @@ class Layout:
         left = min(tiles, -(-max(0, before) // self.column_block))
         return left, min(tiles - left, tiles - max(0, whole) // self.column_block)
 
+    def last_vectors(self, spec: ConvTranspose2dSpec) -> int:
+        """Vectors of columns that are summed in the last tile of a row.
+
+        With lanes along columns that tile is apart where it has an output in fewer of them.
+        """
+        vectors, before = self.column_block // self.vector_lanes, self.columns(spec) - self.column_block
+        if self.lanes == "co" or self.taps == "plain" or not before:
+            return vectors
+        needed = -(-(max(phase.count for phase in spec.axes[1].phases) - before) // self.vector_lanes)
+        fits = self._body(spec) * (vectors + needed) <= MAX_PEELED[spec.output_axes] * vectors
+        return needed if fits else vectors
+
     def column_steps(self, spec: ConvTranspose2dSpec) -> float:
-        """Tiles of columns times their column taps; where tiles leave out the border, the share that is left."""
+        """Tiles of columns times their column taps; where they leave out anything, the share that is left."""
         phases = spec.axes[1].phases
         if not self.skips_columns(spec):
-            return self.columns(spec) // self.column_block * sum(phase.taps for phase in phases)
+            tiles = self.columns(spec) / self.column_block
+            if self.lanes == "ow":
+                tiles += self.last_vectors(spec) * self.vector_lanes / self.column_block - 1
+            return tiles * sum(phase.taps for phase in phases)
         inside = sum(
             0 <= column + phase.base - tap * phase.input_step < spec.iw
             for phase in phases

@@ -15,7 +15,18 @@ import tvm
 from tvm import s_tir, tirx
 
 from convt_tvm.bfloat16 import define_functions
-from convt_tvm.compute import PARTIAL, PASSES_CACHES, PEELS, SKIPS_ROWS, SUMS, layout_of, lookup, spec_of, target_of
+from convt_tvm.compute import (
+    PARTIAL,
+    PASSES_CACHES,
+    PEELS,
+    SKIPS_ROWS,
+    SUMS,
+    VECTORS,
+    layout_of,
+    lookup,
+    spec_of,
+    target_of,
+)
 from convt_tvm.layout import CACHE_LINE_BYTES, Window, bands, kernel_columns, window_axes
 from convt_tvm.lower_products import multiply_vectors, weights_pass
 from convt_tvm.lower_window import transpose_window
@@ -184,6 +195,18 @@ def _peel(loop: Loop, apart: Pair) -> list[Loop]:
     return [*(part(i, 1, unrolled) for i in range(left)), *between, *(part(i, 1, unrolled) for i in range(last, stop))]
 
 
+def _end_apart(loop: Loop, vectors: int) -> list[Loop]:
+    """`loop` in parts: its last iteration has a body of its own, with so many vectors of columns."""
+
+    def change(node: Any) -> Any | None:
+        if isinstance(node, tirx.For) and VECTORS in node.annotations:
+            return rebuild(node, rewrite(node.body, change), node.min, tirx.const(vectors, "int32"))
+        return None
+
+    before, last = _peel(loop, (0, 1))
+    return [before, rebuild(last, rewrite(last.body, change))]
+
+
 def _skip_rows(nest: Any, axis: int, images: Mapping[str, Pair]) -> Any:
     """`nest`, if any row that it reads is of the image; indices name the row at `axis`.
 
@@ -244,7 +267,11 @@ def lower_kernel(function: tirx.PrimFunc, *, asks_ahead: bool = True) -> tvm.IRM
         stores={name: partial(outputs.store, band) for name, band in named.items()},
         skip=lambda nest: _skip_rows(nest, row_axis, images),
         pass_caches=outputs.pass_caches,
-        peel=lambda loop: _peel(loop, layout.border_tiles(spec)),
+        peel=(
+            (lambda loop: _peel(loop, layout.border_tiles(spec)))
+            if layout.lanes == "co"
+            else (lambda loop: _end_apart(loop, layout.last_vectors(spec)))
+        ),
         ahead={name: partial(outputs.ahead, band) for name, band in named.items() if asks_ahead},
     )
     body = _rewrite(_join_passing(function.body, f"band{last_band(spec).index}"), rules)

@@ -6,7 +6,7 @@ from typing import Any
 
 from tvm.s_tir import Schedule
 
-from convt_tvm.compute import IN_VECTORS, SKIPS_ROWS, SUMS, layout_of, spec_of
+from convt_tvm.compute import IN_VECTORS, SKIPS_ROWS, SUMS, VECTORS, layout_of, spec_of
 from convt_tvm.layout import (
     CACHE_LINE_BYTES,
     Band,
@@ -78,12 +78,14 @@ def accumulate(
     tile: Sequence[LoopRV],
     lane: LoopRV,
     skips: bool = True,
+    counts_vectors: bool = False,
 ) -> None:
     """Sum the products of a tile of `band` in registers, part by part, and the parts in memory.
 
     The loops of ``acc<k>`` end with `phases`, `parts` (those over row taps, column taps and channels, with others
     between them, or none if there is one part), `tile` and `lane`. With `skips`, the loops of ``partial<k>`` over taps
-    and channels, in the order of `sums_taps_first`, are left out where they would read the border's rows only.
+    and channels, in the order of `sums_taps_first`, are left out where they would read the border's rows only. With
+    `counts_vectors` the innermost of `tile` is one of `VECTORS`.
     A buffer in local memory whose indices are all constant becomes registers in LLVM.
     """
     function = sch.mod["main"]
@@ -104,21 +106,28 @@ def accumulate(
     sch.vectorize(partial_lane)
     for loop in (tw, *partial_tile):
         sch.unroll(loop)
-    _start_sums(sch, partial, reduction[0], len(partial_tile))
+    vectors = [vector, _start_sums(sch, partial, reduction[0], len(partial_tile))]
 
     sch.vectorize(lane)
     for loop in tile:
         sch.unroll(loop)
+    vectors.append(tile[-1])
     if parts:
-        _start_sums(sch, acc, parts[0], len(tile))
+        vectors.append(_start_sums(sch, acc, parts[0], len(tile)))
+    for loop in vectors if counts_vectors else ():
+        sch.annotate(loop, VECTORS, True)
 
 
-def _start_sums(sch: Schedule, sums: SBlockRV, reduction: LoopRV, tile: int) -> None:
-    """Set `sums` to zero before the loop `reduction`, the `tile` innermost loops but that over lanes unrolled."""
+def _start_sums(sch: Schedule, sums: SBlockRV, reduction: LoopRV, tile: int) -> LoopRV:
+    """Set `sums` to zero before the loop `reduction`, the `tile` innermost loops but that over lanes unrolled.
+
+    Returns the last of these.
+    """
     *loops, lane = sch.get_loops(sch.decompose_reduction(sums, reduction))
     sch.vectorize(lane)
     for loop in loops[-tile:]:
         sch.unroll(loop)
+    return loops[-1]
 
 
 def _skip_rows(sch: Schedule, loops: Sequence[LoopRV]) -> None:

@@ -9,7 +9,7 @@ loop nest goes from
 to
 
     for n*g*(qh / row_chunk)*b*ph*(rows in a chunk):   parallel
-      for qw / column_block:
+      for qw / column_block:                  the last tile apart, if it has fewer vectors, see `Layout.last_vectors`
         for pw / phases:                      unrolled
           for parts of th, tw, ic:            as `partial_sum` says; each ends with an addition to sums in memory
             for tw of the part:               unrolled; inside the loop over ic where `sums_taps_first` says so
@@ -34,7 +34,9 @@ addition.
 What limits it on one core of a Zen 4 server (115 GFLOP/s; shares of samples by ``perf``, share of that peak after the
 name; answers checked):
 
-- Surplus columns: seed/square (61 %) computes 101 columns as 112, fcn8s/up8 (75 %) 29 as 32. One vector of columns, and
+- Surplus columns: seed/square (61 %) computes 101 columns as 112, fcn8s/up8 (75 %) 29 as 32; since last tiles sum no
+  more vectors than have an output (on an Emerald Rapids server 0.91 of the time for seed/rect, 0.93 for seed/square)
+  whatever the tile. One vector of columns, and
   8 to 12 channels to hide an addition's latency, leaves the least; it took the place of two vectors by 11 to 14
   channels, at 0.93 to 1.03 of the time where rows are whole vectors (unet/up1 95 %, dilated/k3d2 93 %, sam/up1 90 %).
 - Pages. With rows of one channel together each of dilated/k3d2's 128 channels is in a page of its own; with all
@@ -74,7 +76,7 @@ from dataclasses import replace
 
 from tvm.s_tir import Schedule
 
-from convt_tvm.compute import IN_VECTORS, PASSES_CACHES, layout_of, spec_of
+from convt_tvm.compute import IN_VECTORS, PASSES_CACHES, PEELS, layout_of, spec_of
 from convt_tvm.cost import (
     Costs,
     Tile,
@@ -190,6 +192,9 @@ def space(sch: Schedule) -> None:
         sch.reorder(*order, column_block, *((ob, pw, column) if by_places else (ob, column, pw)))
         if moved:
             sch.annotate(ob if by_places else column, IN_VECTORS, True)
+        ends_apart = layout.last_vectors(spec) * layout.vector_lanes < layout.column_block
+        if reaches(spec, band) and ends_apart:
+            sch.annotate(column_block, PEELS, True)
         of_chunk = by_chunk and reaches(spec, band)
         shared = order[:3] if of_chunk else order[:4] if layout.passes_caches else order
         task = parallelize(sch, shared, band_cycles(spec))
@@ -212,6 +217,7 @@ def space(sch: Schedule) -> None:
                 tile=tile,
                 lane=lane,
                 skips=not by_chunk,
+                counts_vectors=ends_apart,
             )
             if by_chunk:
                 sch.compute_at(window, sch.get_loops(output)[0], preserve_unit_loops=True)

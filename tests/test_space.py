@@ -29,6 +29,7 @@ from convt_tvm.workloads import resolve
 V2, V3, V4 = (Target.parse(f"llvm:x86-64-v{level}") for level in (2, 3, 4))
 
 HOST = Target.parse("llvm")
+_TRIMMED = 'T.unroll({}, annotations={{"convt.vectors": True}})'
 ODD = ConvTranspose2dSpec(
     n=2, ci=6, ih=5, iw=19, co=26, kernel_size=(3, 5), stride=(2, 3), padding=(1, 2), output_padding=(1, 2), groups=2
 )
@@ -38,6 +39,8 @@ BORDERED = ConvTranspose2dSpec(n=2, ci=5, ih=6, iw=9, co=19, kernel_size=(5, 4),
 STRIDED = ConvTranspose2dSpec(
     n=2, ci=4, ih=9, iw=17, co=19, kernel_size=1, stride=(6, 5), padding=(3, 1), output_padding=(4, 3)
 )
+# Three tiles of 16 columns, of which the last has outputs in two vectors of 4.
+WIDE = ConvTranspose2dSpec(n=2, ci=3, ih=5, iw=37, co=6, kernel_size=3, stride=2)
 ONE_ROW = ConvTranspose2dSpec(n=2, ci=64, ih=7, iw=64, co=5, kernel_size=2, stride=2)
 
 
@@ -113,6 +116,9 @@ def test_each_space_is_exact_in_several_layouts(lanes, tmp_path):
         (STRIDED, "co", {"row_chunk": 2, "gathers": True}),
         (STRIDED, "ow", {"row_chunk": 6, "gathers": True}),
         (BORDERED, "ow", {"row_chunk": 4, "streams": True}),
+        (WIDE, "ow", {"column_block": 16, "vector_lanes": 4}),
+        (WIDE, "ow", {"column_block": 16, "vector_lanes": 4, "row_chunk": 6, "gathers": True}),
+        (WIDE, "ow", {"row_chunk": 6, "streams": True}),
         (ONE_ROW, "ow", {"row_chunk": 2, "streams": True}),
         (STRIDED, "ow", {"row_chunk": 6, "streams": True}),
     ],
@@ -140,6 +146,18 @@ def test_phases_in_a_loop_sum_to_the_bits_of_unrolled_ones(dtype):
         )
         outputs[unrolls] = build(spec, choice=choice)(*inputs)
     assert torch.equal(bits(outputs[True]), bits(outputs[False]))
+
+
+def test_the_last_tile_sums_no_vector_without_an_output():
+    plain = next(choice for choice in choices(WIDE, HOST) if choice.layout.lanes == "ow")
+    layout = replace(plain.layout, co_block=3, row_block=1, column_block=16, vector_lanes=4, row_chunk=1, phases=1)
+    assert layout.last_vectors(WIDE) == 2
+    assert layout.column_steps(WIDE) == 2.5 * 3
+    assert lower_choice(WIDE, HOST, replace(plain, layout=layout)).module.script().count(_TRIMMED.format(2)) > 0
+    # One tile, lanes along channels, code that would be too long.
+    for others in ({"column_block": 40}, {"column_block": 40, "lanes": "co"}, {"co_block": 120}):
+        other = replace(layout, **others)
+        assert other.last_vectors(WIDE) == other.column_block // 4
 
 
 def test_outputs_for_memory_pass_the_caches():
