@@ -11,8 +11,8 @@ multiprocessor busy for the largest of
 A block alone takes longer: it waits for global memory, unless it has fetched the stage during the one before, and its
 warps work through their products one after the other. Blocks of a multiprocessor overlap. The rates are NVIDIA's
 published ones; the latencies, and the rates of shared memory, were fitted to what an H200 took. By
-``tuning_logs/bench/cuda-sm_90-NVIDIA-H200.jsonl`` the default takes 1.06 times as long as the tuned kernel in tf32,
-1.07 in float16 and 1.10 in bfloat16, in the geometric mean of the public workloads; at worst 2.05 times, where threads
+``tuning_logs/bench/cuda-sm_90-NVIDIA-H200.jsonl`` the default takes 1.07 times as long as the tuned kernel in tf32,
+1.06 in float16 and 1.10 in bfloat16, in the geometric mean of the public workloads; at worst 2.04 times, where threads
 compute dcgan/1 by default.
 """
 
