@@ -97,7 +97,7 @@ def define_lines(body: Statement, dtype: str) -> Statement:
 def _lines_text(bits: int) -> str:
     """How lines are put together, in LLVM's language: by one permutation of two vectors.
 
-    Where an address is no multiple of a value's size each vector is stored as it is.
+    Where nothing passes the caches, or an address is no multiple of a value's size, each vector is stored as it is.
     """
     lanes, size_bytes = 8 * CACHE_LINE_BYTES // bits, bits // 8
     kind, name = ("float", "ps") if bits == 32 else ("double", "pd")
