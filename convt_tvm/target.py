@@ -132,8 +132,8 @@ class Target:
 
     @property
     def keeps_channels_last(self) -> bool:
-        """Whether kernels that read and write channels_last are as good as others: on processors without tile units."""
-        return self.kind == "llvm" and TILE_FEATURES.isdisjoint(self.features)
+        """Whether there are kernels that read and write channels_last: for processors."""
+        return self.kind == "llvm"
 
     @property
     def name(self) -> str:

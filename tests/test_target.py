@@ -11,7 +11,7 @@ import pytest
 from convt_tvm import processor
 from convt_tvm.errors import IncompatibleMachineError, TargetError
 from convt_tvm.machine import machine, package_versions
-from convt_tvm.processor import LEVELS, host_features
+from convt_tvm.processor import LEVELS, TILE_FEATURES, host_features
 from convt_tvm.target import Target
 
 _SPR = """processor\t: 0
@@ -266,3 +266,9 @@ def test_tf32_is_a_feature_of_targets_for_gpus_and_no_architecture():
         Target.parse("cuda:sm_90+tf16")
     with pytest.raises(TargetError, match=r"'tf32' is not a known feature of x86_64"):
         Target.parse("llvm:x86_64+tf32")
+
+
+def test_processors_keep_channels_last_with_tile_units_too():
+    tiles = Target("llvm", "x86_64", (*LEVELS["x86-64-v4"], *TILE_FEATURES))
+    assert tiles.for_dtype("bfloat16").keeps_channels_last
+    assert not Target.parse("cuda:sm_90").keeps_channels_last
