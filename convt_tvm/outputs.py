@@ -4,7 +4,7 @@ A declaration's outputs have the extents that suit a schedule; here their stores
 narrowed where a surplus was computed and in whole vectors where phases lie side by side in registers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -161,7 +161,7 @@ class Outputs:
 
         if self._carried is not None:
             # Sums are in registers only where constants number them, and LLVM unrolls nothing as long as this.
-            loops = [self._unrolled(loop, ob) if i < outside else loop for i, loop in enumerate(loops)]
+            loops = [*_unroll(loops[:outside], lambda loop: depends_on(ob, loop.loop_var)), *loops[outside:]]
         inner = loops[outside:]
         first_lane, first_channel, first_column = (at_start(index, inner) for index in (ob, channel, qw))
         by_channels = layout.lanes == "co"
@@ -228,12 +228,7 @@ class Outputs:
 
         if self.spec.dtype != "bfloat16":
             return list(loops)
-        unrolled = tirx.ForKind.UNROLLED
-        return [rebuild(loop, loop.body, kind=unrolled) if is_short(loop) else loop for loop in loops]
-
-    def _unrolled(self, loop: Loop, index: Expr) -> Loop:
-        """`loop`, unrolled if it counts the index."""
-        return rebuild(loop, loop.body, kind=tirx.ForKind.UNROLLED) if depends_on(index, loop.loop_var) else loop
+        return _unroll(loops, is_short)
 
     def _place(self, n: Expr, channel: Expr, row: Expr, column: Expr) -> list[Expr]:
         """The indices of a value of the output."""
@@ -420,6 +415,11 @@ def _outside_rows(loops: Sequence[Loop], store: Any) -> list[Loop]:
     return [loop for loop in loops if not any(depends_on(index, loop.loop_var) for index in store.indices[6:])]
 
 
+def _unroll(loops: Sequence[Loop], wanted: Callable[[Loop], bool]) -> list[Loop]:
+    """`loops`, those that are `wanted` so unrolled."""
+    return [rebuild(loop, loop.body, kind=tirx.ForKind.UNROLLED) if wanted(loop) else loop for loop in loops]
+
+
 def _stage(loops: Sequence[Loop], value: Expr, indices: Sequence[Expr], shape: Pair) -> tuple[Any, list[Any]]:
     """A buffer in registers with `value` at `indices` for all of `loops`, the last of them as a vector.
 
@@ -530,15 +530,20 @@ def _store_columns(
 
     `loops` count the `place`: a phase and a column of the tile, whose `shape` is in phases and columns.
     """
-    phases, columns = shape
     staged, statements = _stage(loops, value, place, shape)
-    for first in range(0, columns, lanes):
-        vectors = [tirx.BufferLoad(staged, [phase, ramp(first, lanes)]) for phase in range(phases)]
-        woven = interleave(vectors, lanes, value.ty.dtype, statements)
-        for start, vector in zip(range(first * phases, count, lanes), woven, strict=False):
-            for offset, size in binary(min(lanes, count - start)):
-                statements.append(store(0, start + offset, extract(vector, offset, size, lanes), size))
+    for number, vector in enumerate(_weave(staged, shape, lanes, statements)):
+        start = number * lanes
+        for offset, size in binary(max(0, min(lanes, count - start))):
+            statements.append(store(0, start + offset, extract(vector, offset, size, lanes), size))
     return sequence(statements)
+
+
+def _weave(staged: Any, shape: Pair, lanes: int, statements: list[Any]) -> Iterator[Any]:
+    """Vectors of a row, whose values a buffer of that `shape`, in phases and columns, has by turns of each phase."""
+    phases, columns = shape
+    for first in range(0, columns, lanes):
+        by_phase = [tirx.BufferLoad(staged, [phase, ramp(first, lanes)]) for phase in range(phases)]
+        yield from interleave(by_phase, lanes, str(staged.dtype), statements)
 
 
 def _stream_columns(
@@ -557,13 +562,10 @@ def _stream_columns(
     `carried` holds the vector before the tile's first, and `line` writes the line that ends among the values of a
     vector: at a position, of the vector before and it.
     """
-    phases, columns = shape
-    lanes, dtype = int(carried.indices[-1].lanes), value.ty.dtype
+    lanes = int(carried.indices[-1].lanes)
     staged, statements = _stage(loops, value, place, shape)
-    vectors = [define(carried, lanes, dtype, statements)]
-    for first in range(0, columns, lanes):
-        by_phase = [tirx.BufferLoad(staged, [phase, ramp(first, lanes)]) for phase in range(phases)]
-        vectors += interleave(by_phase, lanes, dtype, statements)
+    vectors = [define(carried, lanes, value.ty.dtype, statements)]
+    vectors += _weave(staged, shape, lanes, statements)
     used = -(-count // lanes)
     for number, (before, now) in enumerate(pairwise(vectors[: used + 1])):
         statements.append(line(number * lanes, before, now, at_end=at_end and number == used - 1))

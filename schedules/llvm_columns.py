@@ -35,10 +35,10 @@ What limits it on one core of a Zen 4 server (115 GFLOP/s; shares of samples by 
 name; answers checked):
 
 - Surplus columns: seed/square (61 %) computes 101 columns as 112, fcn8s/up8 (75 %) 29 as 32; since last tiles sum no
-  more vectors than have an output (on an Emerald Rapids server 0.91 of the time for seed/rect, 0.93 for seed/square)
-  whatever the tile. One vector of columns, and
-  8 to 12 channels to hide an addition's latency, leaves the least; it took the place of two vectors by 11 to 14
-  channels, at 0.93 to 1.03 of the time where rows are whole vectors (unet/up1 95 %, dilated/k3d2 93 %, sam/up1 90 %).
+  more vectors than have an output, whatever the tile (on an Emerald Rapids server 0.91 of the time for seed/rect, 0.93
+  for seed/square). One vector of columns, and 8 to 12 channels to hide an addition's latency, took the place of two
+  vectors by 11 to 14 channels, at 0.93 to 1.03 of the time where rows are whole vectors (unet/up1 95 %, dilated/k3d2
+  93 %, sam/up1 90 %).
 - Pages. With rows of one channel together each of dilated/k3d2's 128 channels is in a page of its own; with all
   channels of a row together it took 0.96 of the time (`convt_tvm.layout.MANY_INPUTS`).
 - Memory. kernelbench/75 (57 %) and kernelbench/81 (48 %) write 50 MB, of which 7 and 9 % is time spent on rows of the
