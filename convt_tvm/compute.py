@@ -50,6 +50,7 @@ from convt_tvm.spec import ConvTranspose2dSpec, Pair
 from convt_tvm.target import Target
 
 __all__ = [
+    "IMAGES",
     "IN_VECTORS",
     "PARTIAL",
     "PASSES_CACHES",
@@ -82,6 +83,9 @@ PASSES_CACHES = "convt.passes_caches"
 They go to memory past the caches, see `convt_tvm.outputs`. Such loops of several bands are joined in one. In each the
 loop over phases is inside that over tiles of rows: the rows before a tile's are complete.
 """
+IMAGES = "convt.images"
+"""Annotation of a loop over images that threads share. A schedule joins it of others, and cannot make it parallel."""
+
 IN_VECTORS = "convt.in_vectors"
 """Annotation of the outermost loop around an output's store that becomes vectors along the row.
 

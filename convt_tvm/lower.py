@@ -16,6 +16,7 @@ from tvm import s_tir, tirx
 
 from convt_tvm.bfloat16 import define_functions
 from convt_tvm.compute import (
+    IMAGES,
     PARTIAL,
     PASSES_CACHES,
     PEELS,
@@ -120,6 +121,8 @@ def _rewrite(statement: Any, rules: Rules) -> Any:
 
     def visit(node: Any, loops: tuple[Loop, ...] = ()) -> Any:
         match node:
+            case tirx.For() if IMAGES in node.annotations:
+                return rebuild(node, visit(node.body), kind=tirx.ForKind.PARALLEL)
             case tirx.For() if PASSES_CACHES in node.annotations:
                 return nest(loops, rebuild(node, rules.pass_caches(node, visit)))
             case tirx.For() if PEELS in node.annotations:

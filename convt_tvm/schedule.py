@@ -6,10 +6,11 @@ from typing import Any
 
 from tvm.s_tir import Schedule
 
-from convt_tvm.compute import IN_VECTORS, SKIPS_ROWS, SUMS, VECTORS, layout_of, spec_of
+from convt_tvm.compute import IMAGES, IN_VECTORS, SKIPS_ROWS, SUMS, VECTORS, layout_of, spec_of
 from convt_tvm.layout import (
     CACHE_LINE_BYTES,
     Band,
+    bands,
     collides,
     reaches,
     sums_taps_first,
@@ -23,6 +24,7 @@ __all__ = [
     "copy_window",
     "find_window",
     "in_parts",
+    "join_images",
     "parallelize",
     "share_pack",
     "spread_window",
@@ -32,8 +34,8 @@ __all__ = [
 LoopRV = Any
 SBlockRV = Any
 
-TILE_LOOPS = {"co": 4, "ow": 3}
-"""Loops of a declaration's sums that a tile spans: rows, phases, columns, channels; channels, phases, columns."""
+TILE_LOOPS = 4
+"""Loops of a declaration's sums that a tile spans: over rows, phases, columns and channels."""
 REDUCED = 2
 """Of the kinds of a block's variables, that of a reduction."""
 POSITION_STREAMS = 8
@@ -52,12 +54,11 @@ def sum_loops(sch: Schedule, sums: SBlockRV) -> tuple[Sequence[LoopRV], Sequence
 
     The latter count row taps, column taps and channels; there are none where the sums have one part only.
     """
-    size = TILE_LOOPS[layout_of(sch.mod["main"]).lanes]
     loops = sch.get_loops(sums)
     if not _is_reduced(sch, sums):
-        return loops[-size:], []
+        return loops[-TILE_LOOPS:], []
     *_, th, ic, tw = loops
-    return loops[-size - 3 : -3], [th, tw, ic]
+    return loops[-TILE_LOOPS - 3 : -3], [th, tw, ic]
 
 
 def in_parts(sch: Schedule, band: Band) -> bool:
@@ -97,7 +98,7 @@ def accumulate(
         sch.unroll(parts[1])
     sch.set_scope(partial, 0, "local")
     sch.compute_at(partial, parts[-1] if parts else phases, preserve_unit_loops=True)
-    *rows_and_columns, last, _, _, _, th, ic, tw = sch.get_loops(partial)[-TILE_LOOPS[layout.lanes] - 6 :]
+    *rows_and_columns, last, _, _, _, th, ic, tw = sch.get_loops(partial)[-TILE_LOOPS - 6 :]
     vector, partial_lane = sch.split(last, [None, layout.vector_lanes])
     reduction, partial_tile = (th, ic, tw) if sums_taps_first(spec) else (th, tw, ic), (*rows_and_columns, vector)
     sch.reorder(*reduction, *partial_tile, partial_lane)
@@ -138,12 +139,23 @@ def _skip_rows(sch: Schedule, loops: Sequence[LoopRV]) -> None:
     sch.annotate(next(loop for loop in loops if int(sch.get(loop).extent) > 1), SKIPS_ROWS, True)
 
 
-def parallelize(sch: Schedule, loops: Sequence[LoopRV], cycles: float) -> LoopRV:
-    """Share the iterations of adjacent `loops`, fused, among threads if their `cycles` are enough for that to pay."""
+def parallelize(sch: Schedule, loops: Sequence[LoopRV], cycles: float, *, apart: bool = False) -> LoopRV:
+    """Share the iterations of adjacent `loops`, fused, among threads if their `cycles` are enough for that to pay.
+
+    The first counts images; where each is worked on `apart` the others alone are fused, and `join_images` shares.
+    """
+    if apart:
+        return sch.fuse(*loops[1:])
     fused = sch.fuse(*loops)
     if cycles >= PARALLEL_CYCLES:
         sch.parallel(fused)
     return fused
+
+
+def join_images(sch: Schedule, spec: ConvTranspose2dSpec, window: SBlockRV) -> None:
+    """Make one loop, shared among threads, of those over images around the `window` and all bands."""
+    blocks = [window, *(sch.get_sblock(f"band{band.index}") for band in bands(spec))]
+    sch.annotate(sch.merge(*(sch.get_loops(block)[0] for block in blocks)), IMAGES, True)
 
 
 def share_pack(sch: Schedule) -> None:
@@ -158,7 +170,7 @@ def find_window(sch: Schedule) -> SBlockRV | None:
     return sch.get_sblock("window") if "window" in names else None
 
 
-def copy_window(sch: Schedule, spec: ConvTranspose2dSpec, window: SBlockRV) -> None:
+def copy_window(sch: Schedule, spec: ConvTranspose2dSpec, window: SBlockRV, *, apart: bool) -> None:
     """Copy the whole window before anything else, at about a cycle for each value.
 
     From NCHW to NHWC, or from NHWC to rows of channels, it goes by transposes in registers, 16 channels at a time, so
@@ -179,7 +191,7 @@ def copy_window(sch: Schedule, spec: ConvTranspose2dSpec, window: SBlockRV) -> N
         # In the order in which the input is read.
         sch.reorder(third, second)
         second = third
-    parallelize(sch, (first, second), prod(spec.input_shape))
+    parallelize(sch, (first, second), prod(spec.input_shape), apart=apart)
 
 
 def spread_window(sch: Schedule, spec: ConvTranspose2dSpec, window: SBlockRV) -> None:

@@ -78,7 +78,7 @@ from dataclasses import replace
 
 from tvm.s_tir import Schedule
 
-from convt_tvm.compute import IN_VECTORS, PASSES_CACHES, PEELS, layout_of, spec_of
+from convt_tvm.compute import IN_VECTORS, PASSES_CACHES, PEELS, layout_of, spec_of, target_of
 from convt_tvm.cost import (
     Costs,
     Tile,
@@ -91,13 +91,24 @@ from convt_tvm.cost import (
     past_caches,
     row_chunks,
 )
-from convt_tvm.layout import CACHE_LINE_BYTES, Layout, Window, bands, collides, crowds, reaches, reads_input
+from convt_tvm.layout import (
+    CACHE_LINE_BYTES,
+    Layout,
+    Window,
+    bands,
+    collides,
+    crowds,
+    images_apart,
+    reaches,
+    reads_input,
+)
 from convt_tvm.schedule import (
     POSITION_STREAMS,
     accumulate,
     copy_window,
     find_window,
     in_parts,
+    join_images,
     parallelize,
     sum_loops,
 )
@@ -205,15 +216,18 @@ def _missed(spec: ConvTranspose2dSpec, layout: Layout) -> float:
 
 def space(sch: Schedule) -> None:
     """Schedule the phase form in `sch` in place; deterministic for a declaration."""
-    tile(sch)
-    window = find_window(sch)
+    function = sch.mod["main"]
+    spec = spec_of(function)
+    window, apart = find_window(sch), images_apart(spec, layout_of(function), target_of(function))
+    tile(sch, apart=apart)
     if window is not None:
-        spec = spec_of(sch.mod["main"])
-        copy_window(sch, spec, window)
+        copy_window(sch, spec, window, apart=apart)
+    if apart:
+        join_images(sch, spec, window)
 
 
-def tile(sch: Schedule) -> None:
-    """Schedule all but the window."""
+def tile(sch: Schedule, *, apart: bool) -> None:
+    """Schedule all but the window, of each image `apart` or of all."""
     function = sch.mod["main"]
     spec, layout = spec_of(function), layout_of(function)
     for band in bands(spec):
@@ -235,7 +249,7 @@ def tile(sch: Schedule) -> None:
         order = (
             (n, g, chunk, b) if layout.gathers else (n, g, chunk, b, ph, row_block) if inner else (n, g, chunk, b, ph)
         )
-        task = parallelize(sch, order, band_cycles(spec))
+        task = parallelize(sch, order, band_cycles(spec), apart=apart)
         if layout.gathers:
             sch.annotate(task, PASSES_CACHES, True)
         if reaches(spec, band):

@@ -8,17 +8,18 @@ loop nest goes from
 
 to
 
-    for n*g*(qh / row_chunk)*b*ph*(rows in a chunk):   parallel
+    for n*g*(qh / row_chunk)*b*ph*(tiles of rows in a chunk):   parallel
       for qw / column_block:                  the last tile apart, if it has fewer vectors, see `Layout.last_vectors`
         for pw / phases:                      unrolled
           for parts of th, tw, ic:            as `partial_sum` says; each ends with an addition to sums in memory
             for tw of the part:               unrolled; inside the loop over ic where `sums_taps_first` says so
              for ic of the part:              left out where it would read a row of the border
-              for ob:                         unrolled     } co_block * phases * column_block/lanes
-                for pw % phases:              unrolled     } accumulators in registers
+              for qh % row_block:             unrolled     } row_block * co_block * phases * column_block/lanes
+               for ob:                        unrolled     } accumulators in registers
+                for pw % phases:              unrolled     }
                   for qw / lanes:             unrolled     }
                     for qw % lanes:           vectorized
-        for ob:                               qw and pw: interleaved in registers
+        for qh % row_block, ob:               qw and pw: interleaved in registers
 
 In channels_last the last line is
 
@@ -28,8 +29,8 @@ With ``gathers`` the parallel loop ends with b, the rows of all phases of the ch
 the caches to the output, most of them beside the sums of the rows that follow. With ``streams`` it ends with b as well,
 and vectors go past the caches from registers: each is joined with the one before in its row to a whole cache line.
 
-With few channels the column phases are worked on together, so that enough sums are under way to hide the latency of an
-addition.
+With few channels the column phases are worked on together, and of small images several rows, so that enough sums are
+under way to hide the latency of an addition.
 
 What limits it on one core of a Zen 4 server (115 GFLOP/s; shares of samples by ``perf``, share of that peak after the
 name; answers checked):
@@ -76,7 +77,7 @@ from dataclasses import replace
 
 from tvm.s_tir import Schedule
 
-from convt_tvm.compute import IN_VECTORS, PASSES_CACHES, PEELS, layout_of, spec_of
+from convt_tvm.compute import IN_VECTORS, PASSES_CACHES, PEELS, layout_of, spec_of, target_of
 from convt_tvm.cost import (
     Costs,
     Tile,
@@ -89,11 +90,12 @@ from convt_tvm.cost import (
     phase_blocks,
     row_chunks,
 )
-from convt_tvm.layout import Layout, bands, reaches
+from convt_tvm.layout import Layout, bands, images_apart, reaches
 from convt_tvm.schedule import (
     accumulate,
     copy_window,
     find_window,
+    join_images,
     parallelize,
     spread_window,
     sum_loops,
@@ -106,6 +108,13 @@ TARGET_KIND = "llvm"
 
 MAX_VECTORS = 4
 MAX_CHANNELS = 14
+FEW_SUMS, ENOUGH_SUMS = 8, 16
+"""Accumulators below which a row of all channels, columns and phases has too few, for additions to hide their latency,
+and up to which a tile then takes in several rows.
+
+On an Emerald Rapids server 14 x 14 images to one channel took 0.75 of the time with 7 rows, 0.8 with 2 or 14. Where
+there were 8 to 12 without, two rows took 0.92 to 1.02, and three 1.07.
+"""
 MAX_INTERLEAVED = 512
 """Outputs in a row of a tile beyond which they are stored one by one, to keep code small."""
 CYCLES_PER_INPUT = {"nchw": 0.5, "nhwc": 1.5}
@@ -126,23 +135,28 @@ def applies(spec: ConvTranspose2dSpec) -> bool:
 def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout, float]]:
     """Layouts whose accumulators fit the registers, each with its estimated cycles."""
     channels = spec.co // spec.groups
-    widest = max(phase.count for phase in spec.axes[1].phases)
+    height, widest = (max(phase.count for phase in axis.phases) for axis in spec.axes)
     for lanes in lane_counts(spec, target):
         for vectors in range(1, min(MAX_VECTORS, -(-widest // lanes)) + 1):
             for co_block in block_sizes(channels, MAX_CHANNELS):
-                tile = Tile(vectors, co_block, lanes * DTYPE_BYTES[spec.accumulator_dtype])
-                if tile.fits(target):
-                    for phases in phase_blocks(spec, target, tile):
-                        reuse = phases * max(1, *(phase.taps for phase in spec.axes[1].phases))
-                        plain = Layout("ow", co_block, 1, vectors * lanes, lanes, 1, phases)
-                        chunked = [replace(plain, row_chunk=chunk) for chunk in row_chunks(spec, 1, target)]
-                        passing = past_caches(spec, plain, target) if is_for_memory(spec) else ()
-                        for layout in (*chunked, *passing):
-                            chunk = layout.row_chunk
-                            run = chunk * spec.iw if copies_by_chunk(spec, layout) else spec.ih * spec.iw
-                            per_input = CYCLES_PER_INPUT[spec.input_axes] + CYCLES_PER_RUN / run
-                            costs = Costs(per_input, _cycles_per_output(spec, layout))
-                            yield layout, core_cycles(spec, layout, tile, target, reuse=reuse, costs=costs)
+                of_row = vectors * co_block * len(spec.axes[1].phases)
+                is_whole = co_block == channels and vectors * lanes >= widest
+                for rows in block_sizes(height, ENOUGH_SUMS // of_row) if is_whole and of_row < FEW_SUMS else (1,):
+                    tile = Tile(vectors * rows, co_block, lanes * DTYPE_BYTES[spec.accumulator_dtype])
+                    for phases in phase_blocks(spec, target, tile) if tile.fits(target) else ():
+                        plain = Layout("ow", co_block, rows, vectors * lanes, lanes, rows, phases)
+                        yield from _estimated(spec, plain, tile, target)
+
+
+def _estimated(spec: ConvTranspose2dSpec, plain: Layout, tile: Tile, target: Target) -> Iterator[tuple[Layout, float]]:
+    """`plain` in every size of chunks, and with its outputs past the caches, each with its estimated cycles."""
+    reuse = plain.phases * max(1, *(phase.taps for phase in spec.axes[1].phases))
+    chunked = [replace(plain, row_chunk=chunk) for chunk in row_chunks(spec, plain.row_block, target)]
+    passing = past_caches(spec, plain, target) if is_for_memory(spec) and plain.row_block == 1 else ()
+    for layout in (*chunked, *passing):
+        run = layout.row_chunk * spec.iw if copies_by_chunk(spec, layout) else spec.ih * spec.iw
+        costs = Costs(CYCLES_PER_INPUT[spec.input_axes] + CYCLES_PER_RUN / run, _cycles_per_output(spec, layout))
+        yield layout, core_cycles(spec, layout, tile, target, reuse=reuse, costs=costs)
 
 
 def _cycles_per_output(spec: ConvTranspose2dSpec, layout: Layout) -> float:
@@ -178,18 +192,19 @@ def space(sch: Schedule) -> None:
     function = sch.mod["main"]
     spec, layout = spec_of(function), layout_of(function)
     window = find_window(sch)
-    by_chunk = window is not None and copies_by_chunk(spec, layout)
+    apart = images_apart(spec, layout, target_of(function))
+    by_chunk = window is not None and not apart and copies_by_chunk(spec, layout)
     if window is not None and not by_chunk:
-        copy_window(sch, spec, window)
+        copy_window(sch, spec, window, apart=apart)
     for band in bands(spec):
         output = sch.get_sblock(f"band{band.index}")
         n, g, b, ob, ph, qh, qw, pw = sch.get_loops(output)
         column_block, column = sch.split(qw, [None, layout.column_block])
-        chunk, row = sch.split(qh, [None, layout.chunk(band)])
-        order = (n, g, chunk, b, row, ph) if layout.passes_caches else (n, g, chunk, b, ph, row)
+        chunk, row_block, row = sch.split(qh, [None, layout.chunk(band) // layout.row_block, layout.row_block])
+        order = (n, g, chunk, b, row_block, ph) if layout.passes_caches else (n, g, chunk, b, ph, row_block)
         moved = reaches(spec, band) and in_vectors(spec, layout)
         by_places = moved and spec.output_axes == "nhwc"
-        sch.reorder(*order, column_block, *((ob, pw, column) if by_places else (ob, column, pw)))
+        sch.reorder(*order, column_block, row, *((ob, pw, column) if by_places else (ob, column, pw)))
         if moved:
             sch.annotate(ob if by_places else column, IN_VECTORS, True)
         ends_apart = layout.last_vectors(spec) * layout.vector_lanes < layout.column_block
@@ -197,17 +212,17 @@ def space(sch: Schedule) -> None:
             sch.annotate(column_block, PEELS, True)
         of_chunk = by_chunk and reaches(spec, band)
         shared = order[:3] if of_chunk else order[:4] if layout.passes_caches else order
-        task = parallelize(sch, shared, band_cycles(spec))
+        task = parallelize(sch, shared, band_cycles(spec), apart=apart)
         if layout.passes_caches:
             # A loop over one block is simplified away.
             sch.annotate(b if of_chunk and layout.blocks(spec) > 1 else task, PASSES_CACHES, True)
         if reaches(spec, band):
             acc = sch.get_sblock(f"acc{band.index}")
             sch.compute_at(acc, column_block, preserve_unit_loops=True)
-            (ob, pw, qw), parts = sum_loops(sch, acc)
+            (row, ob, pw, qw), parts = sum_loops(sch, acc)
             phase_loop, phase = sch.split(pw, [None, layout.phases])
             vector, lane = sch.split(qw, [None, layout.vector_lanes])
-            tile = (ob, phase, vector)
+            tile = (row, ob, phase, vector)
             sch.reorder(phase_loop, *parts, *tile, lane)
             accumulate(
                 sch,
@@ -222,3 +237,5 @@ def space(sch: Schedule) -> None:
             if by_chunk:
                 sch.compute_at(window, sch.get_loops(output)[0], preserve_unit_loops=True)
                 spread_window(sch, spec, window)
+    if apart:
+        join_images(sch, spec, window)

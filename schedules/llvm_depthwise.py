@@ -70,7 +70,7 @@ def _cycles(spec: ConvTranspose2dSpec, layout: DepthwiseLayout) -> float:
 
 def space(sch: Schedule) -> None:
     """Schedule the phase form in `sch` in place; deterministic for a declaration."""
-    llvm_channels.tile(sch)
+    llvm_channels.tile(sch, apart=False)
     window = find_window(sch)
     if window is not None:
         n, *loops = sch.get_loops(window)

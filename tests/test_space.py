@@ -17,7 +17,7 @@ from convt_tvm.check import bits
 from convt_tvm.compiler import build, build_artifact, lower_choice
 from convt_tvm.dot_layout import DotLayout
 from convt_tvm.errors import BuildError
-from convt_tvm.layout import Layout
+from convt_tvm.layout import Layout, images_apart
 from convt_tvm.reference import integer_inputs, normal_inputs, reference
 from convt_tvm.runtime import load
 from convt_tvm.space import choices, default_choice, find_choice, sized_for_choice, spaces, varied_choices
@@ -39,6 +39,8 @@ BORDERED = ConvTranspose2dSpec(n=2, ci=5, ih=6, iw=9, co=19, kernel_size=(5, 4),
 STRIDED = ConvTranspose2dSpec(
     n=2, ci=4, ih=9, iw=17, co=19, kernel_size=1, stride=(6, 5), padding=(3, 1), output_padding=(4, 3)
 )
+# Phases of one tap and of two, rows with the border on both sides.
+MANY = ConvTranspose2dSpec(n=9, ci=3, ih=7, iw=9, co=2, kernel_size=3, stride=2, padding=1)
 # Three tiles of 16 columns, of which the last has outputs in two vectors of 4.
 WIDE = ConvTranspose2dSpec(n=2, ci=3, ih=5, iw=37, co=6, kernel_size=3, stride=2)
 ONE_ROW = ConvTranspose2dSpec(n=2, ci=64, ih=7, iw=64, co=5, kernel_size=2, stride=2)
@@ -158,6 +160,34 @@ def test_the_last_tile_sums_no_vector_without_an_output():
     for others in ({"column_block": 40}, {"column_block": 40, "lanes": "co"}, {"co_block": 120}):
         other = replace(layout, **others)
         assert other.last_vectors(WIDE) == other.column_block // 4
+
+
+@pytest.mark.parametrize("name", ["llvm_columns", "llvm_channels"])
+def test_images_are_worked_on_one_at_a_time_where_caches_do_not_hold_all(name, monkeypatch, tmp_path):
+    spec, target = MANY, Target.parse("llvm").for_dtype("float32")
+    choice = choices(spec, target, name)[0]
+    windows = choice.layout.window_elements(spec) * 4
+    for size, apart in ((2 * windows, False), (2 * windows // 9, True), (windows // 9, False)):
+        monkeypatch.setattr(Target, "cache_bytes", size)
+        assert images_apart(spec, choice.layout, target) == apart
+        assert is_exact(spec, choice, tmp_path / f"{size}")
+        window = re.search(r"window = T.alloc_buffer\(\((\d+),", lower_choice(spec, target, choice).module.script())
+        assert window and int(window[1]) == (1 if apart else 9)
+    assert not images_apart(spec.with_batch(7), choice.layout, target)
+
+
+def test_a_tile_has_rows_where_a_single_one_has_few_sums():
+    target = Target.parse("llvm:x86-64-v4")
+
+    def rows(co, iw, stride):
+        spec = ConvTranspose2dSpec(n=1, ci=8, ih=14, iw=iw, co=co, kernel_size=4, stride=stride, padding=1)
+        found = {choice.layout for choice in choices(spec, target, "llvm_columns")}
+        assert all(layout.co_block == co and layout.column_block >= iw for layout in found if layout.row_block > 1)
+        return {layout.row_block for layout in found}
+
+    assert rows(1, 14, 2) == {1, 2, 3, 4, 5, 7}
+    assert rows(3, 14, 2) == {1, 2}
+    assert rows(4, 14, 2) == rows(1, 64, 2) == {1}
 
 
 def test_outputs_for_memory_pass_the_caches():
