@@ -44,6 +44,7 @@ from convt_tvm.layout import (
     partial_sum,
     reaches,
     reads_input,
+    skips_parts,
     window_axes,
 )
 from convt_tvm.spec import ConvTranspose2dSpec, Pair
@@ -84,7 +85,10 @@ They go to memory past the caches, see `convt_tvm.outputs`. Such loops of severa
 loop over phases is inside that over tiles of rows: the rows before a tile's are complete.
 """
 IMAGES = "convt.images"
-"""Annotation of a loop over images that threads share. A schedule joins it of others, and cannot make it parallel."""
+"""Annotation of a loop over images, the only one of a kernel, for threads to share.
+
+A schedule joins it of others, and cannot make it parallel.
+"""
 
 IN_VECTORS = "convt.in_vectors"
 """Annotation of the outermost loop around an output's store that becomes vectors along the row.
@@ -268,7 +272,9 @@ def sum_products(
         return te.sum(product(place, *reduced), axis=inner_axes)
 
     # Minus zero is what addition leaves alone, and LLVM cannot fill memory with it by a call, as it would with zeros.
-    add = te.comm_reducer(lambda a, b: a + b, lambda dtype: tirx.const(-0.0, dtype), name="add")
+    # Where all parts may be left out it has to be zero.
+    begin = 0.0 if skips_parts(spec) else -0.0
+    add = te.comm_reducer(lambda a, b: a + b, lambda dtype: tirx.const(begin, dtype), name="add")
     partial = te.compute((*shape, *outer), part, name=f"{PARTIAL}{band.index}")
 
     def total(*place: Expr) -> Expr:

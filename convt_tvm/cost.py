@@ -21,7 +21,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
-from convt_tvm.layout import CACHE_LINE_BYTES, PAST_CACHES_BYTES, Layout, bands, partial_sum, reaches, sums_in_parts
+from convt_tvm.layout import (
+    CACHE_LINE_BYTES,
+    PAST_CACHES_BYTES,
+    Layout,
+    bands,
+    met_taps,
+    partial_sum,
+    reaches,
+    sums_in_parts,
+)
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.target import Target
 
@@ -233,9 +242,9 @@ def past_caches(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> It
 
     Rows of a chunk are gathered, as many as fit a part of the second cache; or vectors of columns go from registers, in
     chunks of few rows, for rows that follow each other share a cache line. There are several tasks. In channels_last a
-    block has no rows of its own.
+    block has no rows of its own, and rows of several images do not follow each other.
     """
-    if spec.output_axes == "nhwc":
+    if spec.output_axes == "nhwc" or layout.image_block > 1:
         return
     itemsize, rows = DTYPE_BYTES[spec.dtype], max(band.rows for band in bands(spec))
     row_bytes = layout.co_block * spec.stride[0] * spec.ow * itemsize
@@ -272,16 +281,18 @@ def _weight_traffic(spec: ConvTranspose2dSpec, layout: Layout, held: int) -> tup
     All weights are read for each chunk of rows, if they are more than is `held`; a block's slice, or one tap of it,
     by each tile of a chunk, and anew if it does not fit.
     """
-    weights = _weight_bytes(spec)
+    # Those that fill up a block are read as well.
+    weights = prod(layout.packed_shape(spec)) * DTYPE_BYTES[spec.accumulator_dtype]
     rows = max(layout.rows(band) for band in bands(spec))
     chunk = min(layout.row_chunk, rows)
     # A tap is met by as many rows as the image has (1 in dcgan/1, whose tiles of one row share no weights).
     tiles = min(chunk // layout.row_block, spec.ih) * min(layout.columns(spec) // layout.column_block, spec.iw)
+    images = spec.input_shape[0] // layout.image_block
     if weights <= held:
         return weights, tiles * (rows // chunk)
     if layout.slice_bytes(spec) <= held:
-        return spec.input_shape[0] * weights * (rows // chunk), tiles
-    return spec.input_shape[0] * weights * (rows // chunk) * tiles, 1
+        return images * weights * (rows // chunk), tiles
+    return images * weights * (rows // chunk) * tiles, 1
 
 
 def _weight_bytes(spec: ConvTranspose2dSpec) -> int:
@@ -306,6 +317,7 @@ def core_cycles(
     rows = sum(band.row_steps(layout, spec.ih) for band in bands(spec))
     steps = (
         spec.input_shape[0]
+        // layout.image_block
         * spec.groups
         * layout.blocks(spec)
         * rows
@@ -348,15 +360,16 @@ def _wait_per_output(spec: ConvTranspose2dSpec, layout: Layout, target: Target) 
     return max(0.0, core.output_wait - core.output_hidden * sums)
 
 
-def _parts(spec: ConvTranspose2dSpec, layout: Layout) -> int:
+def _parts(spec: ConvTranspose2dSpec, layout: Layout) -> float:
     """How often partial sums are added to the sums of a tile, in one column phase."""
-    column_taps, tiles = max(phase.taps for phase in spec.axes[1].phases), 0
+    tiles = 0.0
     for band in bands(spec):
         if reaches(spec, band) and sums_in_parts(spec, band):
-            parts = band.taps * (spec.ci // spec.groups) * column_taps // prod(partial_sum(spec, band))
+            products = prod(met_taps(spec, band)) * (spec.ci // spec.groups)
+            parts = products / prod(partial_sum(spec, band))
             tiles += parts * len(band.phases) * (layout.rows(band) // layout.row_block)
     columns = layout.columns(spec) // layout.column_block * len(spec.axes[1].phases)
-    return spec.input_shape[0] * spec.groups * layout.blocks(spec) * tiles * columns
+    return spec.input_shape[0] // layout.image_block * spec.groups * layout.blocks(spec) * tiles * columns
 
 
 def block_sizes(extent: int, limit: int) -> Iterable[int]:

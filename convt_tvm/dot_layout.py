@@ -24,7 +24,7 @@ def reads_pairs(spec: ConvTranspose2dSpec, layout: Layout) -> bool:
     """Whether dot products read pairs of the input itself, where they are side by side; see `layout.reads_input`."""
     if spec.input_axes == "nchw" or spec.ci // spec.groups % 2:
         return False
-    stays = not crowds(layout, spec.ci * DTYPE_BYTES[spec.dtype], spec.iw)
+    stays = not crowds(layout, spec.ci * DTYPE_BYTES[spec.dtype], (spec.ih, spec.iw))
     return stays and Window.of(spec, layout).is_inside
 
 

@@ -13,10 +13,11 @@ from typing import Any, Literal, Self
 
 from convt_tvm.phases import Phase
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec, Pair
-from convt_tvm.target import Target
 
 __all__ = [
     "CACHE_LINE_BYTES",
+    "LATER_FIELDS",
+    "MANY_IMAGES",
     "PAST_CACHES_BYTES",
     "Band",
     "Layout",
@@ -28,10 +29,12 @@ __all__ = [
     "images_apart",
     "is_depthwise",
     "kernel_columns",
+    "met_taps",
     "partial_sum",
     "prefers_channels_last",
     "reaches",
     "reads_input",
+    "skips_parts",
     "sums_in_parts",
     "sums_taps_first",
     "window_axes",
@@ -74,9 +77,14 @@ kernelbench/75 1.07.
 MANY_IMAGES = 8
 """Images from which on they are enough for all threads to share: 8 of 64 x 32 x 32 values took 0.95 of the time, 64 of
 512 x 4 x 4 0.98, on one core of an Emerald Rapids server."""
+SHARED_IMAGES = 4
+"""So many windows of a batch of any size at most are held by half the second cache where images are worked on in turn:
+those of smaller images take too little time for all threads to begin with each."""
 CACHE_LINE_BYTES = 64
 PAST_CACHES_BYTES = 16 << 20
 """Outputs from this size on may go past the caches: the next layer would find little of them there."""
+LATER_FIELDS: dict[str, Any] = {"streams": False, "image_block": 1}
+"""Fields of layouts that stored ones may lack, with what they stand for there."""
 CACHE_SET_BYTES = 4096
 """Addresses so far apart share a set of the first cache, on every x86 and most Arm cores since 2006."""
 CACHE_WAYS = 4
@@ -117,6 +125,8 @@ class Layout:
         same number of chunks.
     streams
         Whether it writes them past the caches without a buffer, vectors of columns that are whole cache lines.
+    image_block
+        Images in a tile, so that small ones share weights; divides their number.
     """
 
     lanes: Literal["co", "ow"]
@@ -129,21 +139,23 @@ class Layout:
     taps: Literal["inner", "outer", "plain"] = "inner"
     gathers: bool = False
     streams: bool = False
+    image_block: int = 1
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values; ``streams`` only where it is true, as no layout had it at first."""
-        return {name: value for name, value in asdict(self).items() if value or name != "streams"}
+        """The fields as JSON values; those of `LATER_FIELDS` only where they differ from what all layouts once had."""
+        return {name: value for name, value in asdict(self).items() if value != LATER_FIELDS.get(name)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """The layout that `to_json` wrote."""
+        values = LATER_FIELDS | dict(values)
         others = ("lanes", "taps", "gathers", "streams")
         numbers = {field.name: int(values[field.name]) for field in fields(cls) if field.name not in others}
         lanes: Literal["co", "ow"] = "co" if values["lanes"] == "co" else "ow"
         taps: Literal["inner", "outer", "plain"] = (
             "outer" if values["taps"] == "outer" else "plain" if values["taps"] == "plain" else "inner"
         )
-        gathers, streams = bool(values["gathers"]), bool(values.get("streams", False))
+        gathers, streams = bool(values["gathers"]), bool(values["streams"])
         return cls(lanes=lanes, taps=taps, gathers=gathers, streams=streams, **numbers)
 
     @property
@@ -159,7 +171,7 @@ class Layout:
     @property
     def shape(self) -> tuple[object, ...]:
         """What matters most of a layout: the sums kept in registers, and how they are shared out."""
-        return self.lanes, self.co_block, self.row_block, self.column_block, self.phases, self.taps
+        return self.lanes, self.co_block, self.row_block, self.column_block, self.phases, self.taps, self.image_block
 
     def blocks(self, spec: ConvTranspose2dSpec) -> int:
         """Number of channel blocks in a group."""
@@ -198,8 +210,8 @@ class Layout:
         if self.lanes != "co" or self.taps == "plain" or not self.unrolls_phases(spec):
             return False
         tiles, apart = self.columns(spec) // self.column_block, sum(self.border_tiles(spec))
-        bodies = apart + (apart < tiles)
-        peels = self.taps == "inner" and bodies * self._body(spec) <= MAX_PEELED[spec.output_axes]
+        products = self._steps_inside(spec) * self._tile_vectors if apart == tiles else (apart + 1) * self._body(spec)
+        peels = self.taps == "inner" and products <= MAX_PEELED[spec.output_axes]
         return apart > 0 and (tiles == 1 or peels)
 
     def border_tiles(self, spec: ConvTranspose2dSpec) -> Pair:
@@ -231,9 +243,13 @@ class Layout:
             if self.lanes == "ow":
                 tiles += self.last_vectors(spec) * self.vector_lanes / self.column_block - 1
             return tiles * sum(phase.taps for phase in phases)
+        return self._steps_inside(spec)
+
+    def _steps_inside(self, spec: ConvTranspose2dSpec) -> float:
+        """Tiles of columns times their column taps, but for the share that would read the border."""
         inside = sum(
             0 <= column + phase.base - tap * phase.input_step < spec.iw
-            for phase in phases
+            for phase in spec.axes[1].phases
             for tap in range(phase.taps)
             for column in range(self.columns(spec))
         )
@@ -246,8 +262,12 @@ class Layout:
     def _body(self, spec: ConvTranspose2dSpec) -> int:
         """Multiply-add instructions of a tile, all column taps of all column phases unrolled."""
         phases = spec.axes[1].phases
-        vectors = self.co_block * self.row_block * self.column_block // self.vector_lanes
-        return len(phases) * max(1, *(phase.taps for phase in phases)) * vectors
+        return len(phases) * max(1, *(phase.taps for phase in phases)) * self._tile_vectors
+
+    @property
+    def _tile_vectors(self) -> int:
+        """Accumulators of a tile, in one column phase."""
+        return self.co_block * self.image_block * self.row_block * self.column_block // self.vector_lanes
 
     def packed_shape(self, spec: ConvTranspose2dSpec) -> tuple[int, int, int, int, int]:
         """Shape of the packed weight: ``(groups * blocks, kh, kw, ci/groups, co_block)``."""
@@ -317,7 +337,13 @@ def bands(spec: ConvTranspose2dSpec) -> tuple[Band, ...]:
 
 def reaches(spec: ConvTranspose2dSpec, band: Band) -> bool:
     """Whether any tap reaches the outputs of `band`, which otherwise hold the bias alone."""
-    return band.taps > 0 and any(phase.taps for phase in spec.axes[1].phases)
+    return _meet_image(band.phases, spec.ih) and _meet_image(spec.axes[1].phases, spec.iw)
+
+
+def _meet_image(phases: Iterable[Phase], input_size: int) -> bool:
+    """Whether a tap of any position of `phases` reads the image and not the border alone."""
+    reads = ((phase.base - tap * phase.input_step, phase.count) for phase in phases for tap in range(phase.taps))
+    return any(first < input_size and first + count > 0 for first, count in reads)
 
 
 def column_starts(spec: ConvTranspose2dSpec) -> tuple[int, ...]:
@@ -379,31 +405,37 @@ def reads_input(spec: ConvTranspose2dSpec, layout: Layout) -> bool:
     if spec.dtype != spec.accumulator_dtype or (layout.lanes == "co") != (spec.input_axes == "nhwc"):
         return False
     if layout.lanes == "co":
-        stays = not crowds(layout, spec.ci * DTYPE_BYTES[spec.dtype], spec.iw)
+        stays = not crowds(layout, spec.ci * DTYPE_BYTES[spec.dtype], (spec.ih, spec.iw))
     else:
         stays = not collides(spec.ih * spec.iw * DTYPE_BYTES[spec.dtype], spec.ci)
     return stays and Window.of(spec, layout).is_inside
 
 
-def images_apart(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> bool:
-    """Whether a task copies the window of one image and computes all of its output; see `MANY_IMAGES`.
+def images_apart(spec: ConvTranspose2dSpec, layout: Layout, cache_bytes: int, *, of_any_batch: bool) -> bool:
+    """Whether the window of one image is copied and all of its output computed before the next one's.
 
-    So the copy is in the second cache when it is read, which does not hold those of all images.
+    So the copy is in the second cache, of `cache_bytes`, when it is read, as those of all images would not be. Of `MANY_IMAGES` each
+    is a task; in a batch `of_any_batch` size, for which `spec` has one image, all threads work on each in turn while
+    there are fewer.
     """
-    images = spec.input_shape[0]
-    if images < MANY_IMAGES or layout.passes_caches or layout.taps == "plain" or reads_input(spec, layout):
+    if layout.image_block > 1 or layout.taps == "plain" or reads_input(spec, layout):
         return False
-    window_bytes, held = layout.window_elements(spec) * DTYPE_BYTES[spec.accumulator_dtype], target.cache_bytes // 2
-    return window_bytes // images <= held < window_bytes
+    images, held = spec.input_shape[0], cache_bytes // 2
+    window_bytes = layout.window_elements(spec) * DTYPE_BYTES[spec.accumulator_dtype]
+    if of_any_batch:
+        return held // SHARED_IMAGES < window_bytes <= held
+    return images >= MANY_IMAGES and window_bytes // images <= held < window_bytes
 
 
-def crowds(layout: Layout, column_bytes: int, width: int) -> bool:
+def crowds(layout: Layout, column_bytes: int, size: Pair) -> bool:
     """Whether more positions of a tile than stay in a set of the first cache fall into one.
 
-    They are read from NHWC whose columns are `column_bytes` apart, `width` of them in a row.
+    They are read from NHWC whose columns are `column_bytes` apart, of images with a `size` in rows and columns.
     """
-    rows, columns = range(layout.row_block), range(layout.column_block)
-    addresses = ((row * width + column) * column_bytes for row in rows for column in columns)
+    height, width = size
+    images, rows, columns = range(layout.image_block), range(layout.row_block), range(layout.column_block)
+    places = ((image * height + row) * width + column for image in images for row in rows for column in columns)
+    addresses = (place * column_bytes for place in places)
     sets = Counter(address % CACHE_SET_BYTES // CACHE_LINE_BYTES for address in addresses)
     return max(sets.values()) > CACHE_WAYS
 
@@ -421,8 +453,7 @@ def partial_sum(spec: ConvTranspose2dSpec, band: Band) -> tuple[int, int, int]:
     but the parameters of one image, so that every layout, batch size and schedule sums to the same bits.
     """
     columns, channels = max(phase.taps for phase in spec.axes[1].phases), spec.ci // spec.groups
-    # An output of a small image does not meet all taps.
-    met_rows, met_columns = min(band.taps, spec.ih), min(columns, spec.iw)
+    met_rows, met_columns = met_taps(spec, band)
     products = met_rows * met_columns * channels
     if products <= MIN_PARTIAL or band.taps * columns == 1:
         return band.taps, channels, columns
@@ -434,6 +465,20 @@ def partial_sum(spec: ConvTranspose2dSpec, band: Band) -> tuple[int, int, int]:
         lengths = {(1, size, 1): size for size in sizes}
         lengths[1, channels, columns] = channels * met_columns
     return min(lengths, key=lambda part: abs(log(lengths[part] / goal)))
+
+
+def met_taps(spec: ConvTranspose2dSpec, band: Band) -> Pair:
+    """How many row taps and column taps an output meets at most: of a small image not all."""
+    return min(band.taps, spec.ih), min(max(phase.taps for phase in spec.axes[1].phases), spec.iw)
+
+
+def skips_parts(spec: ConvTranspose2dSpec) -> bool:
+    """Whether partial sums, if there are several, are left out where they would hold products with the border alone.
+
+    That is where outputs do not meet all taps: of 49 one of a 1 x 1 image meets one.
+    """
+    columns = max(phase.taps for phase in spec.axes[1].phases)
+    return any(met_taps(spec, band) != (band.taps, columns) for band in bands(spec))
 
 
 def sums_in_parts(spec: ConvTranspose2dSpec, band: Band) -> bool:

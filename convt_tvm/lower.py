@@ -28,12 +28,21 @@ from convt_tvm.compute import (
     spec_of,
     target_of,
 )
-from convt_tvm.layout import CACHE_LINE_BYTES, Window, bands, kernel_columns, window_axes
+from convt_tvm.layout import (
+    CACHE_LINE_BYTES,
+    MANY_IMAGES,
+    Window,
+    bands,
+    kernel_columns,
+    skips_parts,
+    window_axes,
+)
 from convt_tvm.lower_products import multiply_vectors, weights_pass
 from convt_tvm.lower_window import transpose_window
 from convt_tvm.outputs import Outputs, last_band
 from convt_tvm.spec import Pair
 from convt_tvm.statements import (
+    ever,
     find_guard,
     find_load,
     find_store,
@@ -68,6 +77,8 @@ class Rules:
         By the name of a buffer, what replaces stores to it with the loops directly around them.
     skip
         Replaces loops annotated with `SKIPS_ROWS`.
+    join
+        Makes one of loops annotated with `PASSES_CACHES` that follow each other.
     pass_caches
         Gives the body of loops annotated with `PASSES_CACHES`.
     peel
@@ -79,6 +90,7 @@ class Rules:
 
     stores: Mapping[str, Store]
     skip: Callable[[Any], Any] = lambda nest: nest
+    join: Callable[[Any], Any] = lambda body: body
     pass_caches: Callable[[Loop, Visit], Any] = lambda loop, visit: visit(loop.body)
     peel: Callable[[Loop], list[Loop]] = lambda loop: [loop]
     ahead: Mapping[str, Callable[[Sequence[Loop], Any], list[Any]]] = field(default_factory=dict)
@@ -122,7 +134,7 @@ def _rewrite(statement: Any, rules: Rules) -> Any:
     def visit(node: Any, loops: tuple[Loop, ...] = ()) -> Any:
         match node:
             case tirx.For() if IMAGES in node.annotations:
-                return rebuild(node, visit(node.body), kind=tirx.ForKind.PARALLEL)
+                return _share_images(rebuild(node, visit(rules.join(node.body))))
             case tirx.For() if PASSES_CACHES in node.annotations:
                 return nest(loops, rebuild(node, rules.pass_caches(node, visit)))
             case tirx.For() if PEELS in node.annotations:
@@ -139,7 +151,9 @@ def _rewrite(statement: Any, rules: Rules) -> Any:
     def visit_parts(node: Any) -> Any:
         match node:
             case tirx.SeqStmt():
-                found = [find_store(part, rules.ahead) for part in node.seq if any(map(_holds_sums, node.seq))]
+                found = [
+                    find_store(part, rules.ahead) for part in node.seq if any(_holds(each, SUMS) for each in node.seq)
+                ]
                 ahead = [each for it in found if it for each in rules.ahead[str(it[1].buffer.name)](*it)]
                 return sequence([*ahead, *map(visit, node.seq)])
             case tirx.For():
@@ -149,7 +163,7 @@ def _rewrite(statement: Any, rules: Rules) -> Any:
                 return tirx.IfThenElse(node.condition, visit(node.then_case), other)
             case tirx.AttrStmt():
                 return tirx.AttrStmt(node.node, node.attr_key, node.value, visit(node.body))
-            case tirx.AllocBuffer() if _holds_sums(node):
+            case tirx.AllocBuffer() if _holds(node, SUMS):
                 return tirx.SeqStmt([on_stack(node), *_align_stack(str(node.buffer.dtype))])
             case tirx.AllocBuffer():
                 return on_stack(node)
@@ -161,8 +175,9 @@ def _rewrite(statement: Any, rules: Rules) -> Any:
     return visit(statement)
 
 
-def _holds_sums(node: Any) -> bool:
-    return isinstance(node, tirx.AllocBuffer) and str(node.buffer.name).startswith(SUMS)
+def _holds(node: Any, name: str) -> bool:
+    """Whether a statement allocates a buffer whose name begins so."""
+    return isinstance(node, tirx.AllocBuffer) and str(node.buffer.name).startswith(name)
 
 
 def _join_passing(body: Any, last: str) -> Any:
@@ -183,6 +198,20 @@ def _join_passing(body: Any, last: str) -> Any:
         work += [tirx.Bind(task.loop_var, first.loop_var), task.body]
     rest = [part for part in parts if part not in tasks]
     return sequence([*rest, rebuild(first, sequence(work))])
+
+
+def _share_images(loop: Loop) -> Any:
+    """`loop`, over images, shared among threads; where there may be few, the loops in it are meanwhile."""
+
+    def change(node: Any) -> Any | None:
+        if isinstance(node, tirx.For) and node.kind == tirx.ForKind.PARALLEL:
+            return rebuild(node, node.body, kind=tirx.ForKind.SERIAL)
+        return None
+
+    shared = rebuild(loop, rewrite(loop.body, change), kind=tirx.ForKind.PARALLEL)
+    if isinstance(loop.extent, tirx.IntImm):
+        return shared
+    return tirx.IfThenElse(loop.extent >= MANY_IMAGES, shared, loop)
 
 
 def _peel(loop: Loop, apart: Pair) -> list[Loop]:
@@ -227,6 +256,25 @@ def _skip_rows(nest: Any, axis: int, images: Mapping[str, Pair]) -> Any:
     return tirx.IfThenElse(tirx.all(last >= image[0], first < image[1]), nest, None)
 
 
+def _skip_part(node: Any) -> Any | None:
+    """What stands for a partial sum, its products and its addition to the sums, in which no product may be left.
+
+    None for any other statement. By which rows and columns products are left out is written around each of them.
+    """
+    if not (isinstance(node, tirx.SeqStmt) and any(_holds(part, PARTIAL) for part in node.seq)):
+        return None
+    conditions, adds = [], False
+    for part in node.seq:
+        if isinstance(part, tirx.IfThenElse):
+            conditions.append(part.condition)
+        loops, store = inside(part.then_case if isinstance(part, tirx.IfThenElse) else part)
+        if isinstance(store, tirx.BufferStore):
+            adds |= str(store.buffer.name).startswith(SUMS) and isinstance(store.value, tirx.Add)
+            guard = find_guard(store.value)
+            conditions += [] if guard is None else [ever(guard, loops)]
+    return tirx.IfThenElse(tirx.all(*conditions), node, None) if conditions and adds else None
+
+
 def _guard_sum(node: Any) -> Any | None:
     """What stands for a store that adds a product to a partial sum under a condition; None for any other statement.
 
@@ -269,6 +317,7 @@ def lower_kernel(function: tirx.PrimFunc, *, asks_ahead: bool = True) -> tvm.IRM
     rules = Rules(
         stores={name: partial(outputs.store, band) for name, band in named.items()},
         skip=lambda nest: _skip_rows(nest, row_axis, images),
+        join=lambda body: _join_passing(body, f"band{last_band(spec).index}"),
         pass_caches=outputs.pass_caches,
         peel=(
             (lambda loop: _peel(loop, layout.border_tiles(spec)))
@@ -277,7 +326,9 @@ def lower_kernel(function: tirx.PrimFunc, *, asks_ahead: bool = True) -> tvm.IRM
         ),
         ahead={name: partial(outputs.ahead, band) for name, band in named.items() if asks_ahead},
     )
-    body = _rewrite(_join_passing(function.body, f"band{last_band(spec).index}"), rules)
+    body = _rewrite(rules.join(function.body), rules)
+    if skips_parts(spec):
+        body = rewrite(body, _skip_part)
     if not layout.unrolls_phases(spec):
         body = rewrite(body, _guard_sum)
     if layout.taps != "plain":

@@ -26,6 +26,7 @@ from convt_tvm.statements import (
     at_start,
     depends_on,
     element_number,
+    ever,
     find_guard,
     find_load,
     import_llvm,
@@ -142,8 +143,11 @@ def multiply_from_one_address(body: Statement, dtype: str, read: Read, add: Add,
             statement = tirx.IfThenElse(guard, statement, None)
         if not asks_ahead or loops[within].kind == tirx.ForKind.UNROLLED:
             return nest(loops[:-1], statement)
-        step = [*_ask_ahead(weight, loops[within + 1 :]), nest(loops[within + 1 : -1], statement)]
-        return nest(loops[: within + 1], sequence(step))
+        asked = sequence(_ask_ahead(weight, loops[within + 1 :]))
+        if guard is not None:
+            # A step without products needs none.
+            asked = tirx.IfThenElse(ever(guard, loops[within + 1 : -1]), asked, None)
+        return nest(loops[: within + 1], sequence([asked, nest(loops[within + 1 : -1], statement)]))
 
     return rewrite(body, change)
 

@@ -4,14 +4,16 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
+from tvm import tirx
 from tvm.s_tir import Schedule
 
-from convt_tvm.compute import IMAGES, IN_VECTORS, SKIPS_ROWS, SUMS, VECTORS, layout_of, spec_of
+from convt_tvm.compute import IMAGES, IN_VECTORS, SKIPS_ROWS, SUMS, VECTORS, layout_of, spec_of, target_of
 from convt_tvm.layout import (
     CACHE_LINE_BYTES,
     Band,
     bands,
     collides,
+    images_apart,
     reaches,
     sums_taps_first,
     window_axes,
@@ -23,19 +25,23 @@ __all__ = [
     "accumulate",
     "copy_window",
     "find_window",
+    "image_loop",
     "in_parts",
     "join_images",
     "parallelize",
     "share_pack",
     "spread_window",
     "sum_loops",
+    "works_apart",
 ]
 
 LoopRV = Any
 SBlockRV = Any
 
-TILE_LOOPS = 4
-"""Loops of a declaration's sums that a tile spans: over rows, phases, columns and channels."""
+TILE_LOOPS, TASK_LOOPS = 4, 4
+"""Loops of a declaration's sums that a tile spans, over rows, phases, columns and channels, and of those around them.
+
+The first of these is over images, several of which a tile may span as well."""
 REDUCED = 2
 """Of the kinds of a block's variables, that of a reduction."""
 POSITION_STREAMS = 8
@@ -59,6 +65,12 @@ def sum_loops(sch: Schedule, sums: SBlockRV) -> tuple[Sequence[LoopRV], Sequence
         return loops[-TILE_LOOPS:], []
     *_, th, ic, tw = loops
     return loops[-TILE_LOOPS - 3 : -3], [th, tw, ic]
+
+
+def image_loop(sch: Schedule, sums: SBlockRV) -> LoopRV:
+    """The loop of ``acc<k>`` over the images of a tile."""
+    reduced = 3 if _is_reduced(sch, sums) else 0
+    return sch.get_loops(sums)[-TASK_LOOPS - TILE_LOOPS - reduced]
 
 
 def in_parts(sch: Schedule, band: Band) -> bool:
@@ -100,7 +112,9 @@ def accumulate(
     sch.compute_at(partial, parts[-1] if parts else phases, preserve_unit_loops=True)
     *rows_and_columns, last, _, _, _, th, ic, tw = sch.get_loops(partial)[-TILE_LOOPS - 6 :]
     vector, partial_lane = sch.split(last, [None, layout.vector_lanes])
-    reduction, partial_tile = (th, ic, tw) if sums_taps_first(spec) else (th, tw, ic), (*rows_and_columns, vector)
+    image = sch.get_loops(partial)[-TASK_LOOPS - TILE_LOOPS - 6 - 1]
+    reduction = (th, ic, tw) if sums_taps_first(spec) else (th, tw, ic)
+    partial_tile = (*([image] if layout.image_block > 1 else []), *rows_and_columns, vector)
     sch.reorder(*reduction, *partial_tile, partial_lane)
     if skips:
         _skip_rows(sch, (*reduction[1:], *partial_tile, partial_lane))
@@ -142,18 +156,30 @@ def _skip_rows(sch: Schedule, loops: Sequence[LoopRV]) -> None:
 def parallelize(sch: Schedule, loops: Sequence[LoopRV], cycles: float, *, apart: bool = False) -> LoopRV:
     """Share the iterations of adjacent `loops`, fused, among threads if their `cycles` are enough for that to pay.
 
-    The first counts images; where each is worked on `apart` the others alone are fused, and `join_images` shares.
+    The first counts images; where each is worked on `apart` the others alone are fused, and shared only where there may
+    be few images; see `join_images`.
     """
-    if apart:
-        return sch.fuse(*loops[1:])
-    fused = sch.fuse(*loops)
-    if cycles >= PARALLEL_CYCLES:
+    fused = sch.fuse(*loops[apart:])
+    if cycles >= PARALLEL_CYCLES and not (apart and batch_is_known(sch)):
         sch.parallel(fused)
     return fused
 
 
+def batch_is_known(sch: Schedule) -> bool:
+    """Whether the number of images is a constant."""
+    return isinstance(sch.mod["main"].params[0].shape[0], int | tirx.IntImm)
+
+
+def works_apart(sch: Schedule) -> bool:
+    """Whether images are worked on one at a time; see `images_apart`."""
+    function = sch.mod["main"]
+    of_any_batch = not batch_is_known(sch)
+    cache_bytes = target_of(function).cache_bytes
+    return images_apart(spec_of(function), layout_of(function), cache_bytes, of_any_batch=of_any_batch)
+
+
 def join_images(sch: Schedule, spec: ConvTranspose2dSpec, window: SBlockRV) -> None:
-    """Make one loop, shared among threads, of those over images around the `window` and all bands."""
+    """Make one loop, for threads to share, of those over images around the `window` and all bands."""
     blocks = [window, *(sch.get_sblock(f"band{band.index}") for band in bands(spec))]
     sch.annotate(sch.merge(*(sch.get_loops(block)[0] for block in blocks)), IMAGES, True)
 

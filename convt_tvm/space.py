@@ -14,7 +14,7 @@ from tvm.s_tir.schedule import Trace
 import convt_tvm.schedules
 from convt_tvm.cost import is_for_memory
 from convt_tvm.errors import BuildError
-from convt_tvm.layout import Layout
+from convt_tvm.layout import LATER_FIELDS, Layout
 from convt_tvm.records import Candidate
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
@@ -137,8 +137,7 @@ def find_choice(spec: ConvTranspose2dSpec, target: Target, candidate: Candidate)
     for space in spaces():
         if space.name == candidate.schedule and space.target_kind == target.kind and space.applies(spec):
             found = _layouts(space, spec, target)
-            # Only some layouts of a space say that they stream.
-            if not found or not found[0][0].to_json().keys() ^ candidate.layout.keys() <= {"streams"}:
+            if not found or not found[0][0].to_json().keys() ^ candidate.layout.keys() <= LATER_FIELDS.keys():
                 return None
             wanted = type(found[0][0]).from_json(candidate.layout)
             return next((Choice(space, layout, cycles) for layout, cycles in found if layout == wanted), None)

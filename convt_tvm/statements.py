@@ -6,6 +6,7 @@ from math import prod
 from typing import Any
 
 import tvm
+import tvm_ffi
 from tvm import ir, tirx
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "depends_on",
     "element_number",
     "element_stride",
+    "ever",
     "find_guard",
     "find_load",
     "find_store",
@@ -103,6 +105,18 @@ def depends_on(expression: Expr, variable: Any) -> bool:
     """Whether the value of `expression` changes with that of `variable`."""
     changed = with_value(expression, variable, 1)
     return not tvm.sym.Analyzer().can_prove_equal(with_value(expression, variable, 0), changed)
+
+
+def ever(condition: Expr, loops: Sequence[Loop]) -> Expr:
+    """Whether `condition` holds in any iteration of `loops`, which are few."""
+    found = [condition]
+    for loop in loops:
+        values = [with_value(each, loop.loop_var, i) for each in found for i in range(int(loop.extent))]
+        found = []
+        for value in values:
+            if not any(tvm_ffi.structural_equal(value, each) for each in found):
+                found.append(value)
+    return tirx.any(*found)
 
 
 def inside(node: Any) -> tuple[list[Loop], Any]:

@@ -77,7 +77,7 @@ from dataclasses import replace
 
 from tvm.s_tir import Schedule
 
-from convt_tvm.compute import IN_VECTORS, PASSES_CACHES, PEELS, layout_of, spec_of, target_of
+from convt_tvm.compute import IN_VECTORS, PASSES_CACHES, PEELS, layout_of, spec_of
 from convt_tvm.cost import (
     Costs,
     Tile,
@@ -90,7 +90,7 @@ from convt_tvm.cost import (
     phase_blocks,
     row_chunks,
 )
-from convt_tvm.layout import Layout, bands, images_apart, reaches
+from convt_tvm.layout import Layout, bands, reaches
 from convt_tvm.schedule import (
     accumulate,
     copy_window,
@@ -99,6 +99,7 @@ from convt_tvm.schedule import (
     parallelize,
     spread_window,
     sum_loops,
+    works_apart,
 )
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.target import Target
@@ -192,7 +193,7 @@ def space(sch: Schedule) -> None:
     function = sch.mod["main"]
     spec, layout = spec_of(function), layout_of(function)
     window = find_window(sch)
-    apart = images_apart(spec, layout, target_of(function))
+    apart = works_apart(sch)
     by_chunk = window is not None and not apart and copies_by_chunk(spec, layout)
     if window is not None and not by_chunk:
         copy_window(sch, spec, window, apart=apart)

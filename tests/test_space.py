@@ -17,7 +17,7 @@ from convt_tvm.check import bits
 from convt_tvm.compiler import build, build_artifact, lower_choice
 from convt_tvm.dot_layout import DotLayout
 from convt_tvm.errors import BuildError
-from convt_tvm.layout import Layout, images_apart
+from convt_tvm.layout import Layout, bands, images_apart, reaches, skips_parts
 from convt_tvm.reference import integer_inputs, normal_inputs, reference
 from convt_tvm.runtime import load
 from convt_tvm.space import choices, default_choice, find_choice, sized_for_choice, spaces, varied_choices
@@ -41,6 +41,8 @@ STRIDED = ConvTranspose2dSpec(
 )
 # Phases of one tap and of two, rows with the border on both sides.
 MANY = ConvTranspose2dSpec(n=9, ci=3, ih=7, iw=9, co=2, kernel_size=3, stride=2, padding=1)
+# Tiles of them have room for others.
+SMALL = ConvTranspose2dSpec(n=6, ci=5, ih=2, iw=3, co=19, kernel_size=(3, 4), stride=2, padding=1)
 # Three tiles of 16 columns, of which the last has outputs in two vectors of 4.
 WIDE = ConvTranspose2dSpec(n=2, ci=3, ih=5, iw=37, co=6, kernel_size=3, stride=2)
 ONE_ROW = ConvTranspose2dSpec(n=2, ci=64, ih=7, iw=64, co=5, kernel_size=2, stride=2)
@@ -169,11 +171,68 @@ def test_images_are_worked_on_one_at_a_time_where_caches_do_not_hold_all(name, m
     windows = choice.layout.window_elements(spec) * 4
     for size, apart in ((2 * windows, False), (2 * windows // 9, True), (windows // 9, False)):
         monkeypatch.setattr(Target, "cache_bytes", size)
-        assert images_apart(spec, choice.layout, target) == apart
+        assert images_apart(spec, choice.layout, size, of_any_batch=False) == apart
         assert is_exact(spec, choice, tmp_path / f"{size}")
         window = re.search(r"window = T.alloc_buffer\(\((\d+),", lower_choice(spec, target, choice).module.script())
         assert window and int(window[1]) == (1 if apart else 9)
-    assert not images_apart(spec.with_batch(7), choice.layout, target)
+    assert not images_apart(spec.with_batch(7), choice.layout, 2 * windows // 9, of_any_batch=False)
+
+
+@pytest.mark.parametrize("memory_format", [CONTIGUOUS, "channels_last"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_tile_of_several_small_images_is_exact(dtype, memory_format, tmp_path):
+    spec = replace(SMALL, dtype=dtype, memory_format=memory_format)
+    found = [
+        choice for choice in choices(spec, HOST.for_dtype(dtype), "llvm_channels") if choice.layout.image_block > 1
+    ]
+    assert {choice.layout.image_block for choice in found} == {2, 3, 6}
+    for number, choice in enumerate(found[:: len(found) // 7]):
+        assert is_exact(spec, choice, tmp_path / f"{number}")
+
+
+def test_tiles_take_in_images_whose_number_they_divide_and_which_are_small():
+    target = Target.parse("llvm:x86-64-v4")
+
+    def images(**changes):
+        return {choice.layout.image_block for choice in choices(replace(SMALL, **changes), target, "llvm_channels")}
+
+    assert images(n=64) == {1, 2, 4, 8, 16}
+    assert images(n=7) == {1, 7}
+    assert images(n=64, ih=5) == {1, 2, 4, 8, 16}
+    assert images(n=64, ih=6) == images(n=1) == {1}
+
+
+@pytest.mark.parametrize("name", ["llvm_columns", "llvm_channels"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_outputs_whose_partial_sums_are_all_left_out_are_plus_zero(name, batch, tmp_path):
+    # Of three rows and columns the second meet no tap.
+    spec = ConvTranspose2dSpec(n=batch, ci=64, ih=1, iw=1, co=9, kernel_size=2, dilation=2, bias=False)
+    assert skips_parts(spec)
+    for choice in (found := choices(spec, HOST, name))[:: max(1, len(found) // 3)]:
+        inputs = integer_inputs(spec, seed=2)
+        build_artifact(spec, HOST, tmp_path / str(found.index(choice)), choice=choice)
+        output = load(tmp_path / str(found.index(choice)))(*inputs)
+        assert torch.equal(bits(output), bits(reference(spec, *inputs).float()))
+        assert output[:, :, 1].count_nonzero() == output[..., 1].count_nonzero() == 0 < output.count_nonzero()
+
+
+def test_rows_that_meet_the_border_alone_are_the_bias():
+    # Hypothesis found that nothing of this could be built with lanes along channels.
+    spec = ConvTranspose2dSpec(
+        n=1,
+        ci=2,
+        ih=1,
+        iw=1,
+        co=1,
+        kernel_size=(3, 1),
+        stride=(3, 1),
+        padding=(1, 0),
+        output_padding=(2, 0),
+        dilation=(2, 1),
+    )
+    assert [reaches(spec, band) for band in bands(spec)] == [True, False]
+    for choice in choices(spec, HOST):
+        assert lower_choice(spec, HOST, choice).code
 
 
 def test_a_tile_has_rows_where_a_single_one_has_few_sums():
