@@ -414,9 +414,9 @@ def reads_input(spec: ConvTranspose2dSpec, layout: Layout) -> bool:
 def images_apart(spec: ConvTranspose2dSpec, layout: Layout, cache_bytes: int, *, of_any_batch: bool) -> bool:
     """Whether the window of one image is copied and all of its output computed before the next one's.
 
-    So the copy is in the second cache, of `cache_bytes`, when it is read, as those of all images would not be. Of `MANY_IMAGES` each
-    is a task; in a batch `of_any_batch` size, for which `spec` has one image, all threads work on each in turn while
-    there are fewer.
+    So the copy is in the second cache, of `cache_bytes`, when it is read, as those of all images would not be. Each of
+    `MANY_IMAGES` is a task; in a batch `of_any_batch` size, for which `spec` has one image, all threads work on each in
+    turn while there are fewer.
     """
     if layout.image_block > 1 or layout.taps == "plain" or reads_input(spec, layout):
         return False
