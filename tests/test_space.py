@@ -17,7 +17,7 @@ from convt_tvm.check import bits
 from convt_tvm.compiler import build, build_artifact, lower_choice
 from convt_tvm.dot_layout import DotLayout
 from convt_tvm.errors import BuildError
-from convt_tvm.layout import Layout, bands, images_apart, reaches, skips_parts
+from convt_tvm.layout import MANY_IMAGES, Layout, bands, images_apart, reaches, skips_parts
 from convt_tvm.reference import integer_inputs, normal_inputs, reference
 from convt_tvm.runtime import load
 from convt_tvm.space import choices, default_choice, find_choice, sized_for_choice, spaces, varied_choices
@@ -176,6 +176,20 @@ def test_images_are_worked_on_one_at_a_time_where_caches_do_not_hold_all(name, m
         window = re.search(r"window = T.alloc_buffer\(\((\d+),", lower_choice(spec, target, choice).module.script())
         assert window and int(window[1]) == (1 if apart else 9)
     assert not images_apart(spec.with_batch(7), choice.layout, 2 * windows // 9, of_any_batch=False)
+
+
+@pytest.mark.parametrize("name", ["llvm_columns", "llvm_channels"])
+def test_a_batch_of_any_size_is_shared_by_images_from_many_on(name, monkeypatch, tmp_path):
+    spec = replace(MANY, n=None)
+    choice = choices(spec.sized, HOST, name)[0]
+    monkeypatch.setattr(Target, "cache_bytes", 2 * choice.layout.window_elements(spec.sized) * 4)
+    text = lower_choice(spec, HOST, choice).module["convt"].script()
+    assert f"n >= {MANY_IMAGES}" in text or f"{MANY_IMAGES} <= n" in text
+    build_artifact(spec, HOST, tmp_path / "kernel", choice=choice)
+    kernel = load(tmp_path / "kernel")
+    for n in (0, 1, MANY_IMAGES - 1, MANY_IMAGES, MANY_IMAGES + 3):
+        inputs = integer_inputs(spec.with_batch(n), seed=n)
+        assert torch.equal(kernel(*inputs).double(), reference(spec.with_batch(n), *inputs))
 
 
 @pytest.mark.parametrize("memory_format", [CONTIGUOUS, "channels_last"])
