@@ -110,9 +110,10 @@ def accumulate(
         sch.unroll(parts[1])
     sch.set_scope(partial, 0, "local")
     sch.compute_at(partial, parts[-1] if parts else phases, preserve_unit_loops=True)
-    *rows_and_columns, last, _, _, _, th, ic, tw = sch.get_loops(partial)[-TILE_LOOPS - 6 :]
+    image, _, _, _, *rows_and_columns, last, _, _, _, th, ic, tw = sch.get_loops(partial)[
+        -TASK_LOOPS - TILE_LOOPS - 6 :
+    ]
     vector, partial_lane = sch.split(last, [None, layout.vector_lanes])
-    image = sch.get_loops(partial)[-TASK_LOOPS - TILE_LOOPS - 6 - 1]
     reduction = (th, ic, tw) if sums_taps_first(spec) else (th, tw, ic)
     partial_tile = (*([image] if layout.image_block > 1 else []), *rows_and_columns, vector)
     sch.reorder(*reduction, *partial_tile, partial_lane)

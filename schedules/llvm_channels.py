@@ -170,22 +170,30 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
             for columns in block_sizes(width, MAX_POSITIONS):
                 for rows in block_sizes(height, MAX_POSITIONS // columns):
                     for images in image_blocks(spec, rows * columns):
-                        tile = Tile(
-                            vectors, images * rows * columns, lanes * DTYPE_BYTES[spec.accumulator_dtype], in_order=True
-                        )
-                        if tile.fits(target):
-                            plain = Layout("co", vectors * lanes, rows, columns, lanes, rows, image_block=images)
-                            costs = _costs(spec, plain, target)
-                            # Of layouts with equal estimates the first is taken.
-                            for chunk in sorted(row_chunks(spec, rows, target), reverse=spec.output_axes == "nhwc"):
-                                layout = replace(plain, row_chunk=chunk)
-                                yield layout, core_cycles(spec, layout, tile, target, reuse=1, costs=costs)
-                                if layout.slice_bytes(spec) > target.held_weight_bytes and images == 1:
-                                    layout = replace(layout, taps="outer")
-                                    cycles = core_cycles(spec, layout, tile, target, reuse=1, costs=costs)
-                                    yield layout, OUTER_CYCLES * cycles
-                            for layout in past_caches(spec, plain, target) if is_for_memory(spec) else ():
-                                yield layout, core_cycles(spec, layout, tile, target, reuse=1, costs=costs)
+                        plain = Layout("co", vectors * lanes, rows, columns, lanes, rows, image_block=images)
+                        yield from _estimated(spec, plain, target)
+
+
+def _estimated(spec: ConvTranspose2dSpec, plain: Layout, target: Target) -> Iterator[tuple[Layout, float]]:
+    """`plain` in every size and order of chunks, and with its outputs past the caches, each with its estimated cycles.
+
+    None if its accumulators do not fit the registers.
+    """
+    positions = plain.image_block * plain.row_block * plain.column_block
+    vector_bytes = plain.vector_lanes * DTYPE_BYTES[spec.accumulator_dtype]
+    tile = Tile(plain.co_block // plain.vector_lanes, positions, vector_bytes, in_order=True)
+    if not tile.fits(target):
+        return
+    costs = _costs(spec, plain, target)
+    # Of layouts with equal estimates the first is taken.
+    for chunk in sorted(row_chunks(spec, plain.row_block, target), reverse=spec.output_axes == "nhwc"):
+        layout = replace(plain, row_chunk=chunk)
+        yield layout, core_cycles(spec, layout, tile, target, reuse=1, costs=costs)
+        if layout.slice_bytes(spec) > target.held_weight_bytes and layout.image_block == 1:
+            layout = replace(layout, taps="outer")
+            yield layout, OUTER_CYCLES * core_cycles(spec, layout, tile, target, reuse=1, costs=costs)
+    for layout in past_caches(spec, plain, target) if is_for_memory(spec) else ():
+        yield layout, core_cycles(spec, layout, tile, target, reuse=1, costs=costs)
 
 
 def image_blocks(spec: ConvTranspose2dSpec, positions: int) -> list[int]:
