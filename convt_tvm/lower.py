@@ -38,7 +38,7 @@ from convt_tvm.layout import (
     window_axes,
 )
 from convt_tvm.lower_products import multiply_vectors, weights_pass
-from convt_tvm.lower_window import transpose_window
+from convt_tvm.lower_window import fill_window
 from convt_tvm.outputs import Outputs, last_band
 from convt_tvm.spec import Pair
 from convt_tvm.statements import (
@@ -334,7 +334,7 @@ def lower_kernel(function: tirx.PrimFunc, *, asks_ahead: bool = True) -> tvm.IRM
     if layout.taps != "plain":
         asks_weights = asks_ahead and layout.lanes == "co" and weights_pass(spec, layout, target)
         body = multiply_vectors(body, spec.accumulator_dtype, asks_ahead=asks_weights)
-    body = transpose_window(body, window, window_axes(spec, layout), target.vector_bytes)
+    body = fill_window(body, window, window_axes(spec, layout), target)
     if spec.dtype == "bfloat16" and target.multiplies_pairs:
         body = define_functions(body)
     if layout.gathers:

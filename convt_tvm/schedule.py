@@ -46,6 +46,8 @@ REDUCED = 2
 """Of the kinds of a block's variables, that of a reduction."""
 POSITION_STREAMS = 8
 """Positions read side by side, one channel after the other, for which the 8 to 12 ways of one cache set are too few."""
+FEW_ROWS = 8
+"""Rows of an image below which they are too few for threads to share."""
 PARALLEL_CYCLES = 60_000
 """Cycles of one core below which it does a loop alone: another takes 5 to 10 us to begin, and 60 if it sleeps.
 
@@ -214,8 +216,8 @@ def copy_window(sch: Schedule, spec: ConvTranspose2dSpec, window: SBlockRV, *, a
         sch.vectorize(inner)
         sch.annotate(place["w"], IN_VECTORS, True)
         second = place["h"]
-    elif axes[1] != spec.input_axes[1]:
-        # In the order in which the input is read.
+    elif axes[1] == "h" and int(sch.get(second).extent) < FEW_ROWS:
+        # There are more channels for threads to share.
         sch.reorder(third, second)
         second = third
     parallelize(sch, (first, second), prod(spec.input_shape), apart=apart)

@@ -198,6 +198,11 @@ class Target:
         return "avx512f" in self.features
 
     @property
+    def loads_some(self) -> bool:
+        """Whether an instruction loads some lanes of a vector of 32-bit values and leaves the others' memory alone."""
+        return "avx2" in self.features
+
+    @property
     def vector_registers(self) -> int:
         """Number of vector registers: 32 with AVX-512 and on aarch64, otherwise 16."""
         return 32 if self.arch == "aarch64" or "avx512f" in self.features else 16

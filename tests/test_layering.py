@@ -65,7 +65,7 @@ MAY_IMPORT = {
     "stream": "layout statements",
     "outputs": "spec target layout bfloat16 compute shuffle statements stream",
     "lower_products": "spec target layout compute shuffle statements stream",
-    "lower_window": "layout compute shuffle statements",
+    "lower_window": "layout compute shuffle statements target",
     "lower": "spec layout bfloat16 compute statements stream outputs lower_products lower_window",
     "lower_dot": "dot_layout bfloat16 compute lower lower_products",
     "lower_tiles": "spec compute compute_tiles statements lower tile_layout",
