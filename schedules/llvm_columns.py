@@ -68,7 +68,9 @@ grouped/4 1.13, dcgan/5 1.09. What limits it there:
   caches. A row's first and last line are shared with its neighbours; asked for ahead, they gained 8 % for seed/square.
 - Copies. The windows of a batch together are read from beyond the second cache; copied and used one image at a time
   seed/rect took 0.87 of the time, seed/square 0.91, maskrcnn/mask (lanes along channels) 0.96; on two threads 0.97,
-  0.94 and 0.97. Of 16 images of 14 x 14 to one channel copying still takes 40 % of the time, a row in some 12 cycles.
+  0.94 and 0.97. Rows of 14 took 12 cycles each; in vectors, all channels of a row before the next row, as they lie in
+  the window, 16 images of 14 x 14 to one channel took 0.8 of the time. What is left is loads: rows 72 bytes apart lie
+  across two cache lines each, and the first cache does not hold the window.
 - Register arrays. LLVM keeps sums in registers if all loops around their stores are unrolled: in a loop over channels
   seed/rect took 1.1 times as long. Vectors of 48 values took kernelbench/75 2.7 times as long, fsrcnn/x3 1.25.
 - Channels_last. Transposes in registers took a layer of 32 to 8 channels from 0.37 ms, lanes along channels, to 0.21,
