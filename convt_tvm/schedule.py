@@ -216,7 +216,7 @@ def copy_window(sch: Schedule, spec: ConvTranspose2dSpec, window: SBlockRV, *, a
         sch.vectorize(inner)
         sch.annotate(place["w"], IN_VECTORS, True)
         second = place["h"]
-    elif axes[1] == "h" and int(sch.get(second).extent) < FEW_ROWS:
+    elif axes == "nhcw" and int(sch.get(second).extent) < FEW_ROWS:
         # There are more channels for threads to share.
         sch.reorder(third, second)
         second = third
