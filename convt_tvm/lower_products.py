@@ -23,6 +23,7 @@ from convt_tvm.layout import CACHE_LINE_BYTES, Layout
 from convt_tvm.shuffle import ramp, vector_dtype
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.statements import (
+    LLVM_TYPES,
     at_start,
     depends_on,
     element_number,
@@ -62,7 +63,6 @@ define linkonce_odr hidden {result} @convt_{dtype}_at(ptr %address, i32 %offset)
   ret {result} %value
 }}
 """
-_LLVM_TYPES = {"float32": "float", "float64": "double"}
 _LANES = (1, 2, 4, 8, 16)
 
 
@@ -84,7 +84,7 @@ def multiply_vectors(body: Statement, dtype: str, *, asks_ahead: bool) -> Statem
             return sums + value * tirx.Broadcast(weights(1), lanes)
         return sums + tirx.Broadcast(value, lanes) * weights(lanes)
 
-    element = _LLVM_TYPES[dtype]
+    element = LLVM_TYPES[dtype]
     texts = [
         _READ.format(
             dtype=vector_dtype(dtype, lanes), element=element, result=f"<{lanes} x {element}>" if lanes > 1 else element

@@ -203,7 +203,9 @@ def copy_window(sch: Schedule, spec: ConvTranspose2dSpec, window: SBlockRV, *, a
     """Copy the whole window before anything else, at about a cycle for each value.
 
     From NCHW to NHWC, or from NHWC to rows of channels, it goes by transposes in registers, 16 channels at a time, so
-    that the cache lines read stay in the cache until they are used up, and those written are written once.
+    that the cache lines read stay in the cache until they are used up, and those written are written once. Otherwise
+    it goes in the order of the window: all channels of a row, where they lie together, before the next row. One channel
+    after the other its rows fall into as many pages, and 14 x 14 and 16 x 16 images took 1.1 times as long.
     """
     spread_window(sch, spec, window)
     axes = window_axes(spec, layout_of(sch.mod["main"]))

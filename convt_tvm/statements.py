@@ -10,6 +10,7 @@ import tvm_ffi
 from tvm import ir, tirx
 
 __all__ = [
+    "LLVM_TYPES",
     "Clip",
     "at_start",
     "depends_on",
@@ -31,6 +32,8 @@ __all__ = [
     "with_value",
 ]
 
+LLVM_TYPES = {"float32": "float", "float64": "double"}
+"""What LLVM's language calls the dtypes that are summed in."""
 MAX_STACK_BYTES = 32 << 10
 """Largest buffer on a thread's stack: a row of accumulators, not the input's window."""
 

@@ -199,7 +199,7 @@ class Target:
 
     @property
     def loads_some(self) -> bool:
-        """Whether an instruction loads some lanes of a vector of 32-bit values and leaves the others' memory alone."""
+        """Whether an instruction loads some lanes of 32 or 64 bits each and leaves the others' memory alone (AVX2)."""
         return "avx2" in self.features
 
     @property
