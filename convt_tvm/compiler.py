@@ -17,6 +17,7 @@ from tvm_ffi import structural_hash
 
 from convt_tvm.artifact import publish
 from convt_tvm.backends import code_generator, get_backend
+from convt_tvm.batches import join_kernels
 from convt_tvm.cpu_code import compile_library
 from convt_tvm.database import find_result
 from convt_tvm.entry import guard_arguments
@@ -27,7 +28,7 @@ from convt_tvm.machine import package_versions
 from convt_tvm.manifest import KERNEL_FILE, Manifest
 from convt_tvm.records import Candidate
 from convt_tvm.runtime import Kernel, load
-from convt_tvm.space import Choice, default_choice, find_choice, sized_for_choice
+from convt_tvm.space import Choice, default_choice, find_choice, rest_choices
 from convt_tvm.spec import CONTIGUOUS, ConvTranspose2dSpec
 from convt_tvm.target import Target
 
@@ -153,7 +154,7 @@ def build_artifact(
             lowered = None
             if choice is None and tuned and spec.n is not None:
                 choice, lowered, tuning = _tuned_choice(declared, resolved)
-            choice = choice or default_choice(sized_for_choice(declared, resolved), resolved)
+            choice = choice or default_choice(declared, resolved)
             _check_indexable(declared.sized, choice.layout)
             lowered = lowered or lower_choice(declared, resolved, choice)
             resources = compile_module(lowered.module, resolved, library)
@@ -224,8 +225,12 @@ def _elements(spec: ConvTranspose2dSpec, layout: Layout) -> dict[str, int]:
 
 
 def lower_choice(spec: ConvTranspose2dSpec, target: Target, choice: Choice) -> Lowered:
-    """Declare `spec` in the layout of `choice`, schedule and lower it; TVM's own errors pass through."""
-    return lower_schedule(schedule_choice(spec, target, choice), spec, choice.layout, target)
+    """Declare `spec` in the layout of `choice`, schedule and lower it; TVM's own errors pass through.
+
+    For any batch size along with `rest_choices`, which have no part in the trace.
+    """
+    rest = [(each.layout, schedule_choice(spec, target, each)) for each in rest_choices(spec, target, choice)]
+    return lower_schedule(schedule_choice(spec, target, choice), spec, choice.layout, target, rest)
 
 
 def schedule_choice(spec: ConvTranspose2dSpec, target: Target, choice: Choice) -> Schedule:
@@ -243,16 +248,28 @@ def trace_text(spec: ConvTranspose2dSpec, target: Target, candidate: Candidate) 
     return f"# {candidate}\n{schedule_choice(spec, target, choice).trace}"
 
 
-def lower_schedule(sch: Schedule, spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> Lowered:
-    """A scheduled phase form and the packing of its layout, lowered; TVM's own errors pass through."""
+def lower_schedule(
+    sch: Schedule,
+    spec: ConvTranspose2dSpec,
+    layout: Layout,
+    target: Target,
+    rest: Sequence[tuple[Layout, Schedule]] = (),
+) -> Lowered:
+    """A scheduled phase form and the packing of its layout, lowered; TVM's own errors pass through.
+
+    With those for the `rest` of a batch of any size, see `convt_tvm.batches`.
+    """
     backend = get_backend(layout)
     pack = Schedule(backend.declare_pack(spec, layout, target))
     backend.schedule_pack(pack)
-    kernel = backend.lower_kernel(sch.mod["main"])
+    kernels = {each.image_block: backend.lower_kernel(one.mod["main"]) for each, one in [(layout, sch), *rest]}
+    kernel = join_kernels(kernels) if rest else kernels[layout.image_block]
     module = tvm.IRModule({**kernel.functions, **backend.lower_pack(pack.mod["main"]).functions})
     code = f"{structural_hash(module) % 2**64:016x}"
     if target.kind == "llvm":
-        max_batch = MAX_ELEMENTS // max(_elements(spec.sized, layout).values())
+        # A tile that is not filled counts like one that is.
+        images = layout.image_block
+        max_batch = MAX_ELEMENTS // max(_elements(spec.with_batch(images), layout).values()) * images
         guarded = {name: guard_arguments(function, max_batch) for name, function in module.functions.items()}
         module = tvm.IRModule(guarded)
     return Lowered(module, trace_json(sch), code)

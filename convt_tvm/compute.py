@@ -67,6 +67,7 @@ __all__ = [
     "declare_reference",
     "finish",
     "finish_bands",
+    "has_surplus_images",
     "layout_of",
     "lookup",
     "parameters",
@@ -120,15 +121,25 @@ Multiply = Callable[[Expr, Sequence[Expr]], Expr]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A tensor to read the input from, its `axes` in some order of ``nchw``, its corner at ``origin`` of the input."""
+    """A tensor to read the input from, its `axes` in some order of ``nchw``, its corner at ``origin`` of the input.
+
+    So many ``images`` are read, by default those there are: in place of one beyond the last, the last.
+    """
 
     tensor: Any
     axes: str
     origin: Pair = (0, 0)
+    images: Expr = None
+
+    @property
+    def batch(self) -> Expr:
+        """How many images are read."""
+        return self.tensor.shape[0] if self.images is None else self.images
 
     def at(self, n: Expr, c: Expr, h: Expr, w: Expr) -> Expr:
         """The value of image `n` and channel `c` at row `h` and column `w`, counted from the corner."""
-        place = {"n": n, "c": c, "h": h, "w": w}
+        image = n if self.images is None else tirx.min(n, self.tensor.shape[0] - 1)
+        place = {"n": image, "c": c, "h": h, "w": w}
         return self.tensor[tuple(place[axis] for axis in self.axes)]
 
 
@@ -161,10 +172,18 @@ def create_function(arguments: list[Any]) -> tirx.PrimFunc:
     return aligned.with_attr("global_symbol", "main")
 
 
+def has_surplus_images(layout: Layout, batch: Expr) -> bool:
+    """Whether the last tile takes in more images than are left of a batch, or may do so."""
+    is_known = isinstance(batch, int | tirx.IntImm)
+    return int(batch) % layout.image_block > 0 if is_known else layout.image_block > 1
+
+
 def parameters(spec: ConvTranspose2dSpec, layout: Layout, batch: Expr) -> tuple[Source, Any, Any]:
     """The placeholders ``input``, for so many images, its axes in the order of its memory, ``packed`` and ``bias``."""
     axes, sizes = spec.input_axes, {"n": batch, "c": spec.ci, "h": spec.ih, "w": spec.iw}
-    data = Source(te.placeholder([sizes[axis] for axis in axes], spec.dtype, name="input"), axes)
+    tensor = te.placeholder([sizes[axis] for axis in axes], spec.dtype, name="input")
+    whole = tirx.ceildiv(batch, layout.image_block) * layout.image_block
+    data = Source(tensor, axes, images=whole if has_surplus_images(layout, batch) else None)
     packed = te.placeholder(layout.packed_shape(spec), layout.packed_dtype(spec), name="packed")
     return data, packed, te.placeholder(spec.bias_shape, spec.dtype, name="bias")
 
@@ -182,13 +201,14 @@ def declare_phases(spec: ConvTranspose2dSpec, layout: Layout, target: Target) ->
 
     Parameters are ``input`` and ``packed`` (see `parameters`, `Layout.packed_shape`), ``bias`` where the spec has one,
     and ``band0``, ``band1``, ... of shape ``(n, groups, blocks, co_block, row phases, rows, columns, column phases)``.
-    Where the spec is for any batch size, ``n`` is a variable, and schedules see the spec of a single image. Blocks are
-    named ``window``, ``partial<k>``, ``acc<k>`` and ``band<k>``. With a layout that `Layout.skips_rows` a schedule has
-    to leave out row taps that would read the border (`SKIPS_ROWS`): there is nothing to read.
+    Where the spec is for any batch size, ``n`` is a variable, and schedules see the spec of one tile's images. It is
+    rounded up to whole tiles in all but ``input``. Blocks are named ``window``, ``partial<k>``, ``acc<k>`` and
+    ``band<k>``. With a layout that `Layout.skips_rows` a schedule has to leave out row taps that would read the border
+    (`SKIPS_ROWS`): there is nothing to read.
     """
-    batch, spec = te.var("n") if spec.n is None else spec.n, spec.sized
+    batch: Expr = te.var("n") if spec.n is None else spec.n
+    spec = spec.with_batch(layout.image_block) if spec.n is None else spec
     data, packed, bias = parameters(spec, layout, batch)
-
     source = data if reads_input(spec, layout) else copied_window(spec, layout, data)
 
     def multiply(value: Expr, place: Sequence[Expr]) -> Expr:
@@ -197,7 +217,7 @@ def declare_phases(spec: ConvTranspose2dSpec, layout: Layout, target: Target) ->
     def accumulate(band: Band) -> Any:
         return sum_products(spec, layout, band, source, multiply)
 
-    outputs = finish_bands(spec, layout, batch, bias, accumulate)
+    outputs = finish_bands(spec, layout, data.batch, bias, accumulate)
     return phase_function(spec, layout, target, [data.tensor, packed, bias], outputs)
 
 
@@ -214,7 +234,7 @@ def copied_window(spec: ConvTranspose2dSpec, layout: Layout, data: Source) -> So
         (top, bottom), (left, right) = extent.rows_inside, extent.columns_inside
         return tirx.if_then_else(tirx.all(h >= top, h < bottom, w >= left, w < right), value, zero)
 
-    sizes = {"n": data.tensor.shape[0], "c": spec.ci, "h": extent.height, "w": extent.width}
+    sizes = {"n": data.batch, "c": spec.ci, "h": extent.height, "w": extent.width}
     window = te.compute([sizes[axis] for axis in axes], read, name="window")
     return Source(window, axes, (extent.first_row, extent.first_column))
 
@@ -257,7 +277,7 @@ def sum_products(
     phases = len(column_phases)
     columns = layout.columns(spec)
     tile = (phases, columns, layout.co_block) if layout.lanes == "co" else (layout.co_block, phases, columns)
-    shape = (source.tensor.shape[0], spec.groups, blocks, len(band.phases), layout.rows(band), *tile)
+    shape = (source.batch, spec.groups, blocks, len(band.phases), layout.rows(band), *tile)
 
     names = ("th", "ic", "tw")
     whole = band.taps, in_channels, max(column_taps)

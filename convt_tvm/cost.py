@@ -287,7 +287,7 @@ def _weight_traffic(spec: ConvTranspose2dSpec, layout: Layout, held: int) -> tup
     chunk = min(layout.row_chunk, rows)
     # A tap is met by as many rows as the image has (1 in dcgan/1, whose tiles of one row share no weights).
     tiles = min(chunk // layout.row_block, spec.ih) * min(layout.columns(spec) // layout.column_block, spec.iw)
-    images = spec.input_shape[0] // layout.image_block
+    images = layout.image_tiles(spec)
     if weights <= held:
         return weights, tiles * (rows // chunk)
     if layout.slice_bytes(spec) <= held:
@@ -316,8 +316,7 @@ def core_cycles(
     """Estimated cycles of one core for `spec` in `layout`; see `Tile.step_cycles` for `reuse`."""
     rows = sum(band.row_steps(layout, spec.ih) for band in bands(spec))
     steps = (
-        spec.input_shape[0]
-        // layout.image_block
+        layout.image_tiles(spec)
         * spec.groups
         * layout.blocks(spec)
         * rows
@@ -369,7 +368,7 @@ def _parts(spec: ConvTranspose2dSpec, layout: Layout) -> float:
             parts = products / prod(partial_sum(spec, band))
             tiles += parts * len(band.phases) * (layout.rows(band) // layout.row_block)
     columns = layout.columns(spec) // layout.column_block * len(spec.axes[1].phases)
-    return spec.input_shape[0] // layout.image_block * spec.groups * layout.blocks(spec) * tiles * columns
+    return layout.image_tiles(spec) * spec.groups * layout.blocks(spec) * tiles * columns
 
 
 def block_sizes(extent: int, limit: int) -> Iterable[int]:

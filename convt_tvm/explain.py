@@ -138,7 +138,7 @@ def explain(workload: Workload, target: str | Target = "llvm", *, limits: Limits
     TargetError
         if the target is a string that names none.
     """
-    from convt_tvm.space import choices, sized_for_choice
+    from convt_tvm.space import ranked_choices
 
     spec = workload.spec.sized
     resolved = Target.parse(target).for_dtype(spec.dtype)
@@ -154,7 +154,7 @@ def explain(workload: Workload, target: str | Target = "llvm", *, limits: Limits
         threads=limits.threads,
         candidates=tuple(
             Candidate(choice.space.name, choice.layout.to_json(), choice.cycles)
-            for choice in choices(sized_for_choice(workload.spec, resolved), resolved)
+            for choice in ranked_choices(workload.spec, resolved)
         ),
         stored=found.result,
         ignored=found.ignored,

@@ -17,7 +17,7 @@ _SOURCES = (
     *("schedule_cuda", "schedule_tensor", "space", "shuffle", "statements", "stream", "outputs", "lower"),
     *("lower_products", "lower_window", "lower_dot", "lower_tiles", "lower_prefetch", "lower_cuda", "lower_tensor"),
     "cuda_toolkit",
-    *("emulator", "cuda_device_code", "cpu_code", "backends", "entry", "compiler"),
+    *("emulator", "cuda_device_code", "cpu_code", "backends", "batches", "entry", "compiler"),
 )
 _COMPILERS = ("apache-tvm", "apache-tvm-ffi")
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from itertools import accumulate
-from math import gcd, log, prod, sqrt
+from math import gcd, log, sqrt
 from typing import Any, Literal, Self
 
 from convt_tvm.phases import Phase
@@ -126,7 +126,8 @@ class Layout:
     streams
         Whether it writes them past the caches without a buffer, vectors of columns that are whole cache lines.
     image_block
-        Images in a tile, so that small ones share weights; divides their number.
+        Images in a tile, so that small ones share weights. Where too few are left the last tile has the last several
+        times.
     """
 
     lanes: Literal["co", "ow"]
@@ -172,6 +173,10 @@ class Layout:
     def shape(self) -> tuple[object, ...]:
         """What matters most of a layout: the sums kept in registers, and how they are shared out."""
         return self.lanes, self.co_block, self.row_block, self.column_block, self.phases, self.taps, self.image_block
+
+    def image_tiles(self, spec: ConvTranspose2dSpec) -> int:
+        """Number of tiles that take in all images."""
+        return -(-spec.input_shape[0] // self.image_block)
 
     def blocks(self, spec: ConvTranspose2dSpec) -> int:
         """Number of channel blocks in a group."""
@@ -276,7 +281,7 @@ class Layout:
     def window_elements(self, spec: ConvTranspose2dSpec) -> int:
         """Number of values that are kept of the input."""
         window = Window.of(spec, self)
-        return prod(spec.input_shape[:2]) * window.height * window.width
+        return self.image_tiles(spec) * self.image_block * spec.ci * window.height * window.width
 
     def packed_dtype(self, spec: ConvTranspose2dSpec) -> str:
         """The dtype of the packed weight: the accumulators', so that a kernel converts none."""

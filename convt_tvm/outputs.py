@@ -15,7 +15,7 @@ import tvm
 from tvm import DataType, tirx
 
 from convt_tvm.bfloat16 import LANES, narrow, transpose_pairs
-from convt_tvm.compute import IN_VECTORS, lookup
+from convt_tvm.compute import IN_VECTORS, has_surplus_images, lookup
 from convt_tvm.layout import CACHE_LINE_BYTES, PAST_CACHES_BYTES, Band, Layout, bands, partial_sum, reaches
 from convt_tvm.shuffle import (
     binary,
@@ -118,7 +118,7 @@ class Outputs:
     def store(self, band: Band, loops: Sequence[Loop], node: Any) -> Any:
         """What replaces `loops`, directly around the store `node` to a band."""
         spec, layout = self.spec, self.layout
-        n, g, b, ob, ph, qh, qw, pw = node.indices
+        n, g, b, ob, ph, qh, qw, pw = self._indices(node)
         channels, phases, columns = spec.co // spec.groups, len(spec.axes[1].phases), layout.columns(spec)
         stride_w = spec.stride[1]
         channel, row = b * layout.co_block + ob, self._row(band, ph, qh)
@@ -230,6 +230,16 @@ class Outputs:
             return list(loops)
         return _unroll(loops, is_short)
 
+    def _indices(self, node: Any) -> list[Expr]:
+        """The indices of a store to a band; of a tile's images that are beyond the last each is the last, as when read.
+
+        A tile takes in the last as well, so that no other thread stores it.
+        """
+        n, *others = node.indices
+        if has_surplus_images(self.layout, self.batch):
+            n = tirx.min(n, self.batch - 1)
+        return [n, *others]
+
     def _place(self, n: Expr, channel: Expr, row: Expr, column: Expr) -> list[Expr]:
         """The indices of a value of the output."""
         place = {"n": n, "c": channel, "h": row, "w": column}
@@ -274,7 +284,7 @@ class Outputs:
         waits = prod(partial_sum(spec, band)) >= MIN_PRODUCTS
         if layout.taps != "inner" or fits or not waits:
             return []
-        n, g, b, ob, ph, qh, qw, _ = node.indices
+        n, g, b, ob, ph, qh, qw, _ = self._indices(node)
         channels, phases = spec.co // spec.groups, len(spec.axes[1].phases)
         channel = tirx.min(g * channels + b * layout.co_block + ob, spec.co - 1)
         row, first = self._row(band, ph, tirx.min(qh, band.rows - 1)), at_start(qw, loops)

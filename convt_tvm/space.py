@@ -5,7 +5,7 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tvm.s_tir import Schedule
@@ -25,13 +25,17 @@ __all__ = [
     "choices",
     "default_choice",
     "find_choice",
-    "sized_for_choice",
+    "ranked_choices",
+    "rest_choices",
     "spaces",
     "varied_choices",
 ]
 
 FEW_IMAGES = 8
 """At most so many are taken for any batch size: of more, outputs are not often too large for the caches."""
+SMALL_IMAGES = 8
+"""As many small ones are taken for any batch size, besides a single one: tiles of 16 were as fast as of 8 for 16 images
+of 1 x 1 and 2 x 2."""
 
 
 @dataclass(frozen=True)
@@ -81,18 +85,54 @@ def choices(spec: ConvTranspose2dSpec, target: Target, schedule: str | None = No
     return sorted(found, key=lambda choice: choice.cycles)
 
 
-def sized_for_choice(spec: ConvTranspose2dSpec, target: Target) -> ConvTranspose2dSpec:
-    """`spec` with the batch size that schedules are compared for, its own if it has one.
+def ranked_choices(spec: ConvTranspose2dSpec, target: Target) -> list[Choice]:
+    """`choices` for `spec`; for any batch size those that suit single images and larger batches, the cheapest first.
 
-    For any batch size it is a single image; or the fewest images whose outputs are too large for the caches, where
-    these are few and their best schedule streams, as smaller batches then lose little by it (`Layout.streams`).
+    They are those of a single image; or of the fewest whose outputs are too large for the caches, where these are few
+    and their best schedule streams, as smaller batches then lose little by it (`Layout.streams`). Of small images tiles
+    take in several: of a batch of `SMALL_IMAGES` and a single one, with the same packed weight, the cycles of both
+    count alike. They are multiplied, for what is twice as fast for one and half as fast for the other is no better.
     """
     if spec.n is not None:
-        return spec
+        return choices(spec, target)
     one = spec.sized
+    alone = choices(one, target)
     count = next((n for n in range(2, FEW_IMAGES + 1) if is_for_memory(one.with_batch(n))), 1)
-    found = choices(one.with_batch(count), target) if count > 1 and not is_for_memory(one) else []
-    return one.with_batch(count) if found and found[0].layout.streams else one
+    if count > 1 and not is_for_memory(one):
+        found = choices(one.with_batch(count), target)
+        if found and found[0].layout.streams:
+            return found
+    several = choices(one.with_batch(SMALL_IMAGES), target)
+    if all(choice.layout.image_block == 1 for choice in several):
+        return alone
+    cheapest = dict[tuple[object, ...], Choice]()
+    for choice in alone:
+        cheapest.setdefault(_packing(choice, one), choice)
+    pairs = [(choice, cheapest.get(_packing(choice, one))) for choice in several if choice.layout.image_block > 1]
+    pairs += [(replace(choice, cycles=choice.cycles * SMALL_IMAGES), choice) for choice in alone]
+    found = [
+        replace(choice, cycles=math.sqrt(choice.cycles * single.cycles))
+        for choice, single in pairs
+        if single is not None
+    ]
+    return sorted(found, key=lambda choice: choice.cycles)
+
+
+def rest_choices(spec: ConvTranspose2dSpec, target: Target, choice: Choice) -> list[Choice]:
+    """What goes on where tiles of several images would not be filled, in tiles of half as many, and so on to one."""
+    found, images = list[Choice](), choice.layout.image_block // 2
+    while spec.n is None and images:
+        sized = choices(spec.with_batch(images), target, choice.space.name)
+        same = (each for each in sized if _packing(each, spec.sized) == _packing(choice, spec.sized))
+        found.append(next(each for each in same if each.layout.image_block == images))
+        images //= 2
+    return found
+
+
+def _packing(choice: Choice, spec: ConvTranspose2dSpec) -> tuple[object, ...]:
+    """What is equal for those that take the same packed weight, and sum in the same order."""
+    layout = choice.layout
+    return choice.space, layout.sum_order, layout.packed_shape(spec), layout.packed_dtype(spec)
 
 
 def default_choice(spec: ConvTranspose2dSpec, target: Target) -> Choice:
@@ -101,7 +141,7 @@ def default_choice(spec: ConvTranspose2dSpec, target: Target) -> Choice:
     What the bits of a sum depend on (`Layout.sum_order`) is that of a single image, which then has the same bits in
     every batch.
     """
-    return _default(choices(spec, target), spec, target)
+    return _default(ranked_choices(spec, target), spec, target)
 
 
 def _default(found: list[Choice], spec: ConvTranspose2dSpec, target: Target) -> Choice:

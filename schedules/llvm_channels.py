@@ -75,7 +75,7 @@ And on one of an Emerald Rapids server (175 GFLOP/s, L2 2 MiB, 18 GB/s from beyo
 - NCHW to NHWC: transposes in registers gained 3 % for grouped/4, 1 to 2 % for dcgan/4 and maskrcnn/mask.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from tvm.s_tir import Schedule
@@ -196,10 +196,10 @@ def _estimated(spec: ConvTranspose2dSpec, plain: Layout, target: Target) -> Iter
         yield layout, core_cycles(spec, layout, tile, target, reuse=1, costs=costs)
 
 
-def image_blocks(spec: ConvTranspose2dSpec, positions: int) -> list[int]:
-    """How many images a tile may take in, each with so many positions: divisors of their number, if they are small."""
+def image_blocks(spec: ConvTranspose2dSpec, positions: int) -> Iterable[int]:
+    """How many images a tile may take in, each with so many positions: several if they are small."""
     images = spec.input_shape[0] if spec.ih * spec.iw <= SMALL_IMAGE else 1
-    return [count for count in range(1, MAX_POSITIONS // positions + 1) if images % count == 0]
+    return block_sizes(images, MAX_POSITIONS // positions)
 
 
 def _costs(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> Costs:

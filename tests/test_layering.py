@@ -79,10 +79,11 @@ MAY_IMPORT = {
     "backends": "spec target layout depthwise_layout dot_layout thread_layout tensor_layout tile_layout compute "
     "compute_depthwise compute_dot compute_tiles compute_cuda compute_tensor schedule schedule_cuda lower lower_dot "
     "lower_tiles lower_cuda lower_tensor cuda_toolkit cuda_device_code",
+    "batches": "statements",
     "entry": "",
     "cpu_code": "target",
     "compiler": "errors spec target machine layout fingerprint manifest artifact runtime records database space "
-    "entry backends cpu_code",
+    "entry backends batches cpu_code",
     "cache": "digests errors spec target fingerprint manifest runtime database compiler",
     "plan": "errors gpu phases spec target layout runtime cache",
     "functional": "errors plan",
@@ -158,7 +159,7 @@ COMPILING = {
     *("tensor_intrinsics", "space"),
     *("outputs", "lower", "lower_products", "lower_window", "lower_dot", "lower_tiles", "lower_cuda", "lower_tensor"),
     "lower_prefetch",
-    *("cuda_device_code", "cpu_code", "entry", "backends", "compiler", "emulate", "metaschedule", "generic"),
+    *("cuda_device_code", "cpu_code", "entry", "backends", "batches", "compiler", "emulate", "metaschedule", "generic"),
 }
 
 # What runs where no compiler is installed.

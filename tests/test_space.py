@@ -20,7 +20,7 @@ from convt_tvm.errors import BuildError
 from convt_tvm.layout import MANY_IMAGES, Layout, bands, images_apart, reaches, skips_parts
 from convt_tvm.reference import integer_inputs, normal_inputs, reference
 from convt_tvm.runtime import load
-from convt_tvm.space import choices, default_choice, find_choice, sized_for_choice, spaces, varied_choices
+from convt_tvm.space import choices, default_choice, find_choice, ranked_choices, spaces, varied_choices
 from convt_tvm.spec import CONTIGUOUS, DTYPE_BYTES, MEMORY_ORDER, ConvTranspose2dSpec
 from convt_tvm.target import Target
 from convt_tvm.tile_layout import TileLayout
@@ -41,8 +41,8 @@ STRIDED = ConvTranspose2dSpec(
 )
 # Phases of one tap and of two, rows with the border on both sides.
 MANY = ConvTranspose2dSpec(n=9, ci=3, ih=7, iw=9, co=2, kernel_size=3, stride=2, padding=1)
-# Tiles of them have room for others.
-SMALL = ConvTranspose2dSpec(n=6, ci=5, ih=2, iw=3, co=19, kernel_size=(3, 4), stride=2, padding=1)
+# Tiles of them have room for others, and not all are filled.
+SMALL = ConvTranspose2dSpec(n=7, ci=5, ih=2, iw=3, co=19, kernel_size=(3, 4), stride=2, padding=1)
 # Three tiles of 16 columns, of which the last has outputs in two vectors of 4.
 WIDE = ConvTranspose2dSpec(n=2, ci=3, ih=5, iw=37, co=6, kernel_size=3, stride=2)
 ONE_ROW = ConvTranspose2dSpec(n=2, ci=64, ih=7, iw=64, co=5, kernel_size=2, stride=2)
@@ -199,20 +199,20 @@ def test_a_tile_of_several_small_images_is_exact(dtype, memory_format, tmp_path)
     found = [
         choice for choice in choices(spec, HOST.for_dtype(dtype), "llvm_channels") if choice.layout.image_block > 1
     ]
-    assert {choice.layout.image_block for choice in found} == {2, 3, 6}
+    assert {choice.layout.image_block for choice in found} == {2, 3, 4, 7}
     for number, choice in enumerate(found[:: len(found) // 7]):
         assert is_exact(spec, choice, tmp_path / f"{number}")
 
 
-def test_tiles_take_in_images_whose_number_they_divide_and_which_are_small():
+def test_tiles_take_in_images_that_are_small_in_as_few_as_differ_in_number():
     target = Target.parse("llvm:x86-64-v4")
 
     def images(**changes):
         return {choice.layout.image_block for choice in choices(replace(SMALL, **changes), target, "llvm_channels")}
 
-    assert images(n=64) == {1, 2, 4, 8, 16}
-    assert images(n=7) == {1, 7}
-    assert images(n=64, ih=5) == {1, 2, 4, 8, 16}
+    assert images(n=7) == {1, 2, 3, 4, 7}
+    assert images(n=17) == {1, 2, 3, 4, 5, 6, 9, 17}
+    assert images(n=17, ih=5) == {1, 2, 3, 4, 5, 6, 9, 17}
     assert images(n=64, ih=6) == images(n=1) == {1}
 
 
@@ -316,11 +316,12 @@ def test_any_batch_size_is_taken_for_few_images_that_outgrow_the_caches():
         replace(resolve([name])[0].spec, n=None) for name in ("kernelbench/75", "seed/square", "dcgan/4")
     )
     # 12.6, 2.7 and 0.3 MB an image.
-    assert [sized_for_choice(spec, V4).n for spec in (k75, square, small)] == [2, 7, 1]
-    assert default_choice(sized_for_choice(k75, V4), V4).layout.streams
+    for spec, n in ((k75, 2), (square, 7), (small, 1)):
+        assert ranked_choices(spec, V4) == choices(spec.with_batch(n), V4)
+    assert default_choice(k75, V4).layout.streams
     for spec, target in ((replace(k75, dtype="float16"), V4), (k75, V3), (replace(k75, co=512, groups=1), V4)):
-        assert sized_for_choice(spec, target).n == 1
-    assert sized_for_choice(k75.with_batch(3), V4).n == 3
+        assert ranked_choices(spec, target) == choices(spec.sized, target)
+    assert ranked_choices(k75.with_batch(3), V4) == choices(k75.with_batch(3), V4)
 
 
 @pytest.mark.skipif(not HOST.joins_vectors, reason="no vector of this processor is a cache line")
