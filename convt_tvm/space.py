@@ -36,6 +36,9 @@ FEW_IMAGES = 8
 SMALL_IMAGES = 8
 """As many small ones are taken for any batch size, besides a single one: tiles of 16 were as fast as of 8 for 16 images
 of 1 x 1 and 2 x 2."""
+SUITS_CYCLES = 1.01
+"""How many times the fewest cycles for a single image a packed weight may take of several: their estimates are no
+better. With 1.02 single images of dcgan/2 took 1.2 times as long, batches of 8 0.9 times."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,8 @@ def ranked_choices(spec: ConvTranspose2dSpec, target: Target) -> list[Choice]:
     """`choices` for `spec`; for any batch size those that suit single images and larger batches, the cheapest first.
 
     They are those of a single image; or of the fewest whose outputs are too large for the caches, where these are few
-    and their best schedule streams, as smaller batches then lose little by it (`Layout.streams`). Of small images tiles
-    take in several: of a batch of `SMALL_IMAGES` and a single one, with the same packed weight, the cycles of both
-    count alike. They are multiplied, for what is twice as fast for one and half as fast for the other is no better.
+    and their best schedule streams, as smaller batches then lose little by it (`Layout.streams`). Or, where small
+    images share tiles, those of a batch of `SMALL_IMAGES`, with a packed weight that suits a single image as well.
     """
     if spec.n is not None:
         return choices(spec, target)
@@ -102,19 +104,12 @@ def ranked_choices(spec: ConvTranspose2dSpec, target: Target) -> list[Choice]:
         found = choices(one.with_batch(count), target)
         if found and found[0].layout.streams:
             return found
-    several = choices(one.with_batch(SMALL_IMAGES), target)
-    if all(choice.layout.image_block == 1 for choice in several):
+    several = [choice for choice in choices(one.with_batch(SMALL_IMAGES), target) if choice.layout.image_block > 1]
+    if not several:
         return alone
-    cheapest = dict[tuple[object, ...], Choice]()
-    for choice in alone:
-        cheapest.setdefault(_packing(choice, one), choice)
-    pairs = [(choice, cheapest.get(_packing(choice, one))) for choice in several if choice.layout.image_block > 1]
-    pairs += [(replace(choice, cycles=choice.cycles * SMALL_IMAGES), choice) for choice in alone]
-    found = [
-        replace(choice, cycles=math.sqrt(choice.cycles * single.cycles))
-        for choice, single in pairs
-        if single is not None
-    ]
+    suits = {_packing(choice, one) for choice in alone if choice.cycles <= SUITS_CYCLES * alone[0].cycles}
+    found = [choice for choice in several if _packing(choice, one) in suits]
+    found += [replace(choice, cycles=choice.cycles * SMALL_IMAGES) for choice in alone]
     return sorted(found, key=lambda choice: choice.cycles)
 
 
