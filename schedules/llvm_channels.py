@@ -149,9 +149,10 @@ CYCLES_PER_RUN = 8.0
 
 FIRST_CACHE_BYTES = 28 << 10
 """What the first cache has for inputs: 32 KiB, without what weights and sums take."""
-OUTER_CYCLES = 1.3
-"""How many times the estimate a layout with ``taps="outer"`` takes: on an Emerald Rapids server pose/1 took 4.9 to 6.5
-ms so, and 5.3 to 5.6 with ``inner``, its weights read four times; estimated are 0.81 of that."""
+OUTER_CYCLES = 1.15
+"""How many times the estimate a layout with ``taps="outer"`` takes. On an Emerald Rapids server it took 0.72 to 0.87 of
+the time of what 1.3 chooses for layers of 512 to 2,048 channels on 8 x 8 in NCHW (1.06 on 7 x 7), 0.8 to 1.13 in
+channels_last. With 1.0 pose/1 took 1.08 and 1.10 of it, 2,048 channels on 7 x 7 1.11 and 1.2."""
 CYCLES_PER_MISSED = 0.2
 """For an input value from the second cache (Zen 4: pose/1 and hifigan/up1 12 and 6 % slower with more positions)."""
 
