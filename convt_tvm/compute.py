@@ -68,6 +68,7 @@ __all__ = [
     "finish",
     "finish_bands",
     "has_surplus_images",
+    "is_known",
     "layout_of",
     "lookup",
     "parameters",
@@ -172,10 +173,14 @@ def create_function(arguments: list[Any]) -> tirx.PrimFunc:
     return aligned.with_attr("global_symbol", "main")
 
 
+def is_known(batch: Expr) -> bool:
+    """Whether the number of images is a constant."""
+    return isinstance(batch, int | tirx.IntImm)
+
+
 def has_surplus_images(layout: Layout, batch: Expr) -> bool:
     """Whether the last tile takes in more images than are left of a batch, or may do so."""
-    is_known = isinstance(batch, int | tirx.IntImm)
-    return int(batch) % layout.image_block > 0 if is_known else layout.image_block > 1
+    return int(batch) % layout.image_block > 0 if is_known(batch) else layout.image_block > 1
 
 
 def parameters(spec: ConvTranspose2dSpec, layout: Layout, batch: Expr) -> tuple[Source, Any, Any]:

@@ -1,34 +1,23 @@
 """How sums leave for the output: which store writes what, in which order, and by way of which buffers.
 
 A declaration's outputs have the extents that suit a schedule; here their stores become stores to the real tensor,
-narrowed where a surplus was computed and in whole vectors where phases lie side by side in registers.
+narrowed where a surplus was computed, and in whole vectors (`convt_tvm.tile_stores`) where they can be.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from math import prod
 from typing import Any
 
 import tvm
 from tvm import DataType, tirx
 
-from convt_tvm.bfloat16 import LANES, narrow, transpose_pairs
-from convt_tvm.compute import IN_VECTORS, has_surplus_images, lookup
+from convt_tvm.bfloat16 import LANES, narrow
+from convt_tvm.compute import IN_VECTORS, has_surplus_images, is_known, lookup
 from convt_tvm.layout import CACHE_LINE_BYTES, PAST_CACHES_BYTES, Band, Layout, bands, partial_sum, reaches
-from convt_tvm.shuffle import (
-    binary,
-    define,
-    extract,
-    interleave,
-    pieces,
-    ramp,
-    transpose,
-    transpose_values,
-    vector_dtype,
-)
-from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec, Pair
+from convt_tvm.shuffle import ramp, vector_dtype
+from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.statements import (
     Clip,
     at_start,
@@ -43,6 +32,7 @@ from convt_tvm.statements import (
 )
 from convt_tvm.stream import ask_for, copy_past_caches, end_copies, put_line
 from convt_tvm.target import Target
+from convt_tvm.tile_stores import store_channels, store_columns, store_places, store_positions, stream_columns
 
 __all__ = ["Outputs", "last_band"]
 
@@ -57,11 +47,6 @@ took half a second to compile)."""
 
 Expr = Any
 Loop = Any
-Put = Callable[[int, Expr, Any, int], Any]
-"""The statement that stores a vector of so many values: at a channel and a place in the row, counted from a tile's.
-
-The values are side by side in memory: along the row, or channels of one place in channels_last.
-"""
 
 
 @dataclass
@@ -189,22 +174,22 @@ class Outputs:
                 position, positions = column * phases + pw, layout.column_block * phases
                 if self._is_nhwc:
                     left = channels - first_channel if filled else None
-                    return _store_positions(inner, value, position, count, positions, put, left, channels)
-                return _store_channels(inner, value, position, count, positions, put, pairs=self._narrows)
+                    return store_positions(inner, value, position, count, positions, put, left, channels)
+                return store_channels(inner, value, position, count, positions, put, pairs=self._narrows)
             if self._is_nhwc:
                 left = channels - first_channel if filled else None
                 by_channel, by_phase = (
                     next((loop for loop in inner if depends_on(each, loop.loop_var)), None) for each in (ob, pw)
                 )
                 counted, shape = (by_channel, by_phase, inner[-1]), (layout.co_block, phases)
-                return _store_places(counted, value, count, shape, layout.vector_lanes, put, left, channels)
+                return store_places(counted, value, count, shape, layout.vector_lanes, put, left, channels)
             shape = phases, layout.column_block
             loops = sorted(inner, key=lambda loop: not loop.loop_var.same_as(pw))
             if self._carried is not None:
                 line = partial(self._line, [n, g * channels + channel, row, 0], first_column * stride_w)
                 carried = tirx.BufferLoad(self._carried, [ob, ramp(0, layout.vector_lanes)])
-                return _stream_columns(loops, value, (pw, column), count, shape, carried, line, at_end=at_end)
-            return _store_columns(loops, value, (pw, column), count, shape, layout.vector_lanes, put)
+                return stream_columns(loops, value, (pw, column), count, shape, carried, line, at_end=at_end)
+            return store_columns(loops, value, (pw, column), count, shape, layout.vector_lanes, put)
 
         size = layout.column_block
         body = tile(size * phases, at_end=False)
@@ -259,7 +244,7 @@ class Outputs:
 
     @property
     def _batch_is_known(self) -> bool:
-        return isinstance(self.batch, int | tirx.IntImm)
+        return is_known(self.batch)
 
     @property
     def _narrows(self) -> bool:
@@ -430,26 +415,6 @@ def _unroll(loops: Sequence[Loop], wanted: Callable[[Loop], bool]) -> list[Loop]
     return [rebuild(loop, loop.body, kind=tirx.ForKind.UNROLLED) if wanted(loop) else loop for loop in loops]
 
 
-def _stage(loops: Sequence[Loop], value: Expr, indices: Sequence[Expr], shape: Pair) -> tuple[Any, list[Any]]:
-    """A buffer in registers with `value` at `indices` for all of `loops`, the last of them as a vector.
-
-    Or as some, of a power of two of lanes: LLVM takes 48 apart (kernelbench/75 took three times as long).
-    """
-    staged = tirx.decl_buffer(shape, value.ty.dtype, name="staged")
-    *loops, lane = loops
-    extent = int(lane.extent)
-    size = extent & -extent
-    if size < extent:
-        number, place = tirx.Var("vector", "int32"), tirx.Var("lane", "int32")
-        value, *indices = (with_value(each, lane.loop_var, number * size + place) for each in (value, *indices))
-        loops.append(tirx.For(number, 0, extent // size, tirx.ForKind.UNROLLED, lane.body))
-        lane = tirx.For(place, 0, size, tirx.ForKind.VECTORIZED, lane.body)
-    nest = rebuild(lane, tirx.BufferStore(staged, value, indices), kind=tirx.ForKind.VECTORIZED)
-    for loop in reversed(loops):
-        nest = rebuild(loop, nest, kind=tirx.ForKind.UNROLLED)
-    return staged, [on_stack(tirx.AllocBuffer(staged)), nest]
-
-
 def _as_bits(value: Expr, dtype: str) -> Expr:
     """`value`, for a buffer of `dtype`: that of the value, or unsigned integers of the same size."""
     lanes = int(DataType(str(value.ty.dtype)).lanes)
@@ -473,169 +438,3 @@ def _round_to_bfloat16(value: Expr, lanes: int) -> Expr:
     quiet = tirx.bitwise_or(tirx.shift_right(number, constant(16)), constant(0x40))
     is_nan = tirx.bitwise_and(number, constant(0x7FFFFFFF)) > constant(0x7F800000)
     return tirx.Cast(vector_dtype("uint16", lanes), tirx.Select(is_nan, quiet, rounded))
-
-
-def _store_channels(
-    loops: Sequence[Loop], value: Expr, position: Expr, count: int, positions: int, store: Put, *, pairs: bool
-) -> Any:
-    """Store the first `count` of the `positions` in a row, for as many channels as a vector has lanes.
-
-    `loops` are that over lanes and those that count the position. With `pairs`, two values next to each other are
-    rounded and then moved together.
-    """
-    lane, *others = loops
-    lanes = int(lane.extent)
-    staged, statements = _stage([*others, lane], value, [position, lane.loop_var], (positions, lanes))
-    pairs = pairs and lanes in LANES
-    for start, size in pieces(count, 2 * lanes if pairs else lanes):
-        vectors = [tirx.BufferLoad(staged, [start + i, ramp(0, lanes)]) for i in range(size)]
-        if pairs and size > 1:
-            columns = list(transpose_pairs(vectors, lanes, statements))
-        else:
-            columns = list(transpose(vectors, lanes, value.ty.dtype, statements))
-        statements += [store(channel, start, vector, size) for channel, vector in enumerate(columns)]
-    return sequence(statements)
-
-
-def _store_positions(
-    loops: Sequence[Loop],
-    value: Expr,
-    position: Expr,
-    count: int,
-    positions: int,
-    store: Put,
-    left: Expr | None,
-    channels: int,
-) -> Any:
-    """Store the first `count` of the `positions` in a row, all channels of one side by side.
-
-    `loops` are as for `_store_channels`. Of the `channels` of a group some may be `left` for a vector that is not full.
-    """
-    lane, *others = loops
-    lanes = int(lane.extent)
-    staged, statements = _stage([*others, lane], value, [position, lane.loop_var], (positions, lanes))
-    vectors = [tirx.BufferLoad(staged, [i, ramp(0, lanes)]) for i in range(count)]
-    whole = sequence([store(0, i, vector, lanes) for i, vector in enumerate(vectors)])
-    if left is not None:
-        some = [
-            store(offset, i, extract(vector, offset, size, lanes), size)
-            for i, vector in enumerate(vectors)
-            for offset, size in binary(channels % lanes)
-        ]
-        rest = tirx.IfThenElse(left > 0, sequence(some), None) if some else None
-        whole = tirx.IfThenElse(left >= lanes, whole, rest)
-    return sequence([*statements, whole])
-
-
-def _store_columns(
-    loops: Sequence[Loop],
-    value: Expr,
-    place: Sequence[Expr],
-    count: int,
-    shape: Pair,
-    lanes: int,
-    store: Put,
-) -> Any:
-    """Store the first `count` positions in a row of one channel, where vectors of columns are by turns of each phase.
-
-    `loops` count the `place`: a phase and a column of the tile, whose `shape` is in phases and columns.
-    """
-    staged, statements = _stage(loops, value, place, shape)
-    for number, vector in enumerate(_weave(staged, shape, lanes, statements)):
-        start = number * lanes
-        for offset, size in binary(max(0, min(lanes, count - start))):
-            statements.append(store(0, start + offset, extract(vector, offset, size, lanes), size))
-    return sequence(statements)
-
-
-def _weave(staged: Any, shape: Pair, lanes: int, statements: list[Any]) -> Iterator[Any]:
-    """Vectors of a row, whose values a buffer of that `shape`, in phases and columns, has by turns of each phase."""
-    phases, columns = shape
-    for first in range(0, columns, lanes):
-        by_phase = [tirx.BufferLoad(staged, [phase, ramp(first, lanes)]) for phase in range(phases)]
-        yield from interleave(by_phase, lanes, str(staged.dtype), statements)
-
-
-def _stream_columns(
-    loops: Sequence[Loop],
-    value: Expr,
-    place: Sequence[Expr],
-    count: int,
-    shape: Pair,
-    carried: Any,
-    line: Callable[..., Any],
-    *,
-    at_end: bool,
-) -> Any:
-    """Write what `_store_columns` stores in whole cache lines; a row's last tile writes its last line as well.
-
-    `carried` holds the vector before the tile's first, and `line` writes the line that ends among the values of a
-    vector: at a position, of the vector before and it.
-    """
-    lanes = int(carried.indices[-1].lanes)
-    staged, statements = _stage(loops, value, place, shape)
-    vectors = [define(carried, lanes, value.ty.dtype, statements)]
-    vectors += _weave(staged, shape, lanes, statements)
-    used = -(-count // lanes)
-    for number, (before, now) in enumerate(pairwise(vectors[: used + 1])):
-        statements.append(line(number * lanes, before, now, at_end=at_end and number == used - 1))
-    last = vectors[used]
-    if at_end:
-        statements.append(line(used * lanes, last, last, at_end=True))
-    else:
-        statements.append(tirx.BufferStore(carried.source, last, carried.indices))
-    return sequence(statements)
-
-
-def _store_places(
-    loops: tuple[Loop | None, Loop | None, Loop],
-    value: Expr,
-    count: int,
-    shape: Pair,
-    lanes: int,
-    store: Put,
-    left: Expr | None,
-    channels: int,
-) -> Any:
-    """Store the first `count` positions in a row, the channels of each side by side, where vectors are of columns.
-
-    `loops` count the channels, phases and columns of a tile; there is none for what is counted once. The tile's `shape`
-    is in channels and phases. Of the `channels` of a group some may be `left` for a block that is not full. Phases and
-    vectors stay loops: unrolled, fcn8s/up8 took 13 seconds to compile.
-    """
-    (channel, phase, column), (block, phases) = loops, shape
-    residue = 0 if phase is None else phase.loop_var
-
-    def some(filled: int, first: Expr, room: int) -> Any:
-        """A vector of columns, the first of which is `first`, where there is `room` for positions in the row."""
-        statements = list[Any]()
-        for start, size in pieces(filled, lanes):
-
-            def read(row: int, lane: Expr, start: int = start) -> Expr:
-                of_channel = value if channel is None else with_value(value, channel.loop_var, start + row)
-                return with_value(of_channel, column.loop_var, first + lane)
-
-            vectors = transpose_values(read, size, lanes, value.ty.dtype, statements)
-            for lane, vector in enumerate(vectors):
-                stored = store(start, (first + lane) * phases + residue, vector, size)
-                if (lane + 1) * phases <= room:
-                    statements.append(stored)
-                elif lane * phases < room:
-                    statements.append(tirx.IfThenElse(lane * phases + residue < room, stored, None))
-        return sequence(statements)
-
-    def every(filled: int) -> Any:
-        """All vectors of columns of a phase."""
-        whole, rest = divmod(count, lanes * phases)
-        number, parts = tirx.Var("vector", "int32"), list[Any]()
-        if whole:
-            full = some(filled, number * lanes, lanes * phases)
-            parts.append(tirx.For(number, 0, whole, tirx.ForKind.SERIAL, full))
-        if rest:
-            parts.append(some(filled, whole * lanes, rest))
-        return sequence(parts)
-
-    body, last = every(block), channels % block
-    if left is not None:
-        body = tirx.IfThenElse(left >= block, body, every(last))
-    return body if phase is None else rebuild(phase, body, kind=tirx.ForKind.SERIAL)

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-from tvm import tirx
 from tvm.s_tir import Schedule
 
-from convt_tvm.compute import IMAGES, IN_VECTORS, SKIPS_ROWS, SUMS, VECTORS, layout_of, spec_of, target_of
+from convt_tvm.compute import IMAGES, IN_VECTORS, SKIPS_ROWS, SUMS, VECTORS, is_known, layout_of, spec_of, target_of
 from convt_tvm.layout import (
     CACHE_LINE_BYTES,
     Band,
@@ -170,7 +169,7 @@ def parallelize(sch: Schedule, loops: Sequence[LoopRV], cycles: float, *, apart:
 
 def batch_is_known(sch: Schedule) -> bool:
     """Whether the number of images is a constant."""
-    return isinstance(sch.mod["main"].params[0].shape[0], int | tirx.IntImm)
+    return is_known(sch.mod["main"].params[0].shape[0])
 
 
 def works_apart(sch: Schedule) -> bool:

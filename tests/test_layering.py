@@ -63,7 +63,8 @@ MAY_IMPORT = {
     "database": "errors gpu spec target machine threads records store",
     "space": "errors spec target layout cost schedules records",
     "stream": "layout statements",
-    "outputs": "spec target layout bfloat16 compute shuffle statements stream",
+    "tile_stores": "spec bfloat16 shuffle statements",
+    "outputs": "spec target layout bfloat16 compute shuffle statements stream tile_stores",
     "lower_products": "spec target layout compute shuffle statements stream",
     "lower_window": "layout compute shuffle statements target",
     "lower": "spec layout bfloat16 compute statements stream outputs lower_products lower_window",
@@ -157,8 +158,8 @@ COMPILING = {
     *("compute", "compute_depthwise", "compute_dot", "compute_tiles", "compute_cuda", "compute_tensor"),
     *("schedule", "schedule_cuda", "schedule_tensor", "schedules", "shuffle", "bfloat16", "statements", "stream"),
     *("tensor_intrinsics", "space"),
-    *("outputs", "lower", "lower_products", "lower_window", "lower_dot", "lower_tiles", "lower_cuda", "lower_tensor"),
-    "lower_prefetch",
+    *("tile_stores", "outputs", "lower", "lower_products", "lower_window", "lower_dot", "lower_tiles", "lower_cuda"),
+    *("lower_tensor", "lower_prefetch"),
     *("cuda_device_code", "cpu_code", "entry", "backends", "batches", "compiler", "emulate", "metaschedule", "generic"),
 }
 
