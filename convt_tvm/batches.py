@@ -6,7 +6,7 @@ more than a smaller tile would take in, another tile goes on with it and is not 
 tile, 15 take two of 8, and 9 one of 8 and one of 1.
 
 On a core of an Emerald Rapids server batches of 1 to 64 images of 1 x 1 and 2 x 2 took 1.0 to 1.1 times as long as with
-a kernel for their size where that is a power of two, and up to 1.5 times where it is not. One image after the other
+a kernel for their size where that is a power of two, and up to 1.7 times where it is not. One image after the other
 took up to 7 times as long.
 """
 
