@@ -227,7 +227,7 @@ def _sums_dtype(dtype: str) -> str:
 
 
 def _lanes(dtype: str) -> int:
-    return Target.parse("llvm").vector_bytes // torch.finfo(getattr(torch, dtype)).bits * 8
+    return Target.parse("llvm").vector_bytes * 8 // torch.finfo(getattr(torch, dtype)).bits
 
 
 @functools.cache
