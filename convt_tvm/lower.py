@@ -9,6 +9,7 @@ store is executed out of bounds by a lane.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from typing import Any
 
 import tvm
@@ -56,6 +57,7 @@ from convt_tvm.statements import (
     with_value,
 )
 from convt_tvm.stream import define_copy, define_lines
+from convt_tvm.target import Target
 
 __all__ = ["flatten_blocks", "lower_kernel", "lower_pack"]
 
@@ -65,6 +67,15 @@ Store = Callable[[Sequence[Loop], Any], Any]
 """Makes the statement that replaces the loops directly around a store, and the store."""
 Visit = Callable[[Any], Any]
 """Replaces what is to be replaced in a statement."""
+
+FEW_REGISTERS = 16
+"""Vector registers of which LLVM takes some from the sums of one phase for those of the phase before, which wait for
+both to be stored together: in its innermost loop they are loaded and stored then, at every step.
+
+With sums in memory from the end of a phase on a Zen 3 core took 0.65 of the time for unet/up1, unet/up4, sam/up1 and
+maskrcnn/mask, 0.70 for fcn8s/up8, 0.78 for grouped/4, up to 1.03 where there was nothing to mend, and 1.07 for
+kernelbench/81. Of 32 registers hardly ever any is taken.
+"""
 
 
 @dataclass(frozen=True)
@@ -86,6 +97,8 @@ class Rules:
     ahead
         By the name of a buffer, the statements to come before the sums that are stored to it: of the loops around the
         store, and the store.
+    allocate
+        Makes the statements that allocate sums.
     """
 
     stores: Mapping[str, Store]
@@ -94,6 +107,7 @@ class Rules:
     pass_caches: Callable[[Loop, Visit], Any] = lambda loop, visit: visit(loop.body)
     peel: Callable[[Loop], list[Loop]] = lambda loop: [loop]
     ahead: Mapping[str, Callable[[Sequence[Loop], Any], list[Any]]] = field(default_factory=dict)
+    allocate: Callable[[Any], list[Any]] = lambda node: [node]
 
 
 def flatten_blocks(function: tirx.PrimFunc) -> tirx.PrimFunc:
@@ -111,6 +125,20 @@ def flatten_blocks(function: tirx.PrimFunc) -> tirx.PrimFunc:
     ]
     module = tvm.ir.transform.Sequential(passes)(tvm.IRModule({"main": function}))
     return module["main"]
+
+
+def _allocate_sums(node: Any, target: Target) -> list[Any]:
+    """Statements for the allocation `node` of a tile's sums, those of all column phases.
+
+    Where registers do not hold them all, the sums of one phase wait in memory for the other phases' (`FEW_REGISTERS`).
+    """
+    allocation, dtype = on_stack(node), tvm.DataType(str(node.buffer.dtype))
+    if allocation is not node and target.vector_registers <= FEW_REGISTERS:
+        size_bytes = prod(map(int, node.buffer.shape)) * dtype.itemsize
+        if size_bytes > target.vector_registers * target.vector_bytes:
+            annotations = {**allocation.annotations, "tirx.volatile": tirx.const(1, "bool")}
+            allocation = tirx.AllocBuffer(node.buffer, annotations)
+    return [allocation, *_align_stack(str(dtype))]
 
 
 def _align_stack(dtype: str) -> list[Any]:
@@ -164,7 +192,7 @@ def _rewrite(statement: Any, rules: Rules) -> Any:
             case tirx.AttrStmt():
                 return tirx.AttrStmt(node.node, node.attr_key, node.value, visit(node.body))
             case tirx.AllocBuffer() if _holds(node, SUMS):
-                return tirx.SeqStmt([on_stack(node), *_align_stack(str(node.buffer.dtype))])
+                return tirx.SeqStmt(rules.allocate(node))
             case tirx.AllocBuffer():
                 return on_stack(node)
             case tirx.BufferStore() | tirx.DeclBuffer() | tirx.Bind() | tirx.Evaluate() | tirx.AssertStmt():
@@ -325,6 +353,7 @@ def lower_kernel(function: tirx.PrimFunc, *, asks_ahead: bool = True) -> tvm.IRM
             else (lambda loop: _end_apart(loop, layout.last_vectors(spec)))
         ),
         ahead={name: partial(outputs.ahead, band) for name, band in named.items() if asks_ahead},
+        allocate=partial(_allocate_sums, target=target),
     )
     body = _rewrite(rules.join(function.body), rules)
     if skips_parts(spec):

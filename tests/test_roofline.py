@@ -1,10 +1,8 @@
-import re
-import shutil
-import subprocess
 from dataclasses import replace
 from math import prod
 
 import pytest
+from machine_code import disassemble, innermost_loops
 
 from convt_tvm import roofline, runtime
 from convt_tvm.roofline import ACCUMULATORS, ROW_VECTORS, Limits, Loop, Loops, bound, measure, processor_loops
@@ -54,16 +52,9 @@ def test_loops_alone_take_turns_and_the_best_counts():
 
 @pytest.fixture(scope="module")
 def listing(tmp_path_factory):
-    if shutil.which("objdump") is None:
-        pytest.skip("needs objdump")
     path = tmp_path_factory.mktemp("limits") / "limits.so"
     roofline._compile("float32", 1, path)
     return disassemble(path)
-
-
-def disassemble(path):
-    command = ["objdump", "-d", "--no-show-raw-insn", str(path)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def function_text(listing, function):
@@ -72,21 +63,8 @@ def function_text(listing, function):
 
 def loop_body(listing, function, mnemonic):
     """Mnemonics and operands of the innermost loop of `function` that has the most `mnemonic`."""
-    lines = [
-        re.match(r"\s*([0-9a-f]+):\s+(\S+)\s*(.*)", line) for line in function_text(listing, function).splitlines()
-    ]
-    code = [(int(line[1], 16), line[2], line[3]) for line in lines if line]
-    ends = []
-    for at, name, operands in code:
-        target = re.match(r"([0-9a-f]+) ", operands)
-        if name.startswith("j") and target and int(target[1], 16) < at:
-            ends.append((int(target[1], 16), at))
-    innermost = [
-        [entry[1:] for entry in code if first <= entry[0] <= last]
-        for first, last in ends
-        if not any(first <= other <= end <= last for other, end in ends if (other, end) != (first, last))
-    ]
-    return max(innermost, key=lambda body: sum(name.startswith(mnemonic) for name, _ in body))
+    loops = innermost_loops(function_text(listing, function))
+    return max(loops, key=lambda body: sum(name.startswith(mnemonic) for name, _ in body))
 
 
 @pytest.mark.skipif("fma" not in Target.parse("llvm").features, reason="looks for x86's fused multiply-adds")
@@ -190,8 +168,6 @@ def test_this_machine_has_limits(monkeypatch, dtype):
 def test_dot_products_count_twice(tmp_path):
     pairs, single = (processor_loops(SPEC, dtype, 1).multiply_adds.amount for dtype in ("bfloat16", "float32"))
     assert pairs == 2 * single
-    if shutil.which("objdump") is None:
-        pytest.skip("needs objdump")
     roofline._compile("bfloat16", 1, tmp_path / "limits.so")
     body = loop_body(disassemble(tmp_path / "limits.so"), "multiply_add", "vdpbf16ps")
     products = [operands for name, operands in body if name == "vdpbf16ps"]
