@@ -50,8 +50,10 @@ __all__ = [
 
 FMA_PER_CYCLE = 2
 FMA_LATENCY = 4
-LANES_PER_CYCLE = 32
-"""Multiply-adds of single lanes, for telling large layers from small ones: those of AVX-512 in float32."""
+SPARE_REGISTERS = 1
+"""Of 16 vector registers, besides those of a step: LLVM loads ahead. On a Zen 3 core tiles that leave none were never
+the best of twelve layers, and took up to 1.35 of the time of the best (4 channels by 3 vectors in kernelbench/75, where
+a third of all instructions were loads from the stack and stores to it)."""
 MISS_BYTES_PER_CYCLE, MISS_BYTES_PER_CYCLE_IN_ORDER = 7, 10
 """What one core reads from beyond the second cache: 18 GB/s at 2.7 GHz on an Emerald Rapids server; 28 of vectors of
 weights, which are asked for ahead and lie in huge pages."""
@@ -167,7 +169,8 @@ class Tile:
 
     def fits(self, target: Target, phases: int = 1) -> bool:
         """Whether the accumulators of so many column phases leave registers for one row of vectors and one scalar."""
-        return self.vectors * self.broadcasts * phases + self.vectors + 1 <= target.vector_registers
+        spare = SPARE_REGISTERS if target.vector_registers <= 16 else 0
+        return self.vectors * self.broadcasts * phases + self.vectors + 1 + spare <= target.vector_registers
 
     def step_cycles(self, target: Target, phases: int, reuse: int, sharing: float) -> float:
         """Cycles for one tap of one input channel in one column phase.
@@ -304,9 +307,14 @@ def image_bytes(spec: ConvTranspose2dSpec) -> int:
     return spec.ci * spec.ih * spec.iw * DTYPE_BYTES[spec.accumulator_dtype]
 
 
-def band_cycles(spec: ConvTranspose2dSpec) -> float:
+def _lanes_per_cycle(target: Target) -> float:
+    """Multiply-adds of single lanes in float32, for telling large layers from small ones."""
+    return FMA_PER_CYCLE * target.vector_bytes / 4
+
+
+def band_cycles(spec: ConvTranspose2dSpec, target: Target) -> float:
     """Roughly what all bands cost one core: multiply-adds, one cycle for each output, and the weights from memory."""
-    sums = spec.multiply_adds / LANES_PER_CYCLE
+    sums = spec.multiply_adds / _lanes_per_cycle(target)
     return sums + prod(spec.output_shape) + _weight_bytes(spec) / MISS_BYTES_PER_CYCLE
 
 
@@ -348,7 +356,7 @@ def core_cycles(
 def _wait_per_output(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> float:
     """Cycles for each output in which nothing is summed: for its way to memory, or for the last rows of a task."""
     core = core_of(target)
-    sums = spec.multiply_adds / LANES_PER_CYCLE / prod(spec.output_shape)
+    sums = spec.multiply_adds / _lanes_per_cycle(target) / prod(spec.output_shape)
     if layout.streams:
         return core.streamed * sums
     if layout.gathers:

@@ -69,7 +69,7 @@ from math import prod
 
 from tvm.s_tir import Schedule
 
-from convt_tvm.compute import IN_VECTORS, spec_of
+from convt_tvm.compute import IN_VECTORS, spec_of, target_of
 from convt_tvm.compute_tiles import ENDS_AT, IN_TILES, tile_layout_of
 from convt_tvm.cost import MISS_BYTES_PER_CYCLE, band_cycles, block_sizes, lane_counts
 from convt_tvm.layout import Layout, bands, reaches
@@ -198,7 +198,7 @@ def space(sch: Schedule) -> None:
             sch.reorder(*order, ob, row, column_block, column, pw)
         if layout.column_block * len(spec.axes[1].phases) <= MAX_INTERLEAVED and reaches(spec, band):
             sch.annotate(lane if layout.by_positions else column, IN_VECTORS, True)
-        task = parallelize(sch, order, band_cycles(spec))
+        task = parallelize(sch, order, band_cycles(spec, target_of(function)))
         if reaches(spec, band):
             sch.annotate(task, IN_TILES, "configure")
             acc = sch.get_sblock(f"acc{band.index}")

@@ -80,7 +80,7 @@ from dataclasses import replace
 
 from tvm.s_tir import Schedule
 
-from convt_tvm.compute import IN_VECTORS, PASSES_CACHES, PEELS, layout_of, spec_of
+from convt_tvm.compute import IN_VECTORS, PASSES_CACHES, PEELS, layout_of, spec_of, target_of
 from convt_tvm.cost import (
     Costs,
     Tile,
@@ -277,7 +277,7 @@ def tile(sch: Schedule, *, apart: bool) -> None:
         order = (
             (n, g, chunk, b) if layout.gathers else (n, g, chunk, b, ph, row_block) if inner else (n, g, chunk, b, ph)
         )
-        task = parallelize(sch, order, band_cycles(spec), apart=apart)
+        task = parallelize(sch, order, band_cycles(spec, target_of(function)), apart=apart)
         if layout.gathers:
             sch.annotate(task, PASSES_CACHES, True)
         if reaches(spec, band):

@@ -82,7 +82,7 @@ from dataclasses import replace
 
 from tvm.s_tir import Schedule
 
-from convt_tvm.compute import IN_VECTORS, PASSES_CACHES, PEELS, layout_of, spec_of
+from convt_tvm.compute import IN_VECTORS, PASSES_CACHES, PEELS, layout_of, spec_of, target_of
 from convt_tvm.cost import (
     Costs,
     Tile,
@@ -218,7 +218,7 @@ def space(sch: Schedule) -> None:
             sch.annotate(column_block, PEELS, True)
         of_chunk = by_chunk and reaches(spec, band)
         shared = order[:3] if of_chunk else order[:4] if layout.passes_caches else order
-        task = parallelize(sch, shared, band_cycles(spec), apart=apart)
+        task = parallelize(sch, shared, band_cycles(spec, target_of(function)), apart=apart)
         if layout.passes_caches:
             # A loop over one block is simplified away.
             sch.annotate(b if of_chunk and layout.blocks(spec) > 1 else task, PASSES_CACHES, True)
