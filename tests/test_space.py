@@ -152,6 +152,18 @@ def test_phases_in_a_loop_sum_to_the_bits_of_unrolled_ones(dtype):
     assert torch.equal(bits(outputs[True]), bits(outputs[False]))
 
 
+def test_of_16_registers_a_tile_leaves_one_beside_those_of_a_step():
+    used = set()
+    for choice in choices(resolve(["dcgan/4"])[0].spec, Target.parse("llvm:x86-64-v3")):
+        layout = choice.layout
+        rows = layout.row_block * layout.image_block
+        positions, channels = rows * layout.column_block, layout.co_block
+        along, across = (channels, positions) if layout.lanes == "co" else (positions, channels)
+        vectors = along // layout.vector_lanes
+        used.add(vectors * across * layout.phases + vectors + 1)
+    assert max(used) == 15
+
+
 def test_the_last_tile_sums_no_vector_without_an_output():
     plain = next(choice for choice in choices(WIDE, HOST) if choice.layout.lanes == "ow")
     layout = replace(plain.layout, co_block=3, row_block=1, column_block=16, vector_lanes=4, row_chunk=1, phases=1)
