@@ -236,7 +236,8 @@ def test_report_of_nothing_is_one_error_line(run, tmp_path, content, message):
     assert re.fullmatch(rf"error: .*{message}.*\n", err)
 
 
-def test_explain(run, limits):
+def test_explain(run, limits, monkeypatch, tmp_path):
+    monkeypatch.setenv("CONVT_TVM_TUNING_LOGS", str(tmp_path))
     code, out, err = run("explain", "dcgan/5", "--target", "llvm:x86-64-v3", "--threads", 1)
     assert (code, err, limits) == (0, "", [(resolve(["dcgan/5"])[0].spec.name, "float32", 1)])
     assert re.search(r"^rows, stride 2 +32 outputs from 0: taps 1 3\n +32 outputs from 1: taps 0 2$", out, re.MULTILINE)

@@ -25,10 +25,11 @@ def test_phases_name_their_taps():
     assert found.columns == (AxisPhase(0, 3, (0,)), AxisPhase(1, 2, ()), AxisPhase(2, 2, ()))
 
 
-def test_the_first_candidate_is_the_default_choice():
+def test_the_first_candidate_is_the_default_choice(monkeypatch, tmp_path):
     from convt_tvm.space import default_choice
     from convt_tvm.target import Target
 
+    monkeypatch.setenv("CONVT_TVM_TUNING_LOGS", str(tmp_path))
     for workload in resolve(["dcgan/2", "dcgan/5"]):
         found = explain(workload, "llvm:x86-64-v3", limits=LIMITS)
         choice = default_choice(workload.spec, Target.parse("llvm:x86-64-v3"))

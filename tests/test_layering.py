@@ -67,7 +67,7 @@ MAY_IMPORT = {
     "outputs": "spec target layout bfloat16 compute shuffle statements stream tile_stores",
     "lower_products": "spec target layout compute shuffle statements stream",
     "lower_window": "layout compute shuffle statements target",
-    "lower": "spec layout bfloat16 compute statements stream outputs lower_products lower_window",
+    "lower": "spec target layout bfloat16 compute statements stream outputs lower_products lower_window",
     "lower_dot": "dot_layout bfloat16 compute lower lower_products",
     "lower_tiles": "spec compute compute_tiles statements lower tile_layout",
     "lower_prefetch": "thread_layout statements",
