@@ -73,6 +73,16 @@ And on one of an Emerald Rapids server (175 GFLOP/s, L2 2 MiB, 18 GB/s from beyo
 - Stores. The transposes gained 5 % for dcgan/4, whose output stays in the second cache, and nothing where it does not:
   there a run of outputs waits for its cache lines, however it is stored.
 - NCHW to NHWC: transposes in registers gained 3 % for grouped/4, 1 to 2 % for dcgan/4 and maskrcnn/mask.
+
+And on one of a Zen 3 server (AVX2, 16 registers, 95 GFLOP/s, L2 512 KiB, L3 32 MiB):
+
+- Registers. Of 12 sums LLVM loaded and stored two at every step, for those of the phase before were still to be stored:
+  unet/up1 88 ms, now 51 (`convt_tvm.lower.FEW_REGISTERS`). 12 sums in 2 vectors by 6 positions are the best tile of
+  most layers: 8 are as many as additions have cycles of latency, 14 leave none of the registers spare.
+- Where weights come from. Memory gives some 5 bytes a cycle, of which a step of 12 multiply-adds needs 10, the last
+  cache 20. With all rows in a chunk the taps of a block come from memory once, and for other rows from the last cache:
+  pose/1 (33 MB) took 9.8 ms, 16.8 with a row in each.
+- Streams, in channels_last: unet/up4 took 12.9 ms with positions in four rows and 14.1 in two, sam/up1 6.5 and 7.1.
 """
 
 from collections.abc import Iterable, Iterator

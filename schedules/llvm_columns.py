@@ -75,6 +75,16 @@ grouped/4 1.13, dcgan/5 1.09. What limits it there:
   seed/rect took 1.1 times as long. Vectors of 48 values took kernelbench/75 2.7 times as long, fsrcnn/x3 1.25.
 - Channels_last. Transposes in registers took a layer of 32 to 8 channels from 0.37 ms, lanes along channels, to 0.21,
   fcn8s/up8 from 1.94 to 1.70.
+
+And on one of a Zen 3 server (AVX2, 16 registers, 95 GFLOP/s):
+
+- Registers. Column phases that begin in different columns share vectors of input from one tap to the next, for which
+  there is no room beside 12 sums: dcgan/5 takes 0.118 ms with 3 channels by 2 vectors and 2 phases, which load and
+  store 4 vectors at every step, and 0.107 with one channel by 4. Unrolled over all channels (kernelbench/75) tiles of 12
+  sums spend a third of their instructions so, and lose to those of 8.
+- Loads. Vectors of half a cache line are hardly ever waited for: more phases with fewer channels are as good
+  (fcn8s/up8 2.5 ms, 3 channels by 2 vectors and 2 phases; 3.0 with lanes along channels).
+- Outputs. Gathered, seed/square took 19.5 ms, through the caches 22.
 """
 
 from collections.abc import Iterator
