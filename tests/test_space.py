@@ -154,7 +154,7 @@ def test_phases_in_a_loop_sum_to_the_bits_of_unrolled_ones(dtype):
 
 def test_of_16_registers_a_tile_leaves_one_beside_those_of_a_step():
     used = set()
-    for choice in choices(resolve(["dcgan/4"])[0].spec, Target.parse("llvm:x86-64-v3")):
+    for choice in choices(resolve(["dcgan/4"])[0].spec, V3):
         layout = choice.layout
         rows = layout.row_block * layout.image_block
         positions, channels = rows * layout.column_block, layout.co_block
@@ -162,6 +162,28 @@ def test_of_16_registers_a_tile_leaves_one_beside_those_of_a_step():
         vectors = along // layout.vector_lanes
         used.add(vectors * across * layout.phases + vectors + 1)
     assert max(used) == 15
+
+
+@pytest.mark.parametrize(("columns", "waits"), [(32, True), (48, False)])
+def test_a_last_tile_of_few_sums_waits_for_each(columns, waits, monkeypatch):
+    # Tiles of 3 channels by 3 vectors, of which the last has one where there are 32 columns.
+    spec = replace(resolve(["unet/up1"])[0].spec, iw=columns)
+
+    def cycles():
+        found = choices(spec, V3, "llvm_columns")
+        same = (c for c in found if (c.layout.co_block, c.layout.column_block, c.layout.phases) == (3, 24, 1))
+        return next(same).cycles
+
+    whole = cycles()
+    monkeypatch.setattr(cost, "FMA_LATENCY", 0)
+    assert (cycles() < whole) == waits
+
+
+def test_taps_of_a_block_come_from_memory_once_where_all_rows_follow():
+    found = choices(resolve(["pose/1"])[0].spec, V3, "llvm_channels")
+    tiles = {c.layout.row_chunk: c.cycles for c in found if c.layout.shape == found[0].layout.shape}
+    assert found[0].layout.row_chunk == 8
+    assert tiles[1] > 1.2 * tiles[8]
 
 
 def test_the_last_tile_sums_no_vector_without_an_output():
