@@ -52,8 +52,8 @@ FMA_PER_CYCLE = 2
 FMA_LATENCY = 4
 SPARE_REGISTERS = 1
 """Of 16 vector registers, besides those of a step: LLVM loads ahead. On a Zen 3 core tiles that leave none were never
-the best of twelve layers, and took up to 1.35 of the time of the best (4 channels by 3 vectors in kernelbench/75, where
-a third of all instructions were loads from the stack and stores to it)."""
+the best for any of ten layers, and took up to 1.35 of the time of the best (4 channels by 3 vectors in kernelbench/75,
+where a sixth of all instructions were loads from the stack and stores to it)."""
 MISS_BYTES_PER_CYCLE, MISS_BYTES_PER_CYCLE_IN_ORDER = 7, 10
 """What one core reads from beyond the second cache: 18 GB/s at 2.7 GHz on an Emerald Rapids server; 28 of vectors of
 weights, which are asked for ahead and lie in huge pages."""
@@ -183,7 +183,8 @@ NARROW = Core(
 )
 """A core with AVX2: fitted to 1,500 trials of 24 layers on one of a Zen 3 server at 3.4 GHz. Two loads a cycle are
 hardly ever waited for, whether they lie across lines or not, and its last cache is fast: pose/1 took 9.0 ms where each
-tap of a block stays there while all rows pass, 16.9 where all weights come from memory for each row."""
+tap of a block stays there while all rows pass, 16.9 where all weights come from memory for each row. It stands for
+narrower vectors as well, with which nothing was measured, and no outputs of theirs are `streamed`."""
 
 
 def core_of(target: Target) -> Core:
@@ -207,7 +208,7 @@ class Tile:
 
     def fits(self, target: Target, phases: int = 1) -> bool:
         """Whether the accumulators of so many column phases leave registers for one row of vectors and one scalar."""
-        spare = SPARE_REGISTERS if target.vector_registers <= 16 else 0
+        spare = SPARE_REGISTERS if target.has_few_registers else 0
         return self.vectors * self.broadcasts * phases + self.vectors + 1 + spare <= target.vector_registers
 
     def step_cycles(self, target: Target, phases: int, reuse: int, sharing: float) -> float:

@@ -68,15 +68,6 @@ Store = Callable[[Sequence[Loop], Any], Any]
 Visit = Callable[[Any], Any]
 """Replaces what is to be replaced in a statement."""
 
-FEW_REGISTERS = 16
-"""Vector registers of which LLVM takes some from the sums of one phase for those of the phase before, which wait for
-both to be stored together: in its innermost loop they are loaded and stored then, at every step.
-
-With sums in memory from the end of a phase on a Zen 3 core took 0.65 of the time for unet/up1, unet/up4, sam/up1 and
-maskrcnn/mask, 0.70 for fcn8s/up8, 0.78 for grouped/4, up to 1.03 where there was nothing to mend, and 1.07 for
-kernelbench/81. Of 32 registers hardly ever any is taken.
-"""
-
 
 @dataclass(frozen=True)
 class Rules:
@@ -130,10 +121,13 @@ def flatten_blocks(function: tirx.PrimFunc) -> tirx.PrimFunc:
 def _allocate_sums(node: Any, target: Target) -> list[Any]:
     """Statements for the allocation `node` of a tile's sums, those of all column phases.
 
-    Where registers do not hold them all, the sums of one phase wait in memory for the other phases' (`FEW_REGISTERS`).
+    All phases are stored together. Where there are few registers, and they do not hold all sums, those of one phase
+    wait in memory for the others': LLVM takes registers from the sums of the second phase for those of the first, and
+    loads and stores some at every step. On a Zen 3 core unet/up1, unet/up4, sam/up1 and maskrcnn/mask took 0.65 to 0.73
+    of the time so, fcn8s/up8 0.70, grouped/4 0.78, most others 0.97 to 1.03, and kernelbench/81 1.07.
     """
     allocation, dtype = on_stack(node), tvm.DataType(str(node.buffer.dtype))
-    if allocation is not node and target.vector_registers <= FEW_REGISTERS:
+    if allocation is not node and target.has_few_registers:
         size_bytes = prod(map(int, node.buffer.shape)) * dtype.itemsize
         if size_bytes > target.vector_registers * target.vector_bytes:
             annotations = {**allocation.annotations, "tirx.volatile": tirx.const(1, "bool")}

@@ -208,6 +208,11 @@ class Target:
         return 32 if self.arch == "aarch64" or "avx512f" in self.features else 16
 
     @property
+    def has_few_registers(self) -> bool:
+        """Whether the sums of two column phases, or loads made ahead, are too many for them: 16 vector registers."""
+        return self.vector_registers <= 16
+
+    @property
     def cache_bytes(self) -> int:
         """Size of a core's second cache to rely on.
 

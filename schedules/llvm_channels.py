@@ -77,8 +77,8 @@ And on one of an Emerald Rapids server (175 GFLOP/s, L2 2 MiB, 18 GB/s from beyo
 And on one of a Zen 3 server (AVX2, 16 registers, 95 GFLOP/s, L2 512 KiB, L3 32 MiB):
 
 - Registers. Of 12 sums LLVM loaded and stored two at every step, for those of the phase before were still to be stored:
-  unet/up1 88 ms, now 51 (`convt_tvm.lower.FEW_REGISTERS`). 12 sums in 2 vectors by 6 positions are the best tile of
-  most layers: 8 are as many as additions have cycles of latency, 14 leave none of the registers spare.
+  unet/up1 88 ms, now 51 (`convt_tvm.lower`). 12 sums in 2 vectors by 6 positions are the best tile of most layers: 8
+  are just as many as two units have under way, 14 leave no register spare.
 - Where weights come from. Memory gives some 5 bytes a cycle, of which a step of 12 multiply-adds needs 10, the last
   cache 20. With all rows in a chunk the taps of a block come from memory once, and for other rows from the last cache:
   pose/1 (33 MB) took 9.8 ms, 16.8 with a row in each.

@@ -79,9 +79,10 @@ grouped/4 1.13, dcgan/5 1.09. What limits it there:
 And on one of a Zen 3 server (AVX2, 16 registers, 95 GFLOP/s):
 
 - Registers. Column phases that begin in different columns share vectors of input from one tap to the next, for which
-  there is no room beside 12 sums: dcgan/5 takes 0.118 ms with 3 channels by 2 vectors and 2 phases, which load and
-  store 4 vectors at every step, and 0.107 with one channel by 4. Unrolled over all channels (kernelbench/75) tiles of
-  12 sums spend a third of their instructions so, and lose to those of 8.
+  there is no room beside 12 sums: dcgan/5 takes 0.113 ms with 3 channels by 2 vectors and 2 phases, which load and
+  store 3 vectors for every channel, and 0.109 with one channel by 4; 128 to 3 channels on 128 x 128 5.6 ms, and 4.8
+  with 3 channels by 3 vectors of one phase, which the estimates rate 3 % dearer. Unrolled over all channels
+  (kernelbench/75) tiles of 12 sums spend a sixth of their instructions so, and lose to those of 8.
 - Loads. Vectors of half a cache line are hardly ever waited for: more phases with fewer channels are as good
   (fcn8s/up8 2.5 ms, 3 channels by 2 vectors and 2 phases; 3.0 with lanes along channels).
 - Outputs. Gathered, seed/square took 19.5 ms, through the caches 22.

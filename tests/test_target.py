@@ -142,6 +142,7 @@ def test_keys_differ_where_targets_differ():
 def test_vector_registers(text, size, registers):
     assert Target.parse(text).vector_bytes == size
     assert Target.parse(text).vector_registers == registers
+    assert Target.parse(text).has_few_registers == (registers == 16)
 
 
 @pytest.mark.parametrize(
