@@ -40,6 +40,7 @@ from convt_tvm.layout import (
     Layout,
     Window,
     bands,
+    column_delays,
     column_starts,
     partial_sum,
     reaches,
@@ -219,8 +220,11 @@ def declare_phases(spec: ConvTranspose2dSpec, layout: Layout, target: Target) ->
     def multiply(value: Expr, place: Sequence[Expr]) -> Expr:
         return value * packed[tuple(place)]
 
+    # With many registers LLVM keeps vectors that are read again.
+    delays = column_delays(spec, layout) if target.has_few_registers else None
+
     def accumulate(band: Band) -> Any:
-        return sum_products(spec, layout, band, source, multiply)
+        return sum_products(spec, layout, band, source, multiply, delays)
 
     outputs = finish_bands(spec, layout, data.batch, bias, accumulate)
     return phase_function(spec, layout, target, [data.tensor, packed, bias], outputs)
@@ -250,12 +254,14 @@ def sum_products(
     band: Band,
     source: Source,
     multiply: Multiply,
+    delays: Sequence[int] | None = None,
 ) -> Any:
-    """The gathered reduction of one band, lanes innermost."""
+    """The gathered reduction of one band, lanes innermost; `delays` are those of column phases, see `column_delays`."""
     in_channels = spec.ci // spec.groups
     column_phases = spec.axes[1].phases
     column_taps = [phase.taps for phase in column_phases]
-    column_start = column_starts(spec)
+    column_start, delays = column_starts(spec), delays or (0,) * len(column_taps)
+    column_steps = max(taps + delay for taps, delay in zip(column_taps, delays, strict=True))
     blocks = layout.blocks(spec)
     step_h, step_w = band.phases[0].input_step, column_phases[0].input_step
     tap_step = band.phases[0].tap_step
@@ -263,15 +269,16 @@ def sum_products(
     row_tap = [phase.first_tap for phase in band.phases]
     column_base = [phase.base - source.origin[1] if phase.taps else 0 for phase in column_phases]
 
-    def product(place: Sequence[Expr], th: Expr, ic: Expr, tw: Expr) -> Expr:
+    def product(place: Sequence[Expr], th: Expr, ic: Expr, step: Expr) -> Expr:
         n, g, b, ph, qh = place[:5]
         pw, qw, ob = place[5:] if layout.lanes == "co" else (*place[6:], place[5])
-        taps = lookup(column_taps, pw)
+        taps, tw = lookup(column_taps, pw), step - lookup(delays, pw)
         channel, row = g * in_channels + ic, qh + lookup(row_base, ph) - th * step_h
         column = qw + lookup(column_base, pw) - tw * step_w
         value = source.at(n, channel, row, column)
         weight = g * blocks + b, lookup(row_tap, ph) + th * tap_step, lookup(column_start, pw) + tw, ic, ob
-        checks = [] if min(column_taps) == max(column_taps) else [tw < taps]
+        checks = [tw >= 0] if max(delays) else []
+        checks += [tw < taps] if min(column_taps) < column_steps else []
         if layout.skips_columns(spec):
             first = -source.origin[1]
             checks += [column >= first, column < spec.iw + first]
@@ -288,6 +295,9 @@ def sum_products(
     whole = band.taps, in_channels, max(column_taps)
     inner = whole if layout.taps == "plain" else partial_sum(spec, band)
     outer = [all_ // part for all_, part in zip(whole, inner, strict=True)]
+    if max(delays):
+        # A part has all column taps.
+        inner = *inner[:2], column_steps
     inner_axes = [te.reduce_axis((0, extent), name=name) for extent, name in zip(inner, names, strict=True)]
     outer_axes = [te.reduce_axis((0, extent), name=f"{name}_part") for extent, name in zip(outer, names, strict=True)]
 

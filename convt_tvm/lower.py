@@ -32,16 +32,20 @@ from convt_tvm.compute import (
 from convt_tvm.layout import (
     CACHE_LINE_BYTES,
     MANY_IMAGES,
+    Layout,
     Window,
     bands,
+    column_delays,
     kernel_columns,
     skips_parts,
+    sums_in_parts,
+    sums_taps_first,
     window_axes,
 )
 from convt_tvm.lower_products import multiply_vectors, weights_pass
 from convt_tvm.lower_window import fill_window
 from convt_tvm.outputs import Outputs, last_band
-from convt_tvm.spec import Pair
+from convt_tvm.spec import ConvTranspose2dSpec, Pair
 from convt_tvm.statements import (
     ever,
     find_guard,
@@ -118,18 +122,23 @@ def flatten_blocks(function: tirx.PrimFunc) -> tirx.PrimFunc:
     return module["main"]
 
 
-def _allocate_sums(node: Any, target: Target) -> list[Any]:
+def _allocate_sums(node: Any, spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> list[Any]:
     """Statements for the allocation `node` of a tile's sums, those of all column phases.
 
     All phases are stored together. Where there are few registers, and they do not hold all sums, those of one phase
     wait in memory for the others': LLVM takes registers from the sums of the second phase for those of the first, and
     loads and stores some at every step. On a Zen 3 core unet/up1, unet/up4, sam/up1 and maskrcnn/mask took 0.65 to 0.73
-    of the time so, fcn8s/up8 0.70, grouped/4 0.78, most others 0.97 to 1.03, and kernelbench/81 1.07.
+    of the time so, fcn8s/up8 0.70, grouped/4 0.78, most others 0.97 to 1.03, and kernelbench/81 1.07. So wait the sums
+    of few channels for which there is no room beside partial sums (9 x 9 taps to one channel: 0.92). With many channels
+    partial sums are short, and sums in memory cost more than they save (3 to 64 channels, 7 x 7 taps: 1.4).
     """
     allocation, dtype = on_stack(node), tvm.DataType(str(node.buffer.dtype))
     if allocation is not node and target.has_few_registers:
-        size_bytes = prod(map(int, node.buffer.shape)) * dtype.itemsize
-        if size_bytes > target.vector_registers * target.vector_bytes:
+        vectors = prod(map(int, node.buffer.shape)) * dtype.itemsize // target.vector_bytes
+        named = {f"{SUMS}{band.index}": band for band in bands(spec)}
+        if sums_taps_first(spec) and sums_in_parts(spec, named[str(node.buffer.name)]):
+            vectors += layout.tile_vectors * layout.phases + layout.held_vectors
+        if vectors > target.vector_registers:
             annotations = {**allocation.annotations, "tirx.volatile": tirx.const(1, "bool")}
             allocation = tirx.AllocBuffer(node.buffer, annotations)
     return [allocation, *_align_stack(str(dtype))]
@@ -347,7 +356,7 @@ def lower_kernel(function: tirx.PrimFunc, *, asks_ahead: bool = True) -> tvm.IRM
             else (lambda loop: _end_apart(loop, layout.last_vectors(spec)))
         ),
         ahead={name: partial(outputs.ahead, band) for name, band in named.items() if asks_ahead},
-        allocate=partial(_allocate_sums, target=target),
+        allocate=partial(_allocate_sums, spec=spec, layout=layout, target=target),
     )
     body = _rewrite(rules.join(function.body), rules)
     if skips_parts(spec):
@@ -356,7 +365,8 @@ def lower_kernel(function: tirx.PrimFunc, *, asks_ahead: bool = True) -> tvm.IRM
         body = rewrite(body, _guard_sum)
     if layout.taps != "plain":
         asks_weights = asks_ahead and layout.lanes == "co" and weights_pass(spec, layout, target)
-        body = multiply_vectors(body, spec.accumulator_dtype, asks_ahead=asks_weights)
+        in_turn = target.has_few_registers and any(column_delays(spec, layout))
+        body = multiply_vectors(body, spec.accumulator_dtype, asks_ahead=asks_weights, in_turn=in_turn)
     body = fill_window(body, window, window_axes(spec, layout), target)
     if spec.dtype == "bfloat16" and target.multiplies_pairs:
         body = define_functions(body)
