@@ -365,7 +365,8 @@ def lower_kernel(function: tirx.PrimFunc, *, asks_ahead: bool = True) -> tvm.IRM
         body = rewrite(body, _guard_sum)
     if layout.taps != "plain":
         asks_weights = asks_ahead and layout.lanes == "co" and weights_pass(spec, layout, target)
-        in_turn = target.has_few_registers and any(column_delays(spec, layout))
+        in_step = any(column_delays(spec, layout))
+        in_turn = int(in_step) if target.has_few_registers and (in_step or layout.phases == 1) else None
         body = multiply_vectors(body, spec.accumulator_dtype, asks_ahead=asks_weights, in_turn=in_turn)
     body = fill_window(body, window, window_axes(spec, layout), target)
     if spec.dtype == "bfloat16" and target.multiplies_pairs:

@@ -58,6 +58,8 @@ define linkonce_odr hidden void @convt_in_turn() alwaysinline {
 }
 """
 """No instruction, which might write to memory as far as LLVM knows: what is loaded after it is not loaded before."""
+UNROLLED_WHOLE = 96
+"""Multiply-adds in all iterations of a loop up to which LLVM unrolls it whole; of 192 it leaves a loop."""
 AHEAD_BYTES = 8 << 10
 """Less leaves some waiting, more is lost where a tap ends: pose/1 took 0.85, 0.83, 0.77, 0.75 and 0.76 of the time with
 1, 2, 4, 8 and 16 KiB, dcgan/2 0.84, 0.79 and 0.90 with 4, 8 and 16."""
@@ -79,7 +81,7 @@ def weights_pass(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> b
     return prod(layout.packed_shape(spec)) * itemsize > target.held_weight_bytes
 
 
-def multiply_vectors(body: Statement, dtype: str, *, asks_ahead: bool, in_turn: bool) -> Statement:
+def multiply_vectors(body: Statement, dtype: str, *, asks_ahead: bool, in_turn: int | None) -> Statement:
     """`body` with its sums of products of `dtype` on vectors; see `multiply_from_one_address`."""
 
     def read(address: Expr, offset: Expr, lanes: int) -> Expr:
@@ -103,14 +105,19 @@ def multiply_vectors(body: Statement, dtype: str, *, asks_ahead: bool, in_turn: 
 
 
 def multiply_from_one_address(
-    body: Statement, dtype: str, read: Read, add: Add, *, asks_ahead: bool, in_turn: bool = False
+    body: Statement, dtype: str, read: Read, add: Add, *, asks_ahead: bool, in_turn: int | None = None
 ) -> Statement:
     """`body` with each nest of loops that adds products to partial sums replaced.
 
     Those that read images of `dtype`, and whose innermost loop, over channels or columns, is to become vectors. With
-    `asks_ahead` each asks for weights that later steps will read. With `in_turn` the outermost unrolled loop of a nest
-    is over steps of column taps, and what one reads is loaded after the one before: all at once LLVM loads more than 16
-    registers hold (Zen 3: 0.98 of the time for fsrcnn/x3).
+    `asks_ahead` each asks for weights that later steps will read.
+
+    Of steps that are unrolled LLVM loads at once what 16 registers do not hold, and puts sums on the stack for it. With
+    `in_turn` what a step reads is loaded after the step before. Steps are the iterations of the loop around the
+    unrolled ones, if LLVM will unroll it as well, and those of so many of the unrolled ones. On a Zen 3 core 3 to 64
+    channels with 7 x 7 taps took 0.70 of the time in channels_last, kernelbench/75 0.88 to 0.91, fsrcnn/x3 0.98; in a
+    loop that LLVM unrolls in part grouped/4 took 1.07. Products are not held in turn: those of phases that are not in
+    step LLVM puts off, with all that they need (8 to 8 channels, stride 4: 1.12).
     """
 
     def change(node: Any) -> Statement | None:
@@ -153,11 +160,13 @@ def multiply_from_one_address(
         guard = find_guard(node.value) if guard is None else guard
         if guard is not None:
             statement = tirx.IfThenElse(guard, statement, None)
-        if in_turn:
-            taps = loops[: within + 2] if loops[within].kind != tirx.ForKind.UNROLLED else loops[:1]
+        is_rolled = loops[within].kind != tirx.ForKind.UNROLLED
+        products = prod(int(loop.extent) for loop in loops[within:-1])
+        if in_turn or (in_turn == 0 and is_rolled and products <= UNROLLED_WHOLE):
+            steps = within + is_rolled + in_turn
             before = tirx.Evaluate(tirx.call_extern("void", "convt_in_turn"))
-            return nest(taps, sequence([before, nest(loops[len(taps) : -1], statement)]))
-        if not asks_ahead or loops[within].kind == tirx.ForKind.UNROLLED:
+            return nest(loops[:steps], sequence([before, nest(loops[steps:-1], statement)]))
+        if not asks_ahead or not is_rolled:
             return nest(loops[:-1], statement)
         asked = sequence(_ask_ahead(weight, loops[within + 1 :]))
         if guard is not None:

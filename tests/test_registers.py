@@ -61,6 +61,18 @@ def test_of_16_registers_none_is_taken_from_sums_for_a_vector_that_is_read_again
     assert len(loads) == len(columns) * (choice.layout.held_vectors - 1)
 
 
+@pytest.mark.skipif(host_architecture() != "x86_64", reason="reads x86 code")
+def test_of_16_registers_none_is_taken_from_sums_for_values_of_later_taps(tmp_path):
+    # Six columns side by side meet seven taps each: twelve values, and so few channels that LLVM unrolls their loop.
+    spec = ConvTranspose2dSpec(n=1, ci=3, ih=16, iw=64, co=64, kernel_size=7, padding=3, memory_format="channels_last")
+    choice = next(c for c in space.choices(spec, AVX2, "llvm_channels") if c.layout.row_chunk > 1)
+    build_artifact(spec, AVX2, tmp_path / "kernel", choice=choice)
+    # Of one step two weights and a value, so few of them that some of the sums of all parts stay in registers.
+    names = [name for loop in innermost_loops(disassemble(tmp_path / "kernel" / "kernel.so")) for name, _ in loop]
+    products = sum(name.startswith("vfmadd") for name in names)
+    assert len(accesses_to_sums(tmp_path / "kernel", 12)) < products / 2
+
+
 @pytest.mark.skipif(not host_features().issuperset(AVX2.features), reason="runs code for AVX2")
 @pytest.mark.parametrize("kernel, stride, padding", [(3, 2, 1), (4, 3, 0), (5, 4, 3), (7, 3, 2), (2, 3, 1), (6, 2, 5)])
 @pytest.mark.parametrize("channels", [(1, 1), (3, 2), (24, 5)])
