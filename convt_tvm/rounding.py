@@ -75,7 +75,7 @@ def measure_rounding(spec: ConvTranspose2dSpec, expected: Expected, output: torc
     error = (output.double() - expected.exact).abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
     ratio = expected.ratio(output)
     ulps = error / ulp(expected.exact, spec.dtype)
-    bins = torch.bucketize(ulps, torch.tensor(ULP_EDGES, dtype=torch.float64))
+    bins = torch.bucketize(ulps.contiguous(), torch.tensor(ULP_EDGES, dtype=torch.float64))
     norm = float(expected.exact.norm())
     return Rounding(
         max_error=float(error.max()),
