@@ -79,10 +79,10 @@ grouped/4 1.13, dcgan/5 1.09. What limits it there:
 And on one of a Zen 3 server (AVX2, 16 registers, 95 GFLOP/s):
 
 - Registers. Column phases that begin in different columns share vectors of input from one tap to the next, for which
-  there is no room beside 12 sums: dcgan/5 takes 0.113 ms with 3 channels by 2 vectors and 2 phases, which load and
-  store 3 vectors for every channel, and 0.109 with one channel by 4; 128 to 3 channels on 128 x 128 5.6 ms, and 4.8
-  with 3 channels by 3 vectors of one phase, which the estimates rate 3 % dearer. Unrolled over all channels
-  (kernelbench/75) tiles of 12 sums spend a sixth of their instructions so, and lose to those of 8.
+  there is no room beside 12 sums. In step (`convt_tvm.layout.column_delays`) they read each vector once, and use it up:
+  dcgan/5 took 0.082 ms in place of 0.111, 128 to 3 channels on 128 x 128 0.85 to 0.89 of the time, fsrcnn/x3 0.94. Of
+  steps that LLVM unrolls, as all of kernelbench/75's 8 channels, it loads ahead what registers do not hold, unless each
+  has to load after the one before (`convt_tvm.lower_products`): 0.80 to 0.91 of the time.
 - Loads. Vectors of half a cache line are hardly ever waited for: more phases with fewer channels are as good
   (fcn8s/up8 2.5 ms, 3 channels by 2 vectors and 2 phases; 3.0 with lanes along channels).
 - Outputs. Gathered, seed/square took 19.5 ms, through the caches 22.
