@@ -60,10 +60,9 @@ weights, which are asked for ahead and lie in huge pages."""
 NOT_HIDDEN, NOT_HIDDEN_IN_ORDER = 0.25, 0.1
 """Of the shorter of waiting and computing: 8 % of dilated/k3d2 with its 0.6 MB of weights read for each row; less of
 vectors of weights, which are asked for ahead (a fit to 23 layers on an Emerald Rapids server, as what follows)."""
-STREAM_BYTES_PER_CYCLE = 32
-"""What it reads from the second cache while it computes; 48 when it does nothing else."""
 STALL_BYTES_PER_CYCLE = 256
-"""What of that is not hidden (unet/up4, sam/up1 and dcgan/4 in channels_last, 64 against 32 channels in a block)."""
+"""What of the bytes from the second cache is not hidden (unet/up4, sam/up1 and dcgan/4 in channels_last, 64 against 32
+channels in a block)."""
 
 ADD_CYCLES = 1
 """For adding a vector of partial sums to one of sums in registers."""
@@ -90,6 +89,8 @@ class Core:
         Cycles that each load takes in any case; vectors that lie across cache lines take twice as many.
     add_in_memory
         Cycles for adding a vector of partial sums to one of sums that is loaded from the stack and stored there.
+    streams
+        Bytes that are read from the second cache in a cycle, beside multiply-adds (48 when a core does nothing else).
     read, read_in_order
         Bytes that come from beyond the second cache in a cycle, and of vectors of weights.
     read_again, read_again_in_order
@@ -98,6 +99,8 @@ class Core:
         Cycles for each output that goes to memory by way of the caches, less a share of the cycles in which it is
         summed; for one that is gathered and goes past them; and, of the cycles in which one is summed, the share for
         one that goes past them from registers: loads of sums then wait behind stores.
+    moved
+        Cycles for each output that goes from vectors of columns to channels_last.
     """
 
     fma_bytes: int
@@ -107,6 +110,7 @@ class Core:
     broadcast: float
     any_load: float
     add_in_memory: float
+    streams: float
     read: float
     read_in_order: float
     read_again: float
@@ -115,6 +119,7 @@ class Core:
     output_hidden: float
     gathered: float
     streamed: float
+    moved: float
 
 
 WIDE = Core(
@@ -125,6 +130,7 @@ WIDE = Core(
     broadcast=1 / 2,
     any_load=0.15,
     add_in_memory=2,
+    streams=32,
     read=MISS_BYTES_PER_CYCLE,
     read_in_order=MISS_BYTES_PER_CYCLE_IN_ORDER,
     read_again=MISS_BYTES_PER_CYCLE,
@@ -133,6 +139,7 @@ WIDE = Core(
     output_hidden=0.4,
     gathered=0.25,
     streamed=0.2,
+    moved=0.5,
 )
 """Such a core issues two loads in a cycle beside two multiply-adds: Emerald Rapids, tiles of 1 x 14 and 1 x 28 in the
 first cache. Where another thread shares the core tiles of few loads lose least: dilated/k3d2 in channels_last took 0.91
@@ -150,6 +157,7 @@ PAIRED = Core(
     broadcast=1 / 2,
     any_load=0.0,
     add_in_memory=3,
+    streams=32,
     read=MISS_BYTES_PER_CYCLE,
     read_in_order=MISS_BYTES_PER_CYCLE_IN_ORDER,
     read_again=MISS_BYTES_PER_CYCLE,
@@ -158,6 +166,7 @@ PAIRED = Core(
     output_hidden=0.0,
     gathered=0.0,
     streamed=0.0,
+    moved=0.5,
 )
 """A Zen 4 core works on 64 bytes in two halves: a multiply-add a cycle, a load in 1.06 cycles, or 1.7 across lines.
 
@@ -172,6 +181,7 @@ NARROW = Core(
     broadcast=1 / 2,
     any_load=0.15,
     add_in_memory=2,
+    streams=28,
     read=5,
     read_in_order=7,
     read_again=24,
@@ -180,11 +190,17 @@ NARROW = Core(
     output_hidden=0.4,
     gathered=0.5,
     streamed=0.2,
+    moved=1.2,
 )
 """A core with AVX2: fitted to 1,500 trials of 24 layers on one of a Zen 3 server at 3.4 GHz. Two loads a cycle are
 hardly ever waited for, whether they lie across lines or not, and its last cache is fast: pose/1 took 9.0 ms where each
 tap of a block stays there while all rows pass, 16.9 where all weights come from memory for each row. It stands for
-narrower vectors as well, with which nothing was measured, and no outputs of theirs are `streamed`."""
+narrower vectors as well, with which nothing was measured, and no outputs of theirs are `streamed`.
+
+What it reads from the second cache was fitted to 33 layers in channels_last, 12 tiles of each: 4 vectors of weights by
+2 positions, 128 bytes for 8 multiply-adds, took 1.37 times as long as the best tile for grouped/4, and 1.28 for 32
+channels with 12 x 12 taps. So was what is `moved`: seed/square took 23.7 ms with lanes along columns, 18.4 along
+channels."""
 
 
 def core_of(target: Target) -> Core:
@@ -225,7 +241,7 @@ class Tile:
             products / min(FMA_PER_CYCLE, core.fma_bytes / self.vector_bytes),
             loaded * vector_load + self.broadcasts * core.broadcast,
             FMA_LATENCY / phases,
-            streamed_bytes / STREAM_BYTES_PER_CYCLE,
+            streamed_bytes / core.streams,
         )
         accesses = loaded * (1 if self.in_order else 2) + self.broadcasts
         return limit + core.any_load * accesses + streamed_bytes / STALL_BYTES_PER_CYCLE
