@@ -100,8 +100,9 @@ def multiply_vectors(body: Statement, dtype: str, *, asks_ahead: bool, in_turn: 
         )
         for lanes in _LANES
     ]
-    body = multiply_from_one_address(body, dtype, read, add, asks_ahead=asks_ahead, in_turn=in_turn)
-    return import_llvm(body, "".join([*texts, _IN_TURN]))
+    return import_llvm(
+        multiply_from_one_address(body, dtype, read, add, asks_ahead=asks_ahead, in_turn=in_turn), "".join(texts)
+    )
 
 
 def multiply_from_one_address(
@@ -119,8 +120,10 @@ def multiply_from_one_address(
     loop that LLVM unrolls in part grouped/4 took 1.07. Products are not held in turn: those of phases that are not in
     step LLVM puts off, with all that they need (8 to 8 channels, stride 4: 1.12).
     """
+    has_turns = False
 
     def change(node: Any) -> Statement | None:
+        nonlocal has_turns
         loops, node = inside(node)
         guard = None
         if isinstance(node, tirx.IfThenElse):
@@ -163,7 +166,7 @@ def multiply_from_one_address(
         is_rolled = loops[within].kind != tirx.ForKind.UNROLLED
         products = prod(int(loop.extent) for loop in loops[within:-1])
         if in_turn or (in_turn == 0 and is_rolled and products <= UNROLLED_WHOLE):
-            steps = within + is_rolled + in_turn
+            steps, has_turns = within + is_rolled + in_turn, True
             before = tirx.Evaluate(tirx.call_extern("void", "convt_in_turn"))
             return nest(loops[:steps], sequence([before, nest(loops[steps:-1], statement)]))
         if not asks_ahead or not is_rolled:
@@ -174,7 +177,8 @@ def multiply_from_one_address(
             asked = tirx.IfThenElse(ever(guard, loops[within + 1 : -1]), asked, None)
         return nest(loops[: within + 1], sequence([asked, nest(loops[within + 1 : -1], statement)]))
 
-    return rewrite(body, change)
+    body = rewrite(body, change)
+    return import_llvm(body, _IN_TURN) if has_turns else body
 
 
 def _ask_ahead(weight: Any, loops: Sequence[Any]) -> list[Statement]:
