@@ -10,11 +10,11 @@ sum_products = compute.sum_products
 
 
 def plant(planted):
-    def off_by_one(spec, layout, band, source, multiply):
+    def off_by_one(spec, layout, band, source, *others):
         row, column = source.origin
         if layout.to_json() == planted:
             source = replace(source, origin=(row, column - 1))
-        return sum_products(spec, layout, band, source, multiply)
+        return sum_products(spec, layout, band, source, *others)
 
     compute.sum_products = off_by_one
 
