@@ -164,8 +164,7 @@ def multiply_from_one_address(
         if guard is not None:
             statement = tirx.IfThenElse(guard, statement, None)
         is_rolled = loops[within].kind != tirx.ForKind.UNROLLED
-        products = prod(int(loop.extent) for loop in loops[within:-1])
-        if in_turn or (in_turn == 0 and is_rolled and products <= UNROLLED_WHOLE):
+        if in_turn or (in_turn == 0 and is_rolled and _iterations(loops[within:-1]) <= UNROLLED_WHOLE):
             steps, has_turns = within + is_rolled + in_turn, True
             before = tirx.Evaluate(tirx.call_extern("void", "convt_in_turn"))
             return nest(loops[:steps], sequence([before, nest(loops[steps:-1], statement)]))
@@ -179,6 +178,10 @@ def multiply_from_one_address(
 
     body = rewrite(body, change)
     return import_llvm(body, _IN_TURN) if has_turns else body
+
+
+def _iterations(loops: Sequence[Any]) -> int:
+    return prod(int(loop.extent) for loop in loops)
 
 
 def _ask_ahead(weight: Any, loops: Sequence[Any]) -> list[Statement]:

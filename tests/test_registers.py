@@ -28,10 +28,17 @@ FEW_CHANNELS = [
 ]
 
 
-def accesses_to_sums(path, products):
-    """Of loops with so many multiply-adds and more, the operands of instructions with a vector on the stack."""
-    loops = innermost_loops(disassemble(path / "kernel.so"))
-    summing = [loop for loop in loops if sum(name.startswith("vfmadd") for name, _ in loop) >= products]
+def loops_of(directory):
+    return innermost_loops(disassemble(directory / "kernel.so"))
+
+
+def count_products(loop):
+    return sum(name.startswith("vfmadd") for name, _ in loop)
+
+
+def accesses_to_stack(loops):
+    """Of loops with 12 multiply-adds and more, the operands of instructions with a vector on the stack."""
+    summing = [loop for loop in loops if count_products(loop) >= 12]
     assert summing
     parts = [operands for loop in summing for _, operands in loop]
     return [operands for operands in parts if "ymm" in operands and ("(%rsp" in operands or "(%rbp" in operands)]
@@ -44,7 +51,7 @@ def test_of_16_registers_none_is_taken_from_a_loop_for_sums_that_wait(spec, tmp_
     tiles = [c for c in space.choices(spec, AVX2) if c.layout.phases == 1 and c.layout.taps == "inner"]
     choice = next(c for c in tiles if c.layout.co_block * c.layout.row_block * c.layout.column_block == 12 * 8)
     build_artifact(spec, AVX2, tmp_path / "kernel", choice=choice)
-    assert not accesses_to_sums(tmp_path / "kernel", 12)
+    assert not accesses_to_stack(loops_of(tmp_path / "kernel"))
 
 
 @pytest.mark.skipif(host_architecture() != "x86_64", reason="reads x86 code")
@@ -52,11 +59,11 @@ def test_of_16_registers_none_is_taken_from_a_loop_for_sums_that_wait(spec, tmp_
 def test_of_16_registers_none_is_taken_from_sums_for_a_vector_that_is_read_again(spec, tmp_path):
     choice = next(c for c in space.choices(spec, AVX2, "llvm_columns") if c.layout.phases > 1)
     build_artifact(spec, AVX2, tmp_path / "kernel", choice=choice)
-    assert not accesses_to_sums(tmp_path / "kernel", 12)
+    loops = loops_of(tmp_path / "kernel")
+    assert not accesses_to_stack(loops)
 
     columns = {phase.base - tap for phase in spec.axes[1].phases for tap in range(phase.taps)}
-    loops = innermost_loops(disassemble(tmp_path / "kernel" / "kernel.so"))
-    loop = max(loops, key=lambda loop: sum(name.startswith("vfmadd") for name, _ in loop))
+    loop = max(loops, key=count_products)
     loads = [part for part in loop if "ymm" in part[1] and "(" in part[1] and part[0] != "vbroadcastss"]
     assert len(loads) == len(columns) * (choice.layout.held_vectors - 1)
 
@@ -68,9 +75,8 @@ def test_of_16_registers_none_is_taken_from_sums_for_values_of_later_taps(tmp_pa
     choice = next(c for c in space.choices(spec, AVX2, "llvm_channels") if c.layout.row_chunk > 1)
     build_artifact(spec, AVX2, tmp_path / "kernel", choice=choice)
     # Of one step two weights and a value, so few of them that some of the sums of all parts stay in registers.
-    names = [name for loop in innermost_loops(disassemble(tmp_path / "kernel" / "kernel.so")) for name, _ in loop]
-    products = sum(name.startswith("vfmadd") for name in names)
-    assert len(accesses_to_sums(tmp_path / "kernel", 12)) < products / 2
+    loops = loops_of(tmp_path / "kernel")
+    assert len(accesses_to_stack(loops)) < sum(map(count_products, loops)) / 2
 
 
 @pytest.mark.skipif(not host_features().issuperset(AVX2.features), reason="runs code for AVX2")
