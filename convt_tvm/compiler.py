@@ -26,7 +26,7 @@ from convt_tvm.fingerprint import source_fingerprint
 from convt_tvm.layout import Layout
 from convt_tvm.machine import package_versions
 from convt_tvm.manifest import KERNEL_FILE, Manifest
-from convt_tvm.records import Candidate
+from convt_tvm.records import Candidate, Result
 from convt_tvm.runtime import Kernel, load
 from convt_tvm.space import Choice, default_choice, find_choice, rest_choices
 from convt_tvm.spec import CONTIGUOUS, ConvTranspose2dSpec
@@ -34,10 +34,12 @@ from convt_tvm.target import Target
 
 __all__ = [
     "Lowered",
+    "Stored",
     "best_choice",
     "build",
     "build_artifact",
     "compile_module",
+    "find_stored",
     "lower_choice",
     "lower_schedule",
     "schedule_choice",
@@ -150,13 +152,12 @@ def build_artifact(
     with tempfile.TemporaryDirectory(prefix="convt-tvm-") as scratch:
         library = Path(scratch) / KERNEL_FILE
         try:
-            tuning: dict[str, Any] = {}
-            lowered = None
+            stored = Stored()
             if choice is None and tuned and spec.n is not None:
-                choice, lowered, tuning = _tuned_choice(declared, resolved)
-            choice = choice or default_choice(declared, resolved)
+                stored = find_stored(declared, resolved)
+            choice = choice or stored.choice or default_choice(declared, resolved)
             _check_indexable(declared.sized, choice.layout)
-            lowered = lowered or lower_choice(declared, resolved, choice)
+            lowered = stored.lowered or lower_choice(declared, resolved, choice)
             resources = compile_module(lowered.module, resolved, library)
         except BuildError:
             raise
@@ -174,34 +175,50 @@ def build_artifact(
             packed_dtype=choice.layout.packed_dtype(spec),
             versions=package_versions(),
             fingerprint=source_fingerprint(),
-            tuning={"code": lowered.code, **tuning},
+            tuning={"code": lowered.code, **stored.summary()},
             resources=resources,
             files={KERNEL_FILE: library},
             lasting=lasting,
         )
 
 
+@dataclass(frozen=True)
+class Stored:
+    """The stored tuning result that `build` would use, its schedule lowered, and why others do not apply."""
+
+    result: Result | None = None
+    choice: Choice | None = None
+    lowered: Lowered | None = None
+    ignored: tuple[str, ...] = ()
+
+    def summary(self) -> dict[str, Any]:
+        """What the manifest says; empty where nothing is stored."""
+        if self.result is not None:
+            return {"result": self.result.summary(), "ignored": list(self.ignored)}
+        return {"ignored": list(self.ignored)} if self.ignored else {}
+
+
+def find_stored(
+    spec: ConvTranspose2dSpec, target: Target, *, threads: int | None = None, logs: Path | None = None
+) -> Stored:
+    """What `convt_tvm.database.find_result` finds, as long as its schedule still lowers to the code measured."""
+    found = find_result(spec, target, threads=threads, logs=logs)
+    result = found.result
+    if result is None:
+        return Stored(ignored=found.ignored)
+    choice = find_choice(spec, target, result.candidate)
+    lowered = None if choice is None else lower_choice(spec, target, choice)
+    if lowered is not None and lowered.code == result.digest:
+        return Stored(result, choice, lowered, found.ignored)
+    why = "is no candidate any more" if lowered is None else "is other code by now"
+    return Stored(
+        ignored=(*found.ignored, f"the result of session {result.session} is for {result.candidate}, which {why}")
+    )
+
+
 def best_choice(spec: ConvTranspose2dSpec, target: Target, *, threads: int, logs: Path) -> Choice:
     """What `build` would take with so many threads and these logs; raises BuildError if no space applies."""
-    return _tuned_choice(spec, target, threads=threads, logs=logs)[0] or default_choice(spec, target)
-
-
-def _tuned_choice(
-    spec: ConvTranspose2dSpec, target: Target, *, threads: int | None = None, logs: Path | None = None
-) -> tuple[Choice | None, Lowered | None, dict[str, Any]]:
-    """The stored result's choice if it still stands for the code that was measured, and what the manifest says."""
-    found = find_result(spec, target, threads=threads, logs=logs)
-    result, ignored = found.result, list(found.ignored)
-    if result is not None:
-        choice = find_choice(spec, target, result.candidate)
-        lowered = None if choice is None else lower_choice(spec, target, choice)
-        if lowered is not None and lowered.code == result.digest:
-            return choice, lowered, {"result": result.summary(), "ignored": ignored}
-        ignored.append(
-            f"the result of session {result.session} is for {result.candidate}, which "
-            + ("is no candidate any more" if lowered is None else "is other code by now")
-        )
-    return None, None, {"ignored": ignored} if ignored else {}
+    return find_stored(spec, target, threads=threads, logs=logs).choice or default_choice(spec, target)
 
 
 def _check_indexable(spec: ConvTranspose2dSpec, layout: Layout) -> None:

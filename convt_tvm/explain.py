@@ -4,7 +4,6 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
-from convt_tvm.database import Found, find_result
 from convt_tvm.records import Result
 from convt_tvm.roofline import Bound, Limits, bound
 from convt_tvm.spec import ConvTranspose2dSpec
@@ -49,7 +48,7 @@ class Explanation:
     candidates
         Every layout considered, the cheapest by the cost rule first, which runs where no stored result says otherwise.
     stored
-        The stored tuning result that `build` would use as long as it lowers to the code that was measured, if any.
+        The stored tuning result that `build` would use, if any.
     ignored
         Why other stored results do not apply.
     """
@@ -126,7 +125,7 @@ def _phases(spec: ConvTranspose2dSpec, axis: int) -> tuple[AxisPhase, ...]:
 
 
 def explain(workload: Workload, target: str | Target = "llvm", *, limits: Limits) -> Explanation:
-    """Explain one workload; compiles nothing, but imports the compiler.
+    """Explain one workload; lowers a stored schedule and compiles nothing, but imports the compiler.
 
     Parameters
     ----------
@@ -138,11 +137,12 @@ def explain(workload: Workload, target: str | Target = "llvm", *, limits: Limits
     TargetError
         if the target is a string that names none.
     """
+    from convt_tvm.compiler import Stored, find_stored
     from convt_tvm.space import ranked_choices
 
     spec = workload.spec.sized
     resolved = Target.parse(target).for_dtype(spec.dtype)
-    found = Found(None) if workload.spec.n is None else find_result(spec, resolved, threads=limits.threads)
+    stored = Stored() if workload.spec.n is None else find_stored(spec, resolved, threads=limits.threads)
     return Explanation(
         workload=workload,
         target=resolved,
@@ -156,6 +156,6 @@ def explain(workload: Workload, target: str | Target = "llvm", *, limits: Limits
             Candidate(choice.space.name, choice.layout.to_json(), choice.cycles)
             for choice in ranked_choices(workload.spec, resolved)
         ),
-        stored=found.result,
-        ignored=found.ignored,
+        stored=stored.result,
+        ignored=stored.ignored,
     )

@@ -8,12 +8,15 @@ from stub_session import SPEC, make_info, run_stub
 from convt_tvm import compiler
 from convt_tvm.database import find_result, log_directory, logs_directory, merge, relatives
 from convt_tvm.errors import TuningError, TuningLogError
+from convt_tvm.explain import explain
 from convt_tvm.machine import machine
 from convt_tvm.records import Candidate, Context, Result, SessionInfo, Trial
+from convt_tvm.roofline import Limits
 from convt_tvm.space import choices
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.store import DATABASE_FILES, RESULTS, TRIALS, Store, read_records
 from convt_tvm.target import Target
+from convt_tvm.workloads import Workload
 
 HOST = Target.parse("llvm").for_dtype("float32")
 HERE = Context(HOST.name, machine().key, 1)
@@ -176,10 +179,15 @@ def tuned(tmp_path, monkeypatch):
     return build
 
 
+def explained():
+    return explain(Workload("tiny", "a test", SPEC), HOST, limits=Limits(1, "float32", 100e9, 10e9))
+
+
 def test_a_build_takes_the_stored_result_and_says_so(tuned):
     choice, manifest = tuned()
     assert (manifest.schedule, manifest.layout) == (choice.space.name, choice.layout.to_json())
     assert manifest.tuning["result"]["session"] == "5e551011" and manifest.tuning["ignored"] == []
+    assert explained().stored.session == "5e551011" and explained().ignored == ()
 
 
 @pytest.mark.parametrize(
@@ -197,6 +205,7 @@ def test_a_build_says_why_a_stored_result_does_not_apply(tuned, changes, reason)
     assert "result" not in manifest.tuning
     (said,) = manifest.tuning["ignored"]
     assert re.match(f"the result of session 5e551011 {reason}", said)
+    assert explained().stored is None and explained().ignored == (said,)
 
 
 def test_relatives_are_timed_trials_of_other_workloads_in_the_same_context(tmp_path):

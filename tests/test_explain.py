@@ -1,7 +1,7 @@
 import json
 from types import SimpleNamespace
 
-from convt_tvm.database import Found
+from convt_tvm.compiler import Stored
 from convt_tvm.explain import AxisPhase, explain
 from convt_tvm.roofline import Limits
 from convt_tvm.spec import ConvTranspose2dSpec
@@ -49,7 +49,8 @@ def test_a_stored_result_runs_in_place_of_the_default(monkeypatch):
     second = plain.candidates[1]
     winner = SimpleNamespace(schedule=second.schedule, layout=second.layout)
     result = SimpleNamespace(tuned=True, candidate=winner, default_us=30.0, median_us=20.0, summary=lambda: {"a": 1})
-    monkeypatch.setattr("convt_tvm.explain.find_result", lambda *_, **__: Found(result, ("made elsewhere",)))
+    stored = Stored(result, ignored=("made elsewhere",))
+    monkeypatch.setattr("convt_tvm.compiler.find_stored", lambda *_, **__: stored)
     found = explain(workload, limits=LIMITS)
     assert f"co_block={second.layout['co_block']}" in found.reason
     assert "1.50 times as fast as the default" in found.reason

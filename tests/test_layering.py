@@ -123,7 +123,7 @@ MAY_IMPORT = {
     "workers trials bench",
     "bundle_run": "errors machine artifact runtime cuda_toolkit emulated_torch place check bench peers workloads "
     "json_lines records store search session workers trials tune bundle",
-    "explain": "spec workloads target records database space roofline",
+    "explain": "spec workloads target records space compiler roofline",
     "pictures": "errors",
     "report": "errors rows pictures",
     "implementations": "errors spec target layout dot_layout cost space compiler check emulate peers",
