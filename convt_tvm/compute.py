@@ -52,6 +52,7 @@ from convt_tvm.spec import ConvTranspose2dSpec, Pair
 from convt_tvm.target import Target
 
 __all__ = [
+    "COLUMN_CHUNKS",
     "IMAGES",
     "IN_VECTORS",
     "PARTIAL",
@@ -104,6 +105,12 @@ PEELS = "convt.peels"
 """Annotation of a loop over tiles of columns: those that reach beyond the image get a body each.
 
 With lanes along columns it is the last one that does, whose loops over `VECTORS` end with the last output.
+"""
+COLUMN_CHUNKS = "convt.column_chunks"
+"""Annotation of a loop over tiles of columns, directly in the loop over tasks: each task takes so many tiles only.
+
+Two numbers. The other one says where the chunks go among the tasks: how many tasks there are for each. It is 0 where
+there is one task, whose loop is simplified away, and threads share the chunks; -1 where they share nothing.
 """
 VECTORS = "convt.vectors"
 """Annotation of a loop over the vectors of columns in a tile."""

@@ -41,6 +41,7 @@ __all__ = [
     "block_sizes",
     "core_cycles",
     "image_bytes",
+    "in_column_chunks",
     "is_for_memory",
     "lane_counts",
     "past_caches",
@@ -70,6 +71,10 @@ COPY_BYTES_PER_CYCLE = 7
 """Of gathered rows copied past the caches after the last sums of a task, beside which the others are (25 GB/s)."""
 STREAMED_ROWS = 4, 16
 """How many rows of a phase a task may take whose vectors go past the caches as they are."""
+TASKS, TASK_CYCLES = 16, 30_000
+"""Tasks that threads share without waiting long for the last, and how many cycles of a core make one worthwhile."""
+MIN_CHUNK = 8
+"""Tiles of columns that a chunk has at least."""
 GATHERED_SHARES = 32, 8, 4
 """What parts of the second cache the rows that a task gathers may take."""
 
@@ -290,6 +295,26 @@ def row_chunks(spec: ConvTranspose2dSpec, row_block: int, target: Target) -> lis
     return sorted({-(-tiles // count) * row_block for count in counts})
 
 
+def in_column_chunks(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> Layout:
+    """`layout` with long rows of tiles in chunks of columns.
+
+    So that what a chunk reads of the image stays in half the second cache until all blocks of channels and phases have
+    read it; and that there are tasks to share where rows are few, each of `TASK_CYCLES` at least.
+    """
+    if layout.row_chunk > layout.row_block or layout.image_block > 1:
+        return layout
+    reached = [band for band in bands(spec) if reaches(spec, band)]
+    passes = layout.blocks(spec) * sum(len(band.phases) for band in reached)
+    tasks = spec.input_shape[0] * spec.groups * layout.blocks(spec)
+    tasks *= sum(len(band.phases) * layout.rows(band) // layout.row_block for band in reached)
+    row_bytes = image_bytes(spec) // spec.ih
+    held = -(-row_bytes // (target.cache_bytes // 2)) if passes > 1 else 1
+    shared = min(TASKS // max(1, tasks), int(band_cycles(spec, target)) // TASK_CYCLES)
+    tiles = layout.columns(spec) // layout.column_block
+    count = min(max(held, shared), tiles // MIN_CHUNK)
+    return layout if count < 2 else replace(layout, column_chunk=-(-tiles // count) * layout.column_block)
+
+
 def is_for_memory(spec: ConvTranspose2dSpec) -> bool:
     """Whether the output is too large for the next layer to find it in a cache."""
     return prod(spec.output_shape) * DTYPE_BYTES[spec.dtype] >= PAST_CACHES_BYTES
@@ -329,7 +354,8 @@ def _image_cycles(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> 
     core, rows = core_of(target), max(layout.rows(band) for band in bands(spec))
     image = image_bytes(spec)
     once = spec.input_shape[0] * image
-    if image * min(layout.row_chunk, rows) // max(1, rows) <= target.cache_bytes // 2:
+    of_chunk = image * min(layout.row_chunk, rows) // max(1, rows) // layout.column_chunks(spec)
+    if of_chunk <= target.cache_bytes // 2:
         return once / core.read
     times = layout.blocks(spec) * sum(len(band.phases) for band in bands(spec))
     return once / core.read + (times - 1) * once / core.read_again
@@ -357,7 +383,8 @@ def _weight_cycles(
     tiles = min(chunk // layout.row_block, spec.ih) * min(layout.columns(spec) // layout.column_block, spec.iw)
     if weights <= held:
         return weights / read, 0.0, tiles * (rows // chunk)
-    passes = layout.image_tiles(spec) * (rows // chunk)
+    chunks = layout.column_chunks(spec)
+    passes, tiles = layout.image_tiles(spec) * (rows // chunk) * chunks, max(1, tiles // chunks)
     first = passes * weights / (again if weights < PAST_CACHES_BYTES else read)
     stays = layout.slice_bytes(spec) <= held
     return first, 0.0 if stays else passes * (tiles - 1) * weights / again, tiles

@@ -130,17 +130,21 @@ def _build(target: Target, schedule: str | None, spec: ConvTranspose2dSpec) -> O
 def _drawn(found: Sequence["Choice"], spec: ConvTranspose2dSpec, target: Target) -> "Choice":
     """One of the choices, the same for a spec every time.
 
-    Half of those whose outputs can go past the caches do, as only outputs far larger than a case's would be worth it.
-    Tile units and GPUs have layouts of their own, which cannot.
+    Half of those whose outputs can go past the caches do, and half of the others take chunks of columns, as only images
+    far larger than a case's would be worth it. Tile units and GPUs have layouts of their own, which cannot.
     """
     from convt_tvm.cost import past_caches
 
     rest, number = divmod(crc32(spec.name.encode()), len(found))
-    choice = found[number]
-    if rest % 2 and type(choice.layout) in (Layout, DotLayout) and choice.layout.taps == "inner":
-        plain = replace(choice.layout, gathers=False, streams=False)
-        passing = list(past_caches(spec, plain, target))
+    choice, layout = found[number], found[number].layout
+    if layout.taps != "inner" or type(layout) not in (Layout, DotLayout):
+        return choice
+    if rest % 2:
+        passing = list(past_caches(spec, replace(layout, gathers=False, streams=False), target))
         return replace(choice, layout=passing[rest // 2 % len(passing)]) if passing else choice
+    if rest // 2 % 2 and type(layout) is Layout and layout.image_block == 1 and not layout.passes_caches:
+        tiles = 1 + rest // 4 % (layout.columns(spec) // layout.column_block)
+        return replace(choice, layout=replace(layout, column_chunk=tiles * layout.column_block))
     return choice
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "CACHE_LINE_BYTES",
     "LATER_FIELDS",
     "MANY_IMAGES",
+    "PAGE_BYTES",
     "PAST_CACHES_BYTES",
     "Band",
     "Layout",
@@ -82,9 +83,10 @@ SHARED_IMAGES = 4
 """So many windows of a batch of any size at most are held by half the second cache where images are worked on in turn:
 those of smaller images take too little time for all threads to begin with each."""
 CACHE_LINE_BYTES = 64
+PAGE_BYTES = 4096
 PAST_CACHES_BYTES = 16 << 20
 """Outputs from this size on may go past the caches: the next layer would find little of them there."""
-LATER_FIELDS: dict[str, Any] = {"streams": False, "image_block": 1}
+LATER_FIELDS: dict[str, Any] = {"streams": False, "image_block": 1, "column_chunk": 0}
 """Fields of layouts that stored ones may lack, with what they stand for there."""
 CACHE_SET_BYTES = 4096
 """Addresses so far apart share a set of the first cache, on every x86 and most Arm cores since 2006."""
@@ -129,6 +131,9 @@ class Layout:
     image_block
         Images in a tile, so that small ones share weights. Where too few are left the last tile has the last several
         times.
+    column_chunk
+        Columns of a phase that are worked on in a row of tiles for one block of channels before the next block is; a
+        multiple of ``column_block``. 0 for all.
     """
 
     lanes: Literal["co", "ow"]
@@ -142,6 +147,7 @@ class Layout:
     gathers: bool = False
     streams: bool = False
     image_block: int = 1
+    column_chunk: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values; those of `LATER_FIELDS` only where they differ from what all layouts once had."""
@@ -187,6 +193,10 @@ class Layout:
         """Number of columns computed in each column phase."""
         widest = max(phase.count for phase in spec.axes[1].phases)
         return -(-widest // self.column_block) * self.column_block
+
+    def column_chunks(self, spec: ConvTranspose2dSpec) -> int:
+        """Number of chunks in a row of tiles."""
+        return -(-self.columns(spec) // self.column_chunk) if self.column_chunk else 1
 
     def rows(self, band: "Band") -> int:
         """Number of rows computed in each row phase of `band`."""

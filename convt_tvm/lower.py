@@ -17,6 +17,7 @@ from tvm import s_tir, tirx
 
 from convt_tvm.bfloat16 import define_functions
 from convt_tvm.compute import (
+    COLUMN_CHUNKS,
     IMAGES,
     PARTIAL,
     PASSES_CACHES,
@@ -168,8 +169,12 @@ def _rewrite(statement: Any, rules: Rules) -> Any:
                 return _share_images(rebuild(node, visit(rules.join(node.body))))
             case tirx.For() if PASSES_CACHES in node.annotations:
                 return nest(loops, rebuild(node, rules.pass_caches(node, visit)))
-            case tirx.For() if PEELS in node.annotations:
-                return nest(loops, sequence([rebuild(part, visit(part.body)) for part in rules.peel(node)]))
+            case tirx.For() if PEELS in node.annotations or COLUMN_CHUNKS in node.annotations:
+                parts = rules.peel(node) if PEELS in node.annotations else [node]
+                parts = [rebuild(part, visit(part.body)) for part in parts]
+                if COLUMN_CHUNKS in node.annotations:
+                    return _chunk_columns(loops, parts, *map(int, node.annotations[COLUMN_CHUNKS]))
+                return nest(loops, sequence(parts))
             case tirx.For() if SKIPS_ROWS in node.annotations:
                 return nest(loops, rules.skip(node))
             case tirx.For() if isinstance(node.body, tirx.For | tirx.BufferStore):
@@ -268,6 +273,34 @@ def _end_apart(loop: Loop, vectors: int) -> list[Loop]:
 
     before, last = _peel(loop, (0, 1))
     return [before, rebuild(last, rewrite(last.body, change))]
+
+
+def _chunk_columns(loops: Sequence[Loop], parts: Sequence[Loop], size: int, tasks: int) -> Any:
+    """`loops` around a loop over tiles of columns, done in `parts`, of which an iteration does `size` tiles only.
+
+    See `COLUMN_CHUNKS` for `tasks`. What is peeled off before and after the longest part is done with its first tile,
+    and with its last.
+    """
+    between = max(parts, key=lambda part: int(part.extent))
+    before, after = parts[: parts.index(between)], parts[parts.index(between) + 1 :]
+    tiles = int(between.extent)
+    chunks, chunk, tile = -(-tiles // size), tirx.Var("chunk", "int32"), tirx.Var("tile", "int32")
+    # Which tile is last is known, so that nothing that depends on it is left to be asked at each.
+    place = tirx.Bind(between.loop_var, between.min + tirx.min(chunk * size + tile, tiles - 1))
+    extent = tirx.min(size, tiles - chunk * size)
+    some = tirx.For(tile, 0, extent, tirx.ForKind.SERIAL, sequence([place, between.body]))
+    ends = ((before, 0), (after, chunks - 1))
+    first, last = ([tirx.IfThenElse(chunk == at, sequence(end), None)] if end else [] for end, at in ends)
+    body = sequence([*first, some, *last])
+    if tasks <= 0:
+        kind = tirx.ForKind.SERIAL if tasks else tirx.ForKind.PARALLEL
+        return nest(loops, tirx.For(chunk, 0, chunks, kind, body))
+    *around, task = loops
+    number, whole = tirx.Var("number", "int32"), tasks * chunks
+    of_task = tirx.indexdiv(number, whole) * tasks + tirx.indexmod(number, tasks)
+    of_chunk = tirx.indexmod(tirx.indexdiv(number, tasks), chunks)
+    body = sequence([tirx.Bind(task.loop_var, of_task), tirx.Bind(chunk, of_chunk), body])
+    return nest(around, tirx.For(number, 0, task.extent * chunks, task.kind, body))
 
 
 def _skip_rows(nest: Any, axis: int, images: Mapping[str, Pair]) -> Any:

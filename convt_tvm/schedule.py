@@ -4,9 +4,21 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
+from tvm import tirx
 from tvm.s_tir import Schedule
 
-from convt_tvm.compute import IMAGES, IN_VECTORS, SKIPS_ROWS, SUMS, VECTORS, is_known, layout_of, spec_of, target_of
+from convt_tvm.compute import (
+    COLUMN_CHUNKS,
+    IMAGES,
+    IN_VECTORS,
+    SKIPS_ROWS,
+    SUMS,
+    VECTORS,
+    is_known,
+    layout_of,
+    spec_of,
+    target_of,
+)
 from convt_tvm.layout import (
     CACHE_LINE_BYTES,
     Band,
@@ -22,6 +34,7 @@ from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 __all__ = [
     "POSITION_STREAMS",
     "accumulate",
+    "chunk_columns",
     "copy_window",
     "find_window",
     "image_loop",
@@ -167,6 +180,21 @@ def parallelize(sch: Schedule, loops: Sequence[LoopRV], cycles: float, *, apart:
     return fused
 
 
+def chunk_columns(sch: Schedule, band: Band, task: LoopRV, tiles: LoopRV) -> None:
+    """Have an iteration of `task` work on a chunk of the columns in the loop over `tiles`, all of `band`.
+
+    Blocks of channels, phases and tiles of rows then follow each other within a chunk.
+    """
+    spec, layout = spec_of(sch.mod["main"]), layout_of(sch.mod["main"])
+    if not layout.column_chunk:
+        return
+    loop = sch.get(task)
+    tasks = layout.blocks(spec) * len(band.phases) * layout.chunk(band) // layout.row_block
+    if isinstance(loop.extent, tirx.IntImm) and int(loop.extent) == 1:
+        tasks = 0 if loop.kind == tirx.ForKind.PARALLEL else -1
+    sch.annotate(tiles, COLUMN_CHUNKS, [layout.column_chunk // layout.column_block, tasks])
+
+
 def batch_is_known(sch: Schedule) -> bool:
     """Whether the number of images is a constant."""
     return is_known(sch.mod["main"].params[0].shape[0])
@@ -207,8 +235,10 @@ def copy_window(sch: Schedule, spec: ConvTranspose2dSpec, window: SBlockRV, *, a
     after the other its rows fall into as many pages, and 14 x 14 and 16 x 16 images took 1.1 times as long.
     """
     spread_window(sch, spec, window)
-    axes = window_axes(spec, layout_of(sch.mod["main"]))
+    layout = layout_of(sch.mod["main"])
+    axes = window_axes(spec, layout)
     first, second, third, fourth = sch.get_loops(window)
+    shared = [first, second]
     if (axes == "nhwc") != (spec.input_axes == "nhwc"):
         place = dict(zip(axes[1:], (second, third, fourth), strict=True))
         factor = max(size for size in (16, 8, 4, 2, 1) if int(sch.get(place["c"]).extent) % size == 0)
@@ -216,12 +246,13 @@ def copy_window(sch: Schedule, spec: ConvTranspose2dSpec, window: SBlockRV, *, a
         sch.reorder(place["h"], outer, place["w"], inner)
         sch.vectorize(inner)
         sch.annotate(place["w"], IN_VECTORS, True)
-        second = place["h"]
+        # Of long rows there are few.
+        shared = [first, place["h"], *([outer] if layout.column_chunk else [])]
     elif axes == "nhcw" and int(sch.get(second).extent) < FEW_ROWS:
         # There are more channels for threads to share.
         sch.reorder(third, second)
-        second = third
-    parallelize(sch, (first, second), prod(spec.input_shape), apart=apart)
+        shared = [first, third]
+    parallelize(sch, shared, prod(spec.input_shape), apart=apart)
 
 
 def spread_window(sch: Schedule, spec: ConvTranspose2dSpec, window: SBlockRV) -> None:

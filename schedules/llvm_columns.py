@@ -25,9 +25,11 @@ In channels_last the last line is
 
         for pw:                               ob and qw: transposed in registers
 
-With ``gathers`` the parallel loop ends with b, the rows of all phases of the chunk go to a buffer, and from there past
-the caches to the output, most of them beside the sums of the rows that follow. With ``streams`` it ends with b as well,
-and vectors go past the caches from registers: each is joined with the one before in its row to a whole cache line.
+With ``column_chunk`` the parallel loop counts chunks of columns as well, before b: those of long rows.
+
+With ``gathers`` it ends with b, the rows of all phases of the chunk go to a buffer, and from there past the caches to
+the output, most of them beside the sums of the rows that follow. With ``streams`` it ends with b as well, and vectors
+go past the caches from registers: each is joined with the one before in its row to a whole cache line.
 
 With few channels the column phases are worked on together, and of small images several rows, so that enough sums are
 under way to hide the latency of an addition.
@@ -86,6 +88,10 @@ And on one of a Zen 3 server (AVX2, 16 registers, 95 GFLOP/s):
 - Loads. Vectors of half a cache line are hardly ever waited for: more phases with fewer channels are as good
   (fcn8s/up8 2.5 ms, 3 channels by 2 vectors and 2 phases; 3.0 with lanes along channels).
 - Outputs. Gathered, seed/square took 19.5 ms, through the caches 22.
+- Pages. Where the rows of all channels are in more than 64 of them, as with 128 channels and rows of 512 values, each
+  step waits 4 cycles: such layers run at half their speed, and lanes along channels take those of many channels.
+- Rows. One long row is one task for each block: in chunks of columns 96 to 2 channels on 1 x 2000 took 0.60 of the time
+  on two threads (in channels_last as well), 32 to 1 on 1 x 32768 0.63 and 0.49, 16 to 16 on 1 x 4096 0.83 and 0.55.
 """
 
 from collections.abc import Iterator
@@ -101,15 +107,17 @@ from convt_tvm.cost import (
     block_sizes,
     core_cycles,
     core_of,
+    in_column_chunks,
     is_for_memory,
     lane_counts,
     past_caches,
     phase_blocks,
     row_chunks,
 )
-from convt_tvm.layout import Layout, bands, reaches
+from convt_tvm.layout import PAGE_BYTES, Layout, bands, reaches, sums_taps_first
 from convt_tvm.schedule import (
     accumulate,
+    chunk_columns,
     copy_window,
     find_window,
     join_images,
@@ -141,6 +149,13 @@ CYCLES_PER_OUTPUT, CYCLES_ONE_BY_ONE = 1.0, 5.0
 CYCLES_PER_PLACE = 4.5
 """For the channels of a block, which are side by side in NHWC (Emerald Rapids: an output took 1.4 cycles more than in
 NCHW with 4 of them in kernelbench/75, 0.8 with 7 in fcn8s/up8, 0.5 and 0.8 with 11 in seed/rect and seed/square)."""
+KNOWN_PAGES, CYCLES_PER_PAGE = 48, 4.0
+"""Pages whose places a core has at hand beside those of weights and sums, and cycles for another's.
+
+On a Zen 3 core, whose first table has 64 entries, 128 to 32 channels with rows of 120, 192 and 384 values ran at 64 to
+73 GFLOP/s in tiles of 4 channels by 2 vectors, with rows of 480 to 1,920 at 33 to 42; 64 channels at 70 to 80 up to
+480; 32 channels at 75 whatever their rows.
+"""
 CYCLES_PER_RUN = 40.0
 """Cycles for each run of inputs copied: one row of a channel opens a page of its own (sam/up1, 3 % of its time)."""
 
@@ -169,14 +184,28 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
 def _estimated(spec: ConvTranspose2dSpec, plain: Layout, tile: Tile, target: Target) -> Iterator[tuple[Layout, float]]:
     """`plain` in every size of chunks, and with its outputs past the caches, each with its estimated cycles."""
     reuse = plain.phases * max(1, *(phase.taps for phase in spec.axes[1].phases))
-    chunked = [replace(plain, row_chunk=chunk) for chunk in row_chunks(spec, plain.row_block, target)]
+    sizes = row_chunks(spec, plain.row_block, target)
+    chunked = [in_column_chunks(spec, replace(plain, row_chunk=size), target) for size in sizes]
     passing = past_caches(spec, plain, target) if is_for_memory(spec) and plain.row_block == 1 else ()
     for layout in (*chunked, *passing):
         run = layout.row_chunk * spec.iw if copies_by_chunk(spec, layout) else spec.ih * spec.iw
         costs = Costs(
-            CYCLES_PER_INPUT[spec.input_axes] + CYCLES_PER_RUN / run, _cycles_per_output(spec, layout, target)
+            CYCLES_PER_INPUT[spec.input_axes] + CYCLES_PER_RUN / run,
+            _cycles_per_output(spec, layout, target),
+            _missed(spec),
         )
         yield layout, core_cycles(spec, layout, tile, target, reuse=reuse, costs=costs)
+
+
+def _missed(spec: ConvTranspose2dSpec) -> float:
+    """Cycles in which a step waits for the place of its row: where the rows of all channels are in too many pages."""
+    channels, itemsize = spec.ci // spec.groups, DTYPE_BYTES[spec.accumulator_dtype]
+    pages = channels * min(1.0, spec.iw * itemsize / PAGE_BYTES)
+    if pages <= KNOWN_PAGES:
+        return 0.0
+    # One row serves all column taps of a channel where they are taken one after the other.
+    taps = max(1, *(phase.taps for phase in spec.axes[1].phases)) if sums_taps_first(spec) else 1
+    return CYCLES_PER_PAGE / taps
 
 
 def _cycles_per_output(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> float:
@@ -198,7 +227,7 @@ def copies_by_chunk(spec: ConvTranspose2dSpec, layout: Layout) -> bool:
     So it is with one tap for each row phase. There must be several chunks, for they are what threads share. Bands that
     are gathered together share tasks for single blocks, and a window of a chunk would be copied in each.
     """
-    if layout.passes_caches and len(bands(spec)) > 1:
+    if layout.column_chunk or (layout.passes_caches and len(bands(spec)) > 1):
         return False
     reached = [band for band in bands(spec) if reaches(spec, band)]
     if len(reached) != 1 or spec.groups != 1:
@@ -237,6 +266,7 @@ def space(sch: Schedule) -> None:
             # A loop over one block is simplified away.
             sch.annotate(b if of_chunk and layout.blocks(spec) > 1 else task, PASSES_CACHES, True)
         if reaches(spec, band):
+            chunk_columns(sch, band, task, column_block)
             acc = sch.get_sblock(f"acc{band.index}")
             sch.compute_at(acc, column_block, preserve_unit_loops=True)
             (row, ob, pw, qw), parts = sum_loops(sch, acc)

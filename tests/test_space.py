@@ -11,7 +11,7 @@ import pytest
 import torch
 from drawn_specs import drawn_specs
 
-from convt_tvm import cost, outputs
+from convt_tvm import cost, outputs, schedule
 from convt_tvm import space as space_module
 from convt_tvm.check import bits
 from convt_tvm.compiler import build, build_artifact, lower_choice
@@ -21,7 +21,7 @@ from convt_tvm.layout import MANY_IMAGES, Layout, bands, images_apart, reaches, 
 from convt_tvm.reference import integer_inputs, normal_inputs, reference
 from convt_tvm.runtime import load
 from convt_tvm.space import choices, default_choice, find_choice, ranked_choices, spaces, varied_choices
-from convt_tvm.spec import CONTIGUOUS, DTYPE_BYTES, MEMORY_ORDER, ConvTranspose2dSpec
+from convt_tvm.spec import CHANNELS_LAST, CONTIGUOUS, DTYPE_BYTES, MEMORY_ORDER, ConvTranspose2dSpec
 from convt_tvm.target import Target
 from convt_tvm.tile_layout import TileLayout
 from convt_tvm.workloads import resolve
@@ -29,6 +29,7 @@ from convt_tvm.workloads import resolve
 V2, V3, V4 = (Target.parse(f"llvm:x86-64-v{level}") for level in (2, 3, 4))
 
 HOST = Target.parse("llvm")
+FORMATS = [CONTIGUOUS, CHANNELS_LAST]
 _TRIMMED = 'T.unroll({}, annotations={{"convt.vectors": True}})'
 ODD = ConvTranspose2dSpec(
     n=2, ci=6, ih=5, iw=19, co=26, kernel_size=(3, 5), stride=(2, 3), padding=(1, 2), output_padding=(1, 2), groups=2
@@ -45,6 +46,7 @@ MANY = ConvTranspose2dSpec(n=9, ci=3, ih=7, iw=9, co=2, kernel_size=3, stride=2,
 SMALL = ConvTranspose2dSpec(n=7, ci=5, ih=2, iw=3, co=19, kernel_size=(3, 4), stride=2, padding=1)
 # Three tiles of 16 columns, of which the last has outputs in two vectors of 4.
 WIDE = ConvTranspose2dSpec(n=2, ci=3, ih=5, iw=37, co=6, kernel_size=3, stride=2)
+LONG = ConvTranspose2dSpec(n=1, ci=48, ih=1, iw=300, co=21, kernel_size=(1, 4), stride=(1, 2), padding=(0, 1))
 ONE_ROW = ConvTranspose2dSpec(n=2, ci=64, ih=7, iw=64, co=5, kernel_size=2, stride=2)
 
 
@@ -125,12 +127,63 @@ def test_each_space_is_exact_in_several_layouts(lanes, tmp_path):
         (WIDE, "ow", {"row_chunk": 6, "streams": True}),
         (ONE_ROW, "ow", {"row_chunk": 2, "streams": True}),
         (STRIDED, "ow", {"row_chunk": 6, "streams": True}),
+        (BORDERED, "co", {"column_block": 2, "column_chunk": 4}),
+        (BORDERED, "co", {"column_block": 2, "row_chunk": 4, "column_chunk": 8}),
+        (WIDE, "ow", {"column_block": 16, "vector_lanes": 4, "column_chunk": 16}),
+        (ONE_ROW, "ow", {"row_chunk": 2, "column_block": 16, "vector_lanes": 4, "column_chunk": 32}),
     ],
 )
 def test_each_decision_is_exact_at_the_border(spec, lanes, changes, tmp_path):
     first = next(choice for choice in choices(spec, HOST) if choice.layout.lanes == lanes)
     layout = laid_out(first.layout, spec, {"row_chunk": 1, **changes})
     assert is_exact(spec, replace(first, layout=layout), tmp_path / "kernel"), layout
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize(
+    ("lanes", "co_block", "column_block", "shared"),
+    [("co", 24, 4, True), ("co", 8, 4, False), ("ow", 21, 16, False), ("ow", 7, 16, True)],
+)
+def test_chunks_of_columns_are_exact_and_sum_to_the_same_bits(
+    lanes, co_block, column_block, shared, memory_format, monkeypatch, tmp_path
+):
+    """Of one task, whose loop is simplified away, and of several; shared by threads or not."""
+    monkeypatch.setattr(schedule, "PARALLEL_CYCLES", 0 if shared else math.inf)
+    spec = replace(LONG, memory_format=memory_format)
+    first = next(choice for choice in choices(spec, HOST) if choice.layout.lanes == lanes)
+    plain = Layout(lanes, co_block, row_block=1, column_block=column_block, vector_lanes=8, row_chunk=1)
+    inputs, answers = normal_inputs(spec, seed=3), []
+    for tiles in (0, 1, 5):
+        choice = replace(first, layout=replace(plain, column_chunk=tiles * column_block))
+        assert is_exact(spec, choice, tmp_path / str(tiles)), choice
+        answers.append(bits(load(tmp_path / str(tiles))(*inputs)))
+    assert all(torch.equal(answers[0], answer) for answer in answers[1:])
+
+
+@pytest.mark.parametrize("lanes", ["co", "ow"])
+@pytest.mark.parametrize("co_block", [24, 8])
+def test_chunks_of_columns_are_tasks_that_threads_share(lanes, co_block, monkeypatch):
+    monkeypatch.setattr(schedule, "PARALLEL_CYCLES", 0)
+    first = next(choice for choice in choices(LONG, HOST) if choice.layout.lanes == lanes)
+    layout = Layout(lanes, co_block, row_block=1, column_block=16, vector_lanes=8, row_chunk=1, column_chunk=80)
+    # Of 19 tiles one or two, which reach the border or are not filled, are no part of a chunk's five.
+    tasks = layout.blocks(LONG) * 4
+    lowered = lower_choice(LONG, HOST, replace(first, layout=layout)).module["convt"].script()
+    assert f"in T.parallel({tasks})" in lowered
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_long_rows_are_in_chunks_that_the_second_cache_holds_and_threads_share(memory_format):
+    few = ConvTranspose2dSpec(
+        n=1, ci=96, ih=1, iw=2000, co=2, kernel_size=(1, 8), stride=(1, 4), memory_format=memory_format
+    )
+    layout = default_choice(few, V3).layout
+    assert layout.blocks(few) == 1 and layout.column_chunks(few) >= 4
+    many = replace(few, ci=128, iw=8192, co=64)
+    layout = default_choice(many, V3).layout
+    assert 0 < (layout.column_chunk - layout.column_block) * many.ci * 4 < V3.cache_bytes // 2
+    several_rows = replace(many, ih=64, iw=128)
+    assert not default_choice(several_rows, V3).layout.column_chunk
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
