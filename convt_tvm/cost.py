@@ -20,6 +20,7 @@ workload on one core, and for nothing else.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
+from typing import TypeVar
 
 from convt_tvm.layout import (
     CACHE_LINE_BYTES,
@@ -48,6 +49,8 @@ __all__ = [
     "phase_blocks",
     "row_chunks",
 ]
+
+AnyLayout = TypeVar("AnyLayout", bound=Layout)
 
 FMA_PER_CYCLE = 2
 FMA_LATENCY = 4
@@ -295,7 +298,7 @@ def row_chunks(spec: ConvTranspose2dSpec, row_block: int, target: Target) -> lis
     return sorted({-(-tiles // count) * row_block for count in counts})
 
 
-def in_column_chunks(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> Layout:
+def in_column_chunks(spec: ConvTranspose2dSpec, layout: AnyLayout, target: Target) -> AnyLayout:
     """`layout` with long rows of tiles in chunks of columns.
 
     So that what a chunk reads of the image stays in half the second cache until all blocks of channels and phases have

@@ -15,7 +15,7 @@ from math import prod
 
 from tvm.s_tir import Schedule
 
-from convt_tvm.cost import FMA_LATENCY, MISS_BYTES_PER_CYCLE, block_sizes, lane_counts
+from convt_tvm.cost import FMA_LATENCY, MISS_BYTES_PER_CYCLE, block_sizes, in_column_chunks, lane_counts
 from convt_tvm.depthwise_layout import DepthwiseLayout, joined
 from convt_tvm.layout import Layout, bands, is_depthwise, reaches, reads_input
 from convt_tvm.schedule import find_window, parallelize
@@ -47,6 +47,7 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
             for columns in block_sizes(width, MAX_COLUMNS):
                 if vectors * columns <= target.vector_registers // MAX_SHARE:
                     layout = DepthwiseLayout("co", vectors * lanes, 1, columns, lanes, 1)
+                    layout = in_column_chunks(joined(spec), layout, target)
                     yield layout, _cycles(spec, layout)
 
 

@@ -178,11 +178,15 @@ def test_the_function_takes_a_kernel_for_channels_last(of_weight):
     assert torch.equal(bits(output), bits(conv_transpose2d(input.contiguous(), weight.contiguous(), bias, 2, 1)))
 
 
-@pytest.mark.parametrize("kernel_size", [4, 15])
-def test_lanes_along_groups_sum_to_the_bits_of_others(kernel_size):
-    spec = last(ci=32, co=32, groups=32, iw=20, ih=20, kernel_size=kernel_size, stride=1, padding=3)
+ONE_LONG_ROW = {"ih": 1, "iw": 2000, "kernel_size": (1, 8), "stride": (1, 4), "padding": 0}
+
+
+@pytest.mark.parametrize("changes", [{"kernel_size": 4}, {"kernel_size": 15}, ONE_LONG_ROW])
+def test_lanes_along_groups_sum_to_the_bits_of_others(changes):
+    spec = last(**{"ci": 32, "co": 32, "groups": 32, "iw": 20, "ih": 20, "stride": 1, "padding": 3, **changes})
     assert default_choice(spec, HOST).space.name == "llvm_depthwise"
     found = choices(spec, HOST, "llvm_depthwise")
+    assert bool(found[0].layout.column_chunk) is (changes is ONE_LONG_ROW)
     inputs = normal_inputs(spec, 0)
     expected = build(replace(spec, memory_format="contiguous_format"))(*inputs)
     for choice in (found[0], found[-1]):
