@@ -231,7 +231,9 @@ def declare_phases(spec: ConvTranspose2dSpec, layout: Layout, target: Target) ->
     delays = column_delays(spec, layout) if target.has_few_registers else None
 
     def accumulate(band: Band) -> Any:
-        return sum_products(spec, layout, band, source, multiply, delays)
+        # The tasks of a band copy what they read.
+        read = copied_window(spec, layout, data) if layout.by_chunk else source
+        return sum_products(spec, layout, band, read, multiply, delays)
 
     outputs = finish_bands(spec, layout, data.batch, bias, accumulate)
     return phase_function(spec, layout, target, [data.tensor, packed, bias], outputs)

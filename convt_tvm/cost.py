@@ -30,6 +30,7 @@ from convt_tvm.layout import (
     met_taps,
     partial_sum,
     reaches,
+    reads_input,
     sums_in_parts,
 )
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
@@ -40,6 +41,8 @@ __all__ = [
     "Tile",
     "band_cycles",
     "block_sizes",
+    "by_chunk",
+    "copy_cycles",
     "core_cycles",
     "image_bytes",
     "in_column_chunks",
@@ -76,6 +79,12 @@ STREAMED_ROWS = 4, 16
 """How many rows of a phase a task may take whose vectors go past the caches as they are."""
 TASKS, TASK_CYCLES = 16, 30_000
 """Tasks that threads share without waiting long for the last, and how many cycles of a core make one worthwhile."""
+COPIED_BYTES = 2 << 20
+"""Images from this size on may be copied chunk by chunk. On a Zen 3 core, by turns with copies of the whole image, 1 MB
+took 1.03 of the time (64 to 3 channels on 64 x 64), 2 MB 0.94, 4 MB 0.85 to 0.93, 8 MB 0.62 to 0.89."""
+BY_CHUNK_CYCLES = 1.03
+"""How many times as long all takes then, beside what copies save: what is copied takes the place of weights. Altogether
+unet/up1, with 512 outputs for each input, took 1.03 of the time, sam/up1 0.93 and pointpillars/up4 0.97."""
 MIN_CHUNK = 8
 """Tiles of columns that a chunk has at least."""
 GATHERED_SHARES = 32, 8, 4
@@ -109,6 +118,8 @@ class Core:
         one that goes past them from registers: loads of sums then wait behind stores.
     moved
         Cycles for each output that goes from vectors of columns to channels_last.
+    copied_far
+        Cycles for each input of an image too large for the caches to hold its copy as well (`COPIED_BYTES`).
     """
 
     fma_bytes: int
@@ -128,6 +139,7 @@ class Core:
     gathered: float
     streamed: float
     moved: float
+    copied_far: float
 
 
 WIDE = Core(
@@ -148,6 +160,7 @@ WIDE = Core(
     gathered=0.25,
     streamed=0.2,
     moved=0.5,
+    copied_far=0.0,
 )
 """Such a core issues two loads in a cycle beside two multiply-adds: Emerald Rapids, tiles of 1 x 14 and 1 x 28 in the
 first cache. Where another thread shares the core tiles of few loads lose least: dilated/k3d2 in channels_last took 0.91
@@ -175,6 +188,7 @@ PAIRED = Core(
     gathered=0.0,
     streamed=0.0,
     moved=0.5,
+    copied_far=0.0,
 )
 """A Zen 4 core works on 64 bytes in two halves: a multiply-add a cycle, a load in 1.06 cycles, or 1.7 across lines.
 
@@ -199,6 +213,7 @@ NARROW = Core(
     gathered=0.5,
     streamed=0.2,
     moved=1.2,
+    copied_far=2.5,
 )
 """A core with AVX2: fitted to 1,500 trials of 24 layers on one of a Zen 3 server at 3.4 GHz. Two loads a cycle are
 hardly ever waited for, whether they lie across lines or not, and its last cache is fast: pose/1 took 9.0 ms where each
@@ -316,6 +331,28 @@ def in_column_chunks(spec: ConvTranspose2dSpec, layout: AnyLayout, target: Targe
     tiles = layout.columns(spec) // layout.column_block
     count = min(max(held, shared), tiles // MIN_CHUNK)
     return layout if count < 2 else replace(layout, column_chunk=-(-tiles // count) * layout.column_block)
+
+
+def by_chunk(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> Iterator[Layout]:
+    """`layout` with its window copied chunk by chunk, if an image is so large that this may pay.
+
+    In chunks of rows that half the second cache holds, but not fewer than threads may share.
+    """
+    reached = [band for band in bands(spec) if reaches(spec, band)]
+    if spec.groups > 1 or image_bytes(spec) < COPIED_BYTES or not reached or reads_input(spec, layout):
+        return
+    rows, beside = max(layout.rows(band) for band in reached), max(band.rows_beside for band in reached)
+    held = target.cache_bytes // 2 // (image_bytes(spec) // spec.ih) - beside
+    chunk = max(1, min(held, rows // TASKS) // layout.row_block) * layout.row_block
+    if chunk < rows:
+        yield replace(layout, row_chunk=chunk, by_chunk=True)
+
+
+def copy_cycles(spec: ConvTranspose2dSpec, layout: Layout, target: Target, cycles: float) -> float:
+    """Cycles for each input value to come into the window, of which a copy in the caches takes so many."""
+    if layout.by_chunk:
+        return cycles * sum(1 + band.rows_beside / layout.row_chunk for band in bands(spec) if reaches(spec, band))
+    return cycles + (core_of(target).copied_far if image_bytes(spec) >= COPIED_BYTES else 0.0)
 
 
 def is_for_memory(spec: ConvTranspose2dSpec) -> bool:
@@ -437,7 +474,7 @@ def core_cycles(
         return max(waiting, computing) + not_hidden * min(waiting, computing)
 
     # Of the tiles that share a slice of weights the first waits for it while it computes.
-    return (
+    return (BY_CHUNK_CYCLES if layout.by_chunk else 1.0) * (
         beside(first_wait, sums / tiles)
         + beside(wait, sums - sums / tiles)
         + _image_cycles(spec, layout, target)

@@ -130,8 +130,9 @@ def _build(target: Target, schedule: str | None, spec: ConvTranspose2dSpec) -> O
 def _drawn(found: Sequence["Choice"], spec: ConvTranspose2dSpec, target: Target) -> "Choice":
     """One of the choices, the same for a spec every time.
 
-    Half of those whose outputs can go past the caches do, and half of the others take chunks of columns, as only images
-    far larger than a case's would be worth it. Tile units and GPUs have layouts of their own, which cannot.
+    Half of those whose outputs can go past the caches do, and half of the others take chunks of columns or copy by
+    chunk, as only images far larger than a case's would be worth it. Tile units and GPUs have layouts of their own,
+    which cannot.
     """
     from convt_tvm.cost import past_caches
 
@@ -143,7 +144,10 @@ def _drawn(found: Sequence["Choice"], spec: ConvTranspose2dSpec, target: Target)
         passing = list(past_caches(spec, replace(layout, gathers=False, streams=False), target))
         return replace(choice, layout=passing[rest // 2 % len(passing)]) if passing else choice
     if rest // 2 % 2 and type(layout) is Layout and layout.image_block == 1 and not layout.passes_caches:
-        tiles = 1 + rest // 4 % (layout.columns(spec) // layout.column_block)
+        if rest // 4 % 2 and spec.groups == 1:
+            rows = layout.row_block * (1 + rest // 8 % 4)
+            return replace(choice, layout=replace(layout, by_chunk=True, row_chunk=rows, column_chunk=0))
+        tiles = 1 + rest // 8 % (layout.columns(spec) // layout.column_block)
         return replace(choice, layout=replace(layout, column_chunk=tiles * layout.column_block))
     return choice
 

@@ -86,7 +86,7 @@ CACHE_LINE_BYTES = 64
 PAGE_BYTES = 4096
 PAST_CACHES_BYTES = 16 << 20
 """Outputs from this size on may go past the caches: the next layer would find little of them there."""
-LATER_FIELDS: dict[str, Any] = {"streams": False, "image_block": 1, "column_chunk": 0}
+LATER_FIELDS: dict[str, Any] = {"streams": False, "image_block": 1, "column_chunk": 0, "by_chunk": False}
 """Fields of layouts that stored ones may lack, with what they stand for there."""
 CACHE_SET_BYTES = 4096
 """Addresses so far apart share a set of the first cache, on every x86 and most Arm cores since 2006."""
@@ -134,6 +134,9 @@ class Layout:
     column_chunk
         Columns of a phase that are worked on in a row of tiles for one block of channels before the next block is; a
         multiple of ``column_block``. 0 for all.
+    by_chunk
+        Whether a task copies what a chunk of rows reads of the image and works on it for all blocks, where the whole
+        image is copied before the first task otherwise.
     """
 
     lanes: Literal["co", "ow"]
@@ -148,6 +151,7 @@ class Layout:
     streams: bool = False
     image_block: int = 1
     column_chunk: int = 0
+    by_chunk: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values; those of `LATER_FIELDS` only where they differ from what all layouts once had."""
@@ -157,14 +161,16 @@ class Layout:
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """The layout that `to_json` wrote."""
         values = LATER_FIELDS | dict(values)
-        others = ("lanes", "taps", "gathers", "streams")
-        numbers = {field.name: int(values[field.name]) for field in fields(cls) if field.name not in others}
+        others, flags = ("lanes", "taps"), ("gathers", "streams", "by_chunk")
+        numbers: dict[str, Any] = {
+            field.name: int(values[field.name]) for field in fields(cls) if field.name not in (*others, *flags)
+        }
         lanes: Literal["co", "ow"] = "co" if values["lanes"] == "co" else "ow"
         taps: Literal["inner", "outer", "plain"] = (
             "outer" if values["taps"] == "outer" else "plain" if values["taps"] == "plain" else "inner"
         )
-        gathers, streams = bool(values["gathers"]), bool(values["streams"])
-        return cls(lanes=lanes, taps=taps, gathers=gathers, streams=streams, **numbers)
+        given: dict[str, Any] = {name: bool(values[name]) for name in flags}
+        return cls(lanes=lanes, taps=taps, **given, **numbers)
 
     @property
     def passes_caches(self) -> bool:
@@ -214,8 +220,11 @@ class Layout:
 
     @property
     def skips_rows(self) -> bool:
-        """Whether no row beyond the image's border is read: a tile of one row leaves out each tap that would."""
-        return self.lanes == "co" and self.row_block == 1 and self.taps != "plain"
+        """Whether no row beyond the image's border is read: a tile of one row leaves out each tap that would.
+
+        What is copied for a chunk has the rows of the border that it reads.
+        """
+        return self.lanes == "co" and self.row_block == 1 and self.taps != "plain" and not self.by_chunk
 
     def skips_columns(self, spec: ConvTranspose2dSpec) -> bool:
         """Whether no column beyond the image's border is read.
@@ -325,6 +334,12 @@ class Band:
     def row_steps(self, layout: Layout, input_size: int) -> int:
         """Pairs of a tile of rows and a row tap that reads any row of the image, which has `input_size` rows."""
         return _row_steps(self.phases, layout.rows(self), layout.row_block, input_size)
+
+    @property
+    def rows_beside(self) -> int:
+        """Rows of the image that so many rows of each phase read beside as many as they are."""
+        first = min(phase.base - (phase.taps - 1) * phase.input_step for phase in self.phases)
+        return max(phase.base for phase in self.phases) - first
 
     @property
     def reads_one_row(self) -> bool:
@@ -442,6 +457,8 @@ def reads_input(spec: ConvTranspose2dSpec, layout: Layout) -> bool:
     """
     if spec.dtype != spec.accumulator_dtype or (layout.lanes == "co") != (spec.input_axes == "nhwc"):
         return False
+    if layout.by_chunk:
+        return False
     if layout.lanes == "co":
         stays = not crowds(layout, spec.ci * DTYPE_BYTES[spec.dtype], (spec.ih, spec.iw))
     else:
@@ -456,7 +473,7 @@ def images_apart(spec: ConvTranspose2dSpec, layout: Layout, cache_bytes: int, *,
     `MANY_IMAGES` is a task; in a batch `of_any_batch` size, for which `spec` has one image, all threads work on each in
     turn while there are fewer.
     """
-    if layout.image_block > 1 or layout.taps == "plain" or reads_input(spec, layout):
+    if layout.image_block > 1 or layout.taps == "plain" or layout.by_chunk or reads_input(spec, layout):
         return False
     images, held = spec.input_shape[0], cache_bytes // 2
     window_bytes = layout.window_elements(spec) * DTYPE_BYTES[spec.accumulator_dtype]

@@ -147,8 +147,8 @@ def _transpose(columns: Any, store: Any, window: Window, axes: str, lanes: int) 
     """A row of some channels: zeros to the left and right of the image's, and transposes in between."""
     channels, by_channels = columns.body, axes[-1] == "c"
     first = {axis: at_start(index, [columns, channels]) for axis, index in zip(axes, store.indices, strict=True)}
-    count, dtype = int(channels.extent), str(store.buffer.dtype)
-    value = store.value if window.is_inside else store.value.args[1]
+    count, dtype, guard = int(channels.extent), str(store.buffer.dtype), find_guard(store.value)
+    value = store.value if guard is None else store.value.args[1]
 
     def put(column: Expr, channel: Expr, values: Expr, size: int) -> Statement:
         """Store so many values side by side, of channels or of columns from these on."""
@@ -197,7 +197,13 @@ def _transpose(columns: Any, store: Any, window: Window, axes: str, lanes: int) 
     top, bottom = window.rows_inside
     if (top, bottom) == (0, window.height):
         return copied
-    return tirx.IfThenElse(tirx.all(first["h"] >= top, first["h"] < bottom), copied, clear(0, window.width)[0])
+    inside = tirx.all(first["h"] >= top, first["h"] < bottom)
+    if int(store.buffer.shape[axes.index("h")]) < window.height:
+        # A chunk's rows are counted from its first, those of the condition from the image's.
+        if guard is None:
+            return copied
+        inside = with_value(guard, columns.loop_var, left)
+    return tirx.IfThenElse(inside, copied, clear(0, window.width)[0])
 
 
 def _zeros(dtype: str, count: int) -> Expr:

@@ -11,6 +11,7 @@ from convt_tvm.compute import (
     COLUMN_CHUNKS,
     IMAGES,
     IN_VECTORS,
+    PARTIAL,
     SKIPS_ROWS,
     SUMS,
     VECTORS,
@@ -37,6 +38,7 @@ __all__ = [
     "chunk_columns",
     "copy_window",
     "find_window",
+    "find_window_of",
     "image_loop",
     "in_parts",
     "join_images",
@@ -117,7 +119,7 @@ def accumulate(
     """
     function = sch.mod["main"]
     spec, layout = spec_of(function), layout_of(function)
-    acc, partial = sch.get_sblock(f"{SUMS}{band.index}"), sch.get_sblock(f"partial{band.index}")
+    acc, partial = sch.get_sblock(f"{SUMS}{band.index}"), sch.get_sblock(f"{PARTIAL}{band.index}")
     if layout.unrolls_phases(spec):
         sch.unroll(phases)
     if parts:
@@ -221,23 +223,35 @@ def share_pack(sch: Schedule) -> None:
 
 
 def find_window(sch: Schedule) -> SBlockRV | None:
-    """The block that copies the input's window, or None where the input itself is read."""
+    """The block that copies the input's window, or None where the input itself is read, or each band has its own."""
+    if layout_of(sch.mod["main"]).by_chunk:
+        return None
     names = [sch.get(block).name_hint for block in sch.get_child_blocks(sch.get_sblock("root"))]
     return sch.get_sblock("window") if "window" in names else None
 
 
-def copy_window(sch: Schedule, spec: ConvTranspose2dSpec, window: SBlockRV, *, apart: bool) -> None:
-    """Copy the whole window before anything else, at about a cycle for each value.
+def find_window_of(sch: Schedule, band: Band) -> SBlockRV:
+    """The block that copies what the sums of `band`, not yet in registers, read of the image by chunk."""
+    producers = sch.get_producers(sch.get_sblock(f"{PARTIAL}{band.index}"))
+    return next(block for block in producers if sch.get(block).name_hint.startswith("window"))
+
+
+def copy_window(
+    sch: Schedule, spec: ConvTranspose2dSpec, window: SBlockRV, *, apart: bool = False, task: LoopRV | None = None
+) -> None:
+    """Copy the whole window before anything else, or what a `task` reads, at about a cycle for each value.
 
     From NCHW to NHWC, or from NHWC to rows of channels, it goes by transposes in registers, 16 channels at a time, so
     that the cache lines read stay in the cache until they are used up, and those written are written once. Otherwise
     it goes in the order of the window: all channels of a row, where they lie together, before the next row. One channel
     after the other its rows fall into as many pages, and 14 x 14 and 16 x 16 images took 1.1 times as long.
     """
+    if task is not None:
+        sch.compute_at(window, task, preserve_unit_loops=True)
     spread_window(sch, spec, window)
     layout = layout_of(sch.mod["main"])
     axes = window_axes(spec, layout)
-    first, second, third, fourth = sch.get_loops(window)
+    first, second, third, fourth = sch.get_loops(window)[-4:]
     shared = [first, second]
     if (axes == "nhwc") != (spec.input_axes == "nhwc"):
         place = dict(zip(axes[1:], (second, third, fourth), strict=True))
@@ -252,7 +266,8 @@ def copy_window(sch: Schedule, spec: ConvTranspose2dSpec, window: SBlockRV, *, a
         # There are more channels for threads to share.
         sch.reorder(third, second)
         shared = [first, third]
-    parallelize(sch, shared, prod(spec.input_shape), apart=apart)
+    if task is None:
+        parallelize(sch, shared, prod(spec.input_shape), apart=apart)
 
 
 def spread_window(sch: Schedule, spec: ConvTranspose2dSpec, window: SBlockRV) -> None:

@@ -30,7 +30,8 @@ or, with ``taps="outer"``, where a block's weights for one row phase do not fit 
           for parts of ic:                    the same tile, whose sums are then added to those in memory
       for the output of the chunk:            as above
 
-With ``column_chunk`` the parallel loop counts chunks of columns as well, before b: those of long rows.
+With ``column_chunk`` the parallel loop counts chunks of columns as well, before b: those of long rows. With
+``by_chunk`` it ends before b, and begins with the copy of what its chunk of rows reads.
 
 With ``gathers`` it ends with b, the rows of all phases of the chunk go to a buffer, and from there past the caches to
 the output, most of them beside the sums of the rows that follow.
@@ -94,6 +95,7 @@ And on one of a Zen 3 server (AVX2, 16 registers, 95 GFLOP/s, L2 512 KiB, L3 32 
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 from tvm.s_tir import Schedule
 
@@ -103,6 +105,8 @@ from convt_tvm.cost import (
     Tile,
     band_cycles,
     block_sizes,
+    by_chunk,
+    copy_cycles,
     core_cycles,
     image_bytes,
     in_column_chunks,
@@ -128,6 +132,7 @@ from convt_tvm.schedule import (
     chunk_columns,
     copy_window,
     find_window,
+    find_window_of,
     image_loop,
     in_parts,
     join_images,
@@ -214,6 +219,9 @@ def _estimated(spec: ConvTranspose2dSpec, plain: Layout, target: Target) -> Iter
             yield layout, OUTER_CYCLES * core_cycles(spec, layout, tile, target, reuse=1, costs=costs)
     for layout in past_caches(spec, plain, target) if is_for_memory(spec) else ():
         yield layout, core_cycles(spec, layout, tile, target, reuse=1, costs=costs)
+    for layout in by_chunk(spec, plain, target):
+        costs = _costs(spec, layout, target)
+        yield layout, core_cycles(spec, layout, tile, target, reuse=1, costs=costs)
 
 
 def image_blocks(spec: ConvTranspose2dSpec, positions: int) -> Iterable[int]:
@@ -228,7 +236,9 @@ def _costs(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> Costs:
     streams = input_bytes > target.cache_bytes // 2 and column_bytes > 2 * CACHE_LINE_BYTES
     in_page = min(layout.column_block, -(-PAGE_BYTES // column_bytes)) if streams else 1
     return Costs(
-        CYCLES_PER_PAGE_SHARED * (in_page - 1) if reads_input(spec, layout) else CYCLES_PER_INPUT,
+        CYCLES_PER_PAGE_SHARED * (in_page - 1)
+        if reads_input(spec, layout)
+        else copy_cycles(spec, layout, target, CYCLES_PER_INPUT),
         CYCLES_PER_OUTPUT[spec.output_axes] + CYCLES_PER_RUN / outputs_in_run(spec, layout),
         _missed(spec, layout),
     )
@@ -293,9 +303,11 @@ def tile(sch: Schedule, *, apart: bool) -> None:
         elif spec.output_axes == "nhwc":
             sch.reorder(column, pw, lane)
         inner = layout.taps == "inner" or not in_parts(sch, band)
-        order = (
-            (n, g, chunk, b) if layout.gathers else (n, g, chunk, b, ph, row_block) if inner else (n, g, chunk, b, ph)
-        )
+        order: tuple[Any, ...] = (n, g, chunk, b, ph, row_block)
+        order = order[:4] if layout.gathers else order if inner else order[:5]
+        of_chunk = layout.by_chunk and reaches(spec, band)
+        order = order[:3] if of_chunk else order
+        window = find_window_of(sch, band) if of_chunk else None
         task = parallelize(sch, order, band_cycles(spec, target_of(function)), apart=apart)
         if layout.gathers:
             sch.annotate(task, PASSES_CACHES, True)
@@ -314,4 +326,6 @@ def tile(sch: Schedule, *, apart: bool) -> None:
             else:
                 th, tw, ic = parts
                 sch.reorder(pw, th, tw, row_block, column_block, ic, *loops, lane)
-            accumulate(sch, band, phases=pw, parts=parts, tile=loops, lane=lane)
+            accumulate(sch, band, phases=pw, parts=parts, tile=loops, lane=lane, skips=not of_chunk)
+        if window is not None:
+            copy_window(sch, spec, window, task=sch.get_loops(output)[0])

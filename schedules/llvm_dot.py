@@ -46,6 +46,7 @@ What limits it:
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from math import gcd, prod
 
 from tvm.s_tir import Schedule
@@ -74,12 +75,18 @@ def applies(spec: ConvTranspose2dSpec) -> bool:
 
 
 def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout, float]]:
-    """Those of `llvm_channels` for half the input channels, each with its estimated cycles."""
+    """Those of `llvm_channels` for half the input channels, each with its estimated cycles.
+
+    Neither in chunks of columns nor copied by chunk, of which nothing was measured on such processors.
+    """
     if not target.multiplies_pairs:
         return
     factor = 1 if TILE_FEATURES.isdisjoint(target.features) else SLOW_WITH_TILES
     pairs = paired(spec)
     for layout, cycles in llvm_channels.layouts(pairs, target):
+        if layout.by_chunk:
+            continue
+        layout = replace(layout, column_chunk=0)
         total = cycles + prod(spec.output_shape) * _split_cycles(spec, layout)
         if reads_pairs(spec, layout):
             total -= prod(pairs.input_shape) * llvm_channels.CYCLES_PER_INPUT

@@ -21,7 +21,7 @@ AMX = Target.parse("llvm:x86_64+amx-bf16+avx512f+avx512bf16+avx512vl+avx512dq")
 
 
 def test_outputs_pass_the_caches_where_their_schedules_can():
-    gathering, streaming, chunked = set(), set(), set()
+    gathering, streaming, chunked, copying = set(), set(), set(), set()
     for number, (_, spec) in enumerate(fuzzed_specs(1, range(120))):
         target = AMX.for_dtype(spec.dtype)
         for space in spaces():
@@ -29,15 +29,15 @@ def test_outputs_pass_the_caches_where_their_schedules_can():
             if found and (choice := _drawn(found, spec, target)).layout.passes_caches:
                 (gathering if choice.layout.gathers else streaming).add(space.name)
                 assert type(choice.layout) in (Layout, DotLayout)
-            elif found and type(choice.layout) is Layout and choice.layout.column_chunk:
-                chunked.add(space.name)
+            elif found and type(choice.layout) is Layout and (choice.layout.column_chunk or choice.layout.by_chunk):
+                (copying if choice.layout.by_chunk else chunked).add(space.name)
         if number < 20:
             # Finding all for a GPU takes a second: of few specs, but none of them.
             found = choices(spec, Target.parse("cuda:sm_90").for_dtype(spec.dtype))
             assert not any(choice.layout.passes_caches for choice in found)
     assert gathering == {"llvm_channels", "llvm_columns", "llvm_dot"}
     assert streaming == {"llvm_columns"}
-    assert {"llvm_channels", "llvm_columns"} <= chunked
+    assert chunked == copying == {"llvm_channels", "llvm_columns"}
 
 
 def test_what_is_drawn_for_a_tile_unit_is_lowered():

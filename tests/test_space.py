@@ -127,6 +127,11 @@ def test_each_space_is_exact_in_several_layouts(lanes, tmp_path):
         (WIDE, "ow", {"row_chunk": 6, "streams": True}),
         (ONE_ROW, "ow", {"row_chunk": 2, "streams": True}),
         (STRIDED, "ow", {"row_chunk": 6, "streams": True}),
+        (BORDERED, "co", {"row_chunk": 2, "by_chunk": True}),
+        (BORDERED, "ow", {"row_chunk": 4, "by_chunk": True}),
+        (MANY, "co", {"row_chunk": 3, "by_chunk": True}),
+        (MANY, "ow", {"row_chunk": 2, "by_chunk": True}),
+        (STRIDED, "ow", {"row_chunk": 1, "by_chunk": True}),
         (BORDERED, "co", {"column_block": 2, "column_chunk": 4}),
         (BORDERED, "co", {"column_block": 2, "row_chunk": 4, "column_chunk": 8}),
         (WIDE, "ow", {"column_block": 16, "vector_lanes": 4, "column_chunk": 16}),
@@ -137,6 +142,40 @@ def test_each_decision_is_exact_at_the_border(spec, lanes, changes, tmp_path):
     first = next(choice for choice in choices(spec, HOST) if choice.layout.lanes == lanes)
     layout = laid_out(first.layout, spec, {"row_chunk": 1, **changes})
     assert is_exact(spec, replace(first, layout=layout), tmp_path / "kernel"), layout
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize(("lanes", "column_block"), [("co", 4), ("ow", 16)])
+@pytest.mark.parametrize("taps", [3, 4])
+def test_windows_by_chunk_are_exact_and_sum_to_the_same_bits(lanes, column_block, taps, memory_format, tmp_path):
+    """With one band and with two, transposed in registers and not."""
+    spec = ConvTranspose2dSpec(
+        n=2, ci=24, ih=11, iw=37, co=9, kernel_size=taps, stride=2, padding=1, memory_format=memory_format
+    )
+    assert len(bands(spec)) == 5 - taps
+    first = next(choice for choice in choices(spec, HOST) if choice.layout.lanes == lanes)
+    plain = Layout(lanes, 16, row_block=1, column_block=column_block, vector_lanes=8, row_chunk=3)
+    inputs, answers = normal_inputs(spec, seed=3), []
+    for by_chunk in (False, True):
+        choice = replace(first, layout=replace(plain, by_chunk=by_chunk))
+        assert is_exact(spec, choice, tmp_path / str(by_chunk)), choice
+        answers.append(bits(load(tmp_path / str(by_chunk))(*inputs)))
+    assert torch.equal(*answers)
+    # A chunk's rows and those beside them, in vectors where that takes transposes.
+    script = lower_choice(spec, HOST, choice).module["convt"].script()
+    windows = re.findall(r"window\w* = T.alloc_buffer\(\(1, (\d+)", script)
+    assert len(windows) == 5 - taps
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_large_images_are_copied_by_chunk_where_that_was_measured(memory_format):
+    spec = ConvTranspose2dSpec(
+        n=1, ci=64, ih=128, iw=128, co=3, kernel_size=4, stride=2, padding=1, memory_format=memory_format
+    )
+    assert default_choice(spec, V3).layout.by_chunk
+    assert not default_choice(replace(spec, ci=16), V3).layout.by_chunk
+    assert not default_choice(spec, V4).layout.by_chunk
+    assert any(choice.layout.by_chunk for choice in choices(spec, V4))
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
