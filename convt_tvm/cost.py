@@ -32,6 +32,7 @@ from convt_tvm.layout import (
     reaches,
     reads_input,
     sums_in_parts,
+    window_axes,
 )
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.target import Target
@@ -82,6 +83,9 @@ TASKS, TASK_CYCLES = 16, 30_000
 COPIED_BYTES = 2 << 20
 """Images from this size on may be copied chunk by chunk. On a Zen 3 core, by turns with copies of the whole image, 1 MB
 took 1.03 of the time (64 to 3 channels on 64 x 64), 2 MB 0.94, 4 MB 0.85 to 0.93, 8 MB 0.62 to 0.89."""
+FAR_IN_ORDER = 0.3
+"""The share of `Core.copied_far` where whole lines are copied one after the other, from channels_last to lanes along
+channels: tiles of two rows, which need a window, took 0.91 of the time of others for 128 to 64 channels, 3 x 3 taps."""
 BY_CHUNK_CYCLES = 1.03
 """How many times as long all takes then, beside what copies save: what is copied takes the place of weights. Altogether
 unet/up1, with 512 outputs for each input, took 1.03 of the time, sam/up1 0.93 and pointpillars/up4 0.97."""
@@ -352,7 +356,10 @@ def copy_cycles(spec: ConvTranspose2dSpec, layout: Layout, target: Target, cycle
     """Cycles for each input value to come into the window, of which a copy in the caches takes so many."""
     if layout.by_chunk:
         return cycles * sum(1 + band.rows_beside / layout.row_chunk for band in bands(spec) if reaches(spec, band))
-    return cycles + (core_of(target).copied_far if image_bytes(spec) >= COPIED_BYTES else 0.0)
+    if image_bytes(spec) < COPIED_BYTES:
+        return cycles
+    in_order = window_axes(spec, layout) == spec.input_axes == "nhwc"
+    return cycles + core_of(target).copied_far * (FAR_IN_ORDER if in_order else 1.0)
 
 
 def is_for_memory(spec: ConvTranspose2dSpec) -> bool:
