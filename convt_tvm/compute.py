@@ -107,10 +107,10 @@ PEELS = "convt.peels"
 With lanes along columns it is the last one that does, whose loops over `VECTORS` end with the last output.
 """
 COLUMN_CHUNKS = "convt.column_chunks"
-"""Annotation of a loop over tiles of columns, directly in the loop over tasks: each task takes so many tiles only.
+"""Annotation of a loop over tiles of columns, directly in the loop over tasks: a task works on a chunk of them only.
 
-Two numbers. The other one says where the chunks go among the tasks: how many tasks there are for each. It is 0 where
-there is one task, whose loop is simplified away, and threads share the chunks; -1 where they share nothing.
+Two numbers: how many tiles are a chunk, and how many tasks follow each other for one chunk. The second is 0 where there
+is one task, whose loop is simplified away, and threads share the chunks, -1 where they do not.
 """
 VECTORS = "convt.vectors"
 """Annotation of a loop over the vectors of columns in a tile."""
