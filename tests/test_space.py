@@ -192,7 +192,7 @@ def test_chunks_of_columns_are_exact_and_sum_to_the_same_bits(
     first = next(choice for choice in choices(spec, HOST) if choice.layout.lanes == lanes)
     plain = Layout(lanes, co_block, row_block=1, column_block=column_block, vector_lanes=8, row_chunk=1)
     inputs, answers = normal_inputs(spec, seed=3), []
-    for tiles in (0, 1, 5):
+    for tiles in (0, 5):
         choice = replace(first, layout=replace(plain, column_chunk=tiles * column_block))
         assert is_exact(spec, choice, tmp_path / str(tiles)), choice
         answers.append(bits(load(tmp_path / str(tiles))(*inputs)))
