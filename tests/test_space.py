@@ -437,6 +437,7 @@ def test_a_stored_candidate_is_found_whether_it_streams_or_not():
         assert find_choice(spec, V4, replace(choice.candidate, layout=unknown)) is None
 
 
+@pytest.mark.no_cover
 def test_any_batch_size_is_taken_for_few_images_that_outgrow_the_caches():
     k75, square, small = (
         replace(resolve([name])[0].spec, n=None) for name in ("kernelbench/75", "seed/square", "dcgan/4")
@@ -472,6 +473,7 @@ def test_any_batch_size_passes_the_caches_where_it_outgrows_them(monkeypatch, tm
     batch=st.integers(1, 3),
 )
 @hypothesis.settings(max_examples=60, deadline=None)
+@pytest.mark.no_cover
 def test_every_schedule_batch_size_and_memory_format_gives_the_same_bits(spec, numbers, batch):
     """Of one unit, that is; also those that go past the caches, which otherwise larger outputs do."""
     inputs = normal_inputs(spec.with_batch(3), seed=numbers[0])
