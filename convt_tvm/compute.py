@@ -222,7 +222,8 @@ def declare_phases(spec: ConvTranspose2dSpec, layout: Layout, target: Target) ->
     batch: Expr = te.var("n") if spec.n is None else spec.n
     spec = spec.with_batch(layout.image_block) if spec.n is None else spec
     data, packed, bias = parameters(spec, layout, batch)
-    source = data if reads_input(spec, layout) else copied_window(spec, layout, data)
+    # One window is copied for all bands, or none; tasks of a layout `by_chunk` copy what they read, those of each band.
+    shared = None if layout.by_chunk else data if reads_input(spec, layout) else copied_window(spec, layout, data)
 
     def multiply(value: Expr, place: Sequence[Expr]) -> Expr:
         return value * packed[tuple(place)]
@@ -231,9 +232,8 @@ def declare_phases(spec: ConvTranspose2dSpec, layout: Layout, target: Target) ->
     delays = column_delays(spec, layout) if target.has_few_registers else None
 
     def accumulate(band: Band) -> Any:
-        # The tasks of a band copy what they read.
-        read = copied_window(spec, layout, data) if layout.by_chunk else source
-        return sum_products(spec, layout, band, read, multiply, delays)
+        source = shared or copied_window(spec, layout, data)
+        return sum_products(spec, layout, band, source, multiply, delays)
 
     outputs = finish_bands(spec, layout, data.batch, bias, accumulate)
     return phase_function(spec, layout, target, [data.tensor, packed, bias], outputs)
