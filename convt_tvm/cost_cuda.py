@@ -145,7 +145,7 @@ def _shapes(spec: ConvTranspose2dSpec) -> tuple[_Shape, ...]:
     """One for each band."""
     phases, starts = spec.axes[1].phases, row_starts(spec)
     bases = [phase.base if phase.taps else 0 for phase in phases]
-    step, most_taps = phases[0].input_step, max(phase.taps for phase in phases)
+    step, most_taps = phases[0].input_step, spec.axes[1].most_taps
     found = []
     for band in bands(spec):
         first, row_bases = band.phases[0], [phase.base for phase in band.phases]
@@ -154,7 +154,7 @@ def _shapes(spec: ConvTranspose2dSpec) -> tuple[_Shape, ...]:
             _Shape(
                 blocks=spec.input_shape[0] * spec.groups * len(band.phases),
                 rows=band.rows,
-                columns=max(phase.count for phase in phases),
+                columns=spec.axes[1].widest,
                 phases=len(phases),
                 starts=column_starts(spec),
                 row_taps=taps,
@@ -292,7 +292,7 @@ def _phase_blocks(spec: ConvTranspose2dSpec, tile: int) -> Sequence[int]:
 def thread_layouts(spec: ConvTranspose2dSpec, target: Target, *, staged: bool) -> Iterator[ThreadLayout]:
     """Layouts whose threads, sums and shared memory are within an architecture's limits."""
     channels = spec.co // spec.groups
-    height, width = (max(phase.count for phase in axis.phases) for axis in spec.axes)
+    height, width = (axis.widest for axis in spec.axes)
     for channel_tile, column_tile in product(_channel_tiles(channels), powers(width, MAX_TILE)):
         threads = product(
             powers(-(-channels // channel_tile), MAX_THREADS),

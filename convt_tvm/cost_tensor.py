@@ -216,7 +216,7 @@ def _tiles(spec: ConvTranspose2dSpec, positions: int) -> Iterator[tuple[int, int
     One at a time is left out where two cost nothing. Of places that phases shift by uneven steps TVM cannot tell which
     words they are in.
     """
-    height, width = (max(phase.count for phase in axis.phases) for axis in spec.axes)
+    height, width = (axis.widest for axis in spec.axes)
     in_pairs = spec.iw % 2 == 0 and reaches_of(spec)[1].shift_step is not None
     for columns in sorted({width, *(size for size in COLUMNS if size < width)}, reverse=True):
         pairs = in_pairs and (columns == width or columns % 2 == 0)

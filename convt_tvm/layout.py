@@ -197,7 +197,7 @@ class Layout:
 
     def columns(self, spec: ConvTranspose2dSpec) -> int:
         """Number of columns computed in each column phase."""
-        widest = max(phase.count for phase in spec.axes[1].phases)
+        widest = spec.axes[1].widest
         return -(-widest // self.column_block) * self.column_block
 
     def column_chunks(self, spec: ConvTranspose2dSpec) -> int:
@@ -256,7 +256,7 @@ class Layout:
         vectors, before = self.column_block // self.vector_lanes, self.columns(spec) - self.column_block
         if self.lanes == "co" or self.taps == "plain" or not before:
             return vectors
-        needed = -(-(max(phase.count for phase in spec.axes[1].phases) - before) // self.vector_lanes)
+        needed = -(-(spec.axes[1].widest - before) // self.vector_lanes)
         fits = self._body(spec) * (vectors + needed) <= MAX_PEELED[spec.output_axes] * vectors
         return needed if fits else vectors
 
@@ -272,12 +272,9 @@ class Layout:
 
     def _steps_inside(self, spec: ConvTranspose2dSpec) -> float:
         """Tiles of columns times their column taps, but for the share that would read the border."""
-        inside = sum(
-            0 <= column + phase.base - tap * phase.input_step < spec.iw
-            for phase in spec.axes[1].phases
-            for tap in range(phase.taps)
-            for column in range(self.columns(spec))
-        )
+        columns = self.columns(spec)
+        reads = (phase.base - tap * phase.input_step for phase in spec.axes[1].phases for tap in range(phase.taps))
+        inside = sum(max(0, min(columns, spec.iw - first) - max(0, -first)) for first in reads)
         return inside / self.column_block
 
     def unrolls_phases(self, spec: ConvTranspose2dSpec) -> bool:
@@ -286,8 +283,8 @@ class Layout:
 
     def _body(self, spec: ConvTranspose2dSpec) -> int:
         """Multiply-add instructions of a tile, all column taps of all column phases unrolled."""
-        phases = spec.axes[1].phases
-        return len(phases) * max(1, *(phase.taps for phase in phases)) * self.tile_vectors
+        axis = spec.axes[1]
+        return len(axis.phases) * max(1, axis.most_taps) * self.tile_vectors
 
     @property
     def held_vectors(self) -> int:
@@ -507,7 +504,7 @@ def partial_sum(spec: ConvTranspose2dSpec, band: Band) -> tuple[int, int, int]:
     Parts and the order in them and of them (rows, then columns, then channels; see `sums_taps_first`) depend on nothing
     but the parameters of one image, so that every layout, batch size and schedule sums to the same bits.
     """
-    columns, channels = max(phase.taps for phase in spec.axes[1].phases), spec.ci // spec.groups
+    columns, channels = spec.axes[1].most_taps, spec.ci // spec.groups
     met_rows, met_columns = met_taps(spec, band)
     products = met_rows * met_columns * channels
     if products <= MIN_PARTIAL or band.taps * columns == 1:
@@ -524,7 +521,7 @@ def partial_sum(spec: ConvTranspose2dSpec, band: Band) -> tuple[int, int, int]:
 
 def met_taps(spec: ConvTranspose2dSpec, band: Band) -> Pair:
     """How many row taps and column taps an output meets at most: of a small image not all."""
-    return min(band.taps, spec.ih), min(max(phase.taps for phase in spec.axes[1].phases), spec.iw)
+    return min(band.taps, spec.ih), min(spec.axes[1].most_taps, spec.iw)
 
 
 def skips_parts(spec: ConvTranspose2dSpec) -> bool:
@@ -532,13 +529,13 @@ def skips_parts(spec: ConvTranspose2dSpec) -> bool:
 
     That is where outputs do not meet all taps: of 49 one of a 1 x 1 image meets one.
     """
-    columns = max(phase.taps for phase in spec.axes[1].phases)
+    columns = spec.axes[1].most_taps
     return any(met_taps(spec, band) != (band.taps, columns) for band in bands(spec))
 
 
 def sums_in_parts(spec: ConvTranspose2dSpec, band: Band) -> bool:
     """Whether there is more than one partial sum."""
-    columns = max(phase.taps for phase in spec.axes[1].phases)
+    columns = spec.axes[1].most_taps
     return partial_sum(spec, band) != (band.taps, spec.ci // spec.groups, columns)
 
 

@@ -16,7 +16,7 @@ to exactly one phase, so the phases together multiply each weight with each inpu
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from math import gcd
 
 __all__ = ["Axis", "Phase"]
@@ -44,7 +44,7 @@ class Phase:
         return range(self.first_tap, self.first_tap + self.taps * self.tap_step, self.tap_step)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Axis:
     """One spatial axis of a transposed convolution.
 
@@ -76,12 +76,43 @@ class Axis:
             + 1
         )
 
-    @property
+    @cached_property
     def phases(self) -> tuple[Phase, ...]:
-        """The phases in the order of their residues, one for each residue that has an output."""
-        return _phases(self)
+        """The phases in the order of their residues, one for each residue that has an output.
 
-    @property
+        Kept, as what follows, since a cost rule asks for it for each layout it considers.
+        """
+        g = gcd(self.stride, self.dilation)
+        tap_step, input_step = self.stride // g, self.dilation // g
+        found = []
+        for residue in range(min(self.stride, self.output_size)):
+            reach = residue + self.padding
+            candidates = range(min(tap_step, self.kernel_size))
+            first = next((t for t in candidates if (reach - t * self.dilation) % self.stride == 0), None)
+            found.append(
+                Phase(
+                    residue=residue,
+                    count=-(-(self.output_size - residue) // self.stride),
+                    taps=0 if first is None else -(-(self.kernel_size - first) // tap_step),
+                    first_tap=first or 0,
+                    tap_step=tap_step,
+                    base=0 if first is None else (reach - first * self.dilation) // self.stride,
+                    input_step=input_step,
+                )
+            )
+        return tuple(found)
+
+    @cached_property
+    def widest(self) -> int:
+        """Outputs of the phase that has most."""
+        return max(phase.count for phase in self.phases)
+
+    @cached_property
+    def most_taps(self) -> int:
+        """Taps of the phase that has most."""
+        return max(phase.taps for phase in self.phases)
+
+    @cached_property
     def products(self) -> int:
         """Number of (input, tap) pairs whose product reaches an output."""
         total = 0
@@ -92,27 +123,3 @@ class Axis:
             last = min(self.input_size - 1, (self.output_size - 1 - shift) // self.stride)
             total += max(0, last - first + 1)
         return total
-
-
-@lru_cache(maxsize=1024)
-def _phases(axis: Axis) -> tuple[Phase, ...]:
-    """See `Axis.phases`; kept, since a cost rule asks for them for each layout it considers."""
-    g = gcd(axis.stride, axis.dilation)
-    tap_step, input_step = axis.stride // g, axis.dilation // g
-    found = []
-    for residue in range(min(axis.stride, axis.output_size)):
-        reach = residue + axis.padding
-        candidates = range(min(tap_step, axis.kernel_size))
-        first = next((t for t in candidates if (reach - t * axis.dilation) % axis.stride == 0), None)
-        found.append(
-            Phase(
-                residue=residue,
-                count=-(-(axis.output_size - residue) // axis.stride),
-                taps=0 if first is None else -(-(axis.kernel_size - first) // tap_step),
-                first_tap=first or 0,
-                tap_step=tap_step,
-                base=0 if first is None else (reach - first * axis.dilation) // axis.stride,
-                input_step=input_step,
-            )
-        )
-    return tuple(found)

@@ -4,7 +4,7 @@ import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import cached_property
 from math import prod
 from typing import Any, Self, TypeAlias
 
@@ -52,7 +52,7 @@ def _as_pair(name: str, value: object) -> Pair:
     return both, both
 
 
-@dataclass(frozen=True, slots=True, init=False)
+@dataclass(frozen=True, init=False)
 class ConvTranspose2dSpec:
     """Shape, parameters and dtype of one ``torch.nn.ConvTranspose2d`` applied to one input shape.
 
@@ -179,10 +179,12 @@ class ConvTranspose2dSpec:
                 f"padding={self.padding} crops; lower the padding."
             )
 
-    @property
+    @cached_property
     def axes(self) -> tuple[Axis, Axis]:
         """The two spatial axes, height first."""
-        return _axes(self)
+        parameters = self.kernel_size, self.stride, self.padding, self.output_padding, self.dilation
+        height, width = (Axis(size, *of_axis) for size, *of_axis in zip((self.ih, self.iw), *parameters, strict=True))
+        return height, width
 
     @property
     def oh(self) -> int:
@@ -313,14 +315,3 @@ class ConvTranspose2dSpec:
                 f"unknown {sorted(set(values) - known)}."
             )
         return cls(**values)
-
-
-@lru_cache(maxsize=64)
-def _axes(spec: ConvTranspose2dSpec) -> tuple[Axis, Axis]:
-    """See `ConvTranspose2dSpec.axes`; kept, since a cost rule asks for them for each layout it considers."""
-    sizes = (spec.ih, spec.iw)
-    height, width = (
-        Axis(sizes[i], spec.kernel_size[i], spec.stride[i], spec.padding[i], spec.output_padding[i], spec.dilation[i])
-        for i in range(2)
-    )
-    return height, width

@@ -15,7 +15,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 from convt_tvm.layout import Layout
-from convt_tvm.phases import Phase
+from convt_tvm.phases import Axis
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 
 __all__ = [
@@ -82,11 +82,11 @@ class Reach:
 @lru_cache(maxsize=64)
 def reaches_of(spec: ConvTranspose2dSpec) -> tuple[Reach, Reach]:
     """The reach of rows and that of columns."""
-    rows, columns = (axis.phases for axis in spec.axes)
 
-    def reach(phases: tuple[Phase, ...]) -> Reach:
+    def reach(axis: Axis) -> Reach:
+        phases, most_taps = axis.phases, max(1, axis.most_taps)
         lowest = min((phase.base for phase in phases if phase.taps), default=0)
-        most_taps, step = max(1, *(phase.taps for phase in phases)), phases[0].input_step
+        step = phases[0].input_step
         return Reach(
             first=lowest - (most_taps - 1) * step,
             shifts=tuple(phase.base - lowest if phase.taps else 0 for phase in phases),
@@ -95,6 +95,7 @@ def reaches_of(spec: ConvTranspose2dSpec) -> tuple[Reach, Reach]:
             step=step,
         )
 
+    rows, columns = spec.axes
     return reach(rows), reach(columns)
 
 
@@ -201,7 +202,7 @@ class TensorLayout(Layout):
 
     def tiles(self, spec: ConvTranspose2dSpec) -> tuple[int, int]:
         """Tiles of rows and of columns that each phase has."""
-        height, width = (max(phase.count for phase in axis.phases) for axis in spec.axes)
+        height, width = (axis.widest for axis in spec.axes)
         return -(-height // self.row_block), -(-width // self.column_block)
 
     def packed_shape(self, spec: ConvTranspose2dSpec) -> tuple[int, int, int, int, int]:

@@ -115,7 +115,7 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
     """Layouts whose sums fit the tile registers and a part of the second cache, each with its estimated cycles."""
     if "amx-bf16" not in target.features:
         return
-    height, width = (max(phase.count for phase in axis.phases) for axis in spec.axes)
+    height, width = (axis.widest for axis in spec.axes)
     phases, counts = len(spec.axes[1].phases), lane_counts(spec, target)
     by_positions = spec.output_axes == "nhwc"
     if not by_positions and spec.input_axes == "nhwc":

@@ -189,7 +189,7 @@ def applies(spec: ConvTranspose2dSpec) -> bool:
 def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout, float]]:
     """Layouts whose accumulators fit the registers, each with its estimated cycles."""
     channels = spec.co // spec.groups
-    height, width = (max(phase.count for phase in axis.phases) for axis in spec.axes)
+    height, width = (axis.widest for axis in spec.axes)
     for lanes in lane_counts(spec, target):
         for vectors in range(1, min(MAX_VECTORS, -(-channels // lanes)) + 1):
             for columns in block_sizes(width, MAX_POSITIONS):

@@ -175,7 +175,7 @@ def applies(spec: ConvTranspose2dSpec) -> bool:
 def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout, float]]:
     """Layouts whose accumulators fit the registers, each with its estimated cycles."""
     channels = spec.co // spec.groups
-    height, widest = (max(phase.count for phase in axis.phases) for axis in spec.axes)
+    height, widest = (axis.widest for axis in spec.axes)
     for lanes in lane_counts(spec, target):
         for vectors in range(1, min(MAX_VECTORS, -(-widest // lanes)) + 1):
             for co_block in block_sizes(channels, MAX_CHANNELS):
@@ -190,7 +190,7 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
 
 def _estimated(spec: ConvTranspose2dSpec, plain: Layout, tile: Tile, target: Target) -> Iterator[tuple[Layout, float]]:
     """`plain` in every size of chunks, and with its outputs past the caches, each with its estimated cycles."""
-    reuse = plain.phases * max(1, *(phase.taps for phase in spec.axes[1].phases))
+    reuse = plain.phases * max(1, spec.axes[1].most_taps)
     sizes = row_chunks(spec, plain.row_block, target)
     chunked = [in_column_chunks(spec, replace(plain, row_chunk=size), target) for size in sizes]
     passing = past_caches(spec, plain, target) if is_for_memory(spec) and plain.row_block == 1 else ()
@@ -210,7 +210,7 @@ def _missed(spec: ConvTranspose2dSpec) -> float:
     if pages <= KNOWN_PAGES:
         return 0.0
     # One row serves all column taps of a channel where they are taken one after the other.
-    taps = max(1, *(phase.taps for phase in spec.axes[1].phases)) if sums_taps_first(spec) else 1
+    taps = max(1, spec.axes[1].most_taps) if sums_taps_first(spec) else 1
     return CYCLES_PER_PAGE / taps
 
 

@@ -39,7 +39,7 @@ def applies(spec: ConvTranspose2dSpec) -> bool:
 
 def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout, float]]:
     """Layouts whose vectors are full and whose sums fit the registers, each with its estimated cycles."""
-    width = max(phase.count for phase in spec.axes[1].phases)
+    width = spec.axes[1].widest
     for lanes in lane_counts(spec, target):
         for vectors in range(1, MAX_VECTORS + 1):
             if spec.groups % (vectors * lanes):
