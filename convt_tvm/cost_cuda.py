@@ -291,7 +291,7 @@ def _phase_blocks(spec: ConvTranspose2dSpec, tile: int) -> Sequence[int]:
 
 def thread_layouts(spec: ConvTranspose2dSpec, target: Target, *, staged: bool) -> Iterator[ThreadLayout]:
     """Layouts whose threads, sums and shared memory are within an architecture's limits."""
-    channels = spec.co // spec.groups
+    channels, one = spec.co // spec.groups, spec.with_batch(1)
     height, width = (axis.widest for axis in spec.axes)
     for channel_tile, column_tile in product(_channel_tiles(channels), powers(width, MAX_TILE)):
         threads = product(
@@ -316,23 +316,23 @@ def thread_layouts(spec: ConvTranspose2dSpec, target: Target, *, staged: bool) -
                     phases=phases,
                     ci_block=0,
                 )
-                for depth_threads in _depths(spec, layout, target):
+                for depth_threads in _depths(one, layout, target):
                     if count * depth_threads >= min(WARP, channels * height * width):
                         split = replace(layout, depth_threads=depth_threads)
                         yield from _stages(spec, split) if staged else (split,)
 
 
-def _depths(spec: ConvTranspose2dSpec, layout: ThreadLayout, target: Target) -> Iterator[int]:
-    """How many threads may share input channels: more than one where an image's others leave multiprocessors idle."""
+def _depths(one: ConvTranspose2dSpec, layout: ThreadLayout, target: Target) -> Iterator[int]:
+    """How many threads may share input channels: several where the others of `one` image leave multiprocessors idle."""
     yield 1
     limits = ARCHITECTURES[target.gpu_archs[-1]]
-    blocks = max(shape.blocks * shape.tiles(layout) for shape in _shapes(spec.with_batch(1))) * layout.blocks(spec)
+    blocks = max(shape.blocks * shape.tiles(layout) for shape in _shapes(one)) * layout.blocks(one)
     if blocks * layout.threads > limits.processors * FILLING_THREADS // 2:
         return
     for threads in SPLIT_THREADS:
         split = replace(layout, depth_threads=threads // layout.threads)
-        shares = 1 < split.depth_threads <= min(MAX_DEPTH_THREADS, spec.ci // spec.groups)
-        if shares and part_bytes(spec, split) <= SHARED_BYTES:
+        shares = 1 < split.depth_threads <= min(MAX_DEPTH_THREADS, one.ci // one.groups)
+        if shares and part_bytes(one, split) <= SHARED_BYTES:
             yield split.depth_threads
 
 

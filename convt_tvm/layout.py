@@ -5,7 +5,7 @@ Integers in, integers out; `convt_tvm.compute` declares from these, and schedule
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import accumulate
 from math import gcd, log, sqrt
@@ -155,7 +155,8 @@ class Layout:
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values; those of `LATER_FIELDS` only where they differ from what all layouts once had."""
-        return {name: value for name, value in asdict(self).items() if value != LATER_FIELDS.get(name)}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value != LATER_FIELDS.get(name)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
