@@ -92,7 +92,7 @@ def test_the_input_itself_is_read_where_it_can_be():
 @pytest.mark.parametrize("ci", [16, 15])
 def test_pairs_of_the_input_itself_are_read_where_they_are_side_by_side(ci, tmp_path):
     spec = last(ci=ci, iw=8, co=32, kernel_size=2, padding=0, dtype="bfloat16")
-    found = [choice for choice in choices(spec, HOST) if choice.space.name == "llvm_dot"]
+    found = choices(spec, HOST, "llvm_dot")
     reading = [choice for choice in found if reads_pairs(spec, choice.layout)]
     assert bool(reading) is (bool(found) and ci == 16)
     inputs = integer_inputs(spec, seed=2)

@@ -32,7 +32,7 @@ def make(**changes):
 
 
 def tile_choices(spec, target=TILES):
-    return [choice for choice in choices(spec.sized, target) if choice.space.name == "llvm_amx"]
+    return choices(spec.sized, target, "llvm_amx")
 
 
 def test_is_for_bfloat16_and_targets_that_say_so():
