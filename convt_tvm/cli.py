@@ -56,9 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """
     try:
         app(arguments, prog_name="convt-tvm")
-    except (ConvTError, OSError) as error:
+    except ConvTError as error:
         _complain(str(error))
         raise SystemExit(USAGE if isinstance(error, _USAGE_ERRORS) else FAILED) from None
+    except OSError as error:
+        # Without the number that Python begins with.
+        _complain(f"{error.filename}: {error.strerror}." if error.filename and error.strerror else str(error))
+        raise SystemExit(FAILED) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
     raise SystemExit(0)

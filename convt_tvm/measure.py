@@ -6,7 +6,7 @@ from statistics import median
 from time import perf_counter
 from typing import TypeAlias
 
-__all__ = ["TimeCalls", "interleaved", "medians", "noise_floor"]
+__all__ = ["TimeCalls", "interleaved", "medians", "noise_floor", "ratio"]
 
 TimeCalls: TypeAlias = Callable[[Callable[[], object], int], float]
 """Calls a function so many times and returns the seconds that all of it took."""
@@ -101,6 +101,15 @@ def interleaved(
 def medians(samples: Mapping[str, list[float]]) -> dict[str, float]:
     """The median of each list of `interleaved`."""
     return {name: median(values) for name, values in samples.items()}
+
+
+def ratio(samples: Sequence[float], others: Sequence[float]) -> float:
+    """How many times as long the first took as the others: the median of the ratios in each round of `interleaved`.
+
+    On a machine that is slow for seconds or minutes samples fall into two groups, and a median is in either by chance:
+    two medians may compare slow rounds with fast ones. Samples of one round are close together in time.
+    """
+    return median(one / other for one, other in zip(samples, others, strict=True))
 
 
 def noise_floor(ours: Sequence[float], copy: Sequence[float]) -> float:

@@ -181,7 +181,8 @@ def to_markdown(rows: Sequence[Row]) -> str:
     parts.append(
         "*bound*: the roofline's time from the measured peak and bandwidth, and which of them binds; both are medians "
         f"taken by turns with the kernels, {_LIMITS[on_gpus]}. *noise*: by how much two copies of our kernel differed. "
-        "*best peer / ours*: the smallest ratio of a peer's time, in bold, to ours in the same memory format. "
+        "*best peer / ours*: the smallest ratio of a peer's time, in bold, to ours in the same memory format; it and "
+        "*torch / ours* are medians of the ratios in each round. "
         "*ours_default*: the cost rule's kernel, where tuning found the faster one that *ours* is. Weights are "
         "constant everywhere; all in one process, by turns."
     )

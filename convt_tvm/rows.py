@@ -9,6 +9,7 @@ from typing import Any, Literal, Self, TypeAlias
 
 from convt_tvm.errors import RowsError
 from convt_tvm.json_lines import read_lines, require_fields
+from convt_tvm.measure import ratio
 
 __all__ = [
     "COPY",
@@ -181,11 +182,11 @@ class Run:
         return self.rows.get(OURS_LAST, self.ours) if peer.implementation == TORCH_LAST else self.ours
 
     def speedup(self, peer: Row | None) -> float | None:
-        """The peer's time over ours in its memory format; None if either was not timed."""
-        if peer is None or peer.median_us is None:
+        """The peer's time over ours in its memory format (`convt_tvm.measure.ratio`); None if either was not timed."""
+        if peer is None or not peer.samples_us:
             return None
-        ours = self.ours_for(peer).median_us
-        return None if ours is None else peer.median_us / ours
+        ours = self.ours_for(peer).samples_us
+        return ratio(peer.samples_us, ours) if ours else None
 
     @property
     def over_best(self) -> float | None:

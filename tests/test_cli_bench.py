@@ -226,7 +226,12 @@ def test_report_prints_the_last_rows_as_json(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "No such file"), ("", "no row of our kernels"), ("nonsense\n", "line 1: Expecting")]
+    ("content", "message"),
+    [
+        (None, r"rows\.jsonl: No such file or directory\."),
+        ("", "no row of our kernels"),
+        ("nonsense\n", "line 1: Expecting"),
+    ],
 )
 def test_report_of_nothing_is_one_error_line(run, tmp_path, content, message):
     if content is not None:

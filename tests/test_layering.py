@@ -96,7 +96,7 @@ MAY_IMPORT = {
     "check": "errors spec workloads target runtime compiler reference measure place",
     "emulate": "errors spec workloads target space emulator compiler check",
     "json_lines": "errors",
-    "rows": "errors json_lines",
+    "rows": "errors json_lines measure",
     "fuzz": "errors spec",
     "distributions": "errors spec reference",
     "rounding": "spec reference",

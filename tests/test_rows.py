@@ -41,6 +41,7 @@ def run_of(times, **changes):
             BASE,
             implementation=name,
             median_us=time,
+            samples_us=(time,) * BASE.rounds if time else (),
             status="ok" if time else "rejected",
             reason="" if time else "not this one",
             **changes,
@@ -89,6 +90,14 @@ def test_a_run_compares_with_its_best_peer():
     assert (run.over_best, run.over_torch) == (pytest.approx(1.2), pytest.approx(4.0))
     assert list(run.peers) == ["torch", "openvino", "onnxruntime"]
     assert not run.is_behind
+
+
+def test_samples_are_compared_with_those_of_their_round():
+    """The machine was slow in the last three rounds, but for the last sample of the peer."""
+    ours, peer = run_of({OURS: 20.0, "torch": 15.0})
+    ours, peer = replace(ours, samples_us=(10, 10, 20, 20, 20)), replace(peer, samples_us=(15, 15, 30, 30, 15))
+    (run,) = latest_runs([ours, peer])
+    assert (run.over_best, run.is_behind) == (pytest.approx(1.5), False)
 
 
 def test_a_peer_is_compared_with_ours_in_its_memory_format():
