@@ -55,11 +55,11 @@ Stored as NCHW each body holds transposes besides: with 224 pointpillars/up4 too
 In channels_last seed/square took 0.91 of the time with up to 512, dcgan/4 0.94.
 """
 PARTIAL_ROOTS = 4
-"""How many times longer: with 4, the error for one image is 0.2 to 1.7 of torch's, a median of 0.85 in 40 layers, with 3
-of 0.62.
+"""How many times longer: with 4, the error for one image is 0.2 to 1.7 of torch's.
 
-The 26 of them that have shorter parts with 3 take a median of 0.985 of the time with 4 on a Zen 3 core, whose registers
-do not hold sums beside partial sums; 32 channels with 3 x 3 and 3 x 7 taps in channels_last take 0.93.
+A median of 0.85 in 40 layers, with 3 of 0.62. The 26 of them that have shorter parts with 3 take a median of 0.985 of
+the time with 4 on a Zen 3 core, whose registers do not hold sums beside partial sums; 32 channels with 3 x 3 and 3 x 7
+taps in channels_last take 0.93.
 """
 MIN_PARTIAL = 32
 """Products that are summed one after the other in any case: adding up shorter sums would cost a tenth of the time."""
