@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         raise SystemExit(USAGE if isinstance(error, _USAGE_ERRORS) else FAILED) from None
     except OSError as error:
         # Without the number that Python begins with.
-        _complain(f"{error.filename}: {error.strerror}." if error.filename and error.strerror else str(error))
+        _complain(str(error).removeprefix(f"[Errno {error.errno}] "))
         raise SystemExit(FAILED) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None

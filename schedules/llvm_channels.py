@@ -90,7 +90,7 @@ And on one of a Zen 3 server (AVX2, 16 registers, 95 GFLOP/s, L2 512 KiB, L3 32 
 - Stride 1. 32 to 128 channels with 3 x 3 to 3 x 7 taps run at 76 to 87 % of the peak, as PyTorch's do. The loops over
   channels take 85 to 90 % of the time; adding partial sums of 32 products takes 8, which is why they are longer
   (`convt_tvm.layout.PARTIAL_ROOTS`). With ``taps="outer"``, whose weights stay in the first cache for a row of tiles,
-  they took 1.05 to 1.1 of the time.
+  they mostly took 1.05 to 1.1 of the time.
 - Streams, in channels_last: unet/up4 took 12.9 ms with positions in four rows and 14.1 in two, sam/up1 6.5 and 7.1.
 - Stores in channels_last. A block's channels of a position are a whole cache line; written past the caches, as two
   vectors one after the other, unet/up4 took 1.17 to 1.6 times as long and pointpillars/up4 1.05. On two threads it was

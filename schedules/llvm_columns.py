@@ -91,7 +91,7 @@ And on one of a Zen 3 server (AVX2, 16 registers, 95 GFLOP/s):
 - Outputs. Gathered, seed/square took 19.5 ms, through the caches 22.
 - Sums. 4 channels by 2 vectors, all that 32 channels divide into, are just enough sums to hide an addition's latency:
   3 x 7 taps with stride 1 run at 77 % of the peak. 4 by 3, which leave no register spare, took 1.02 of the time, tiles
-  of all blocks one after the other and asking for the next tile's rows ahead 0.98 to 1.01.
+  of all blocks one after the other and asking for the next tile's rows ahead 0.97 to 1.01.
 - Pages. Where the rows of all channels are in more than 64 of them, as with 128 channels and rows of 512 values, each
   step waits 4 cycles: such layers run at half their speed, and lanes along channels take those of many channels.
 - Copies. Where the caches do not hold an image and its window, with copies by chunk, which stay in the second cache,

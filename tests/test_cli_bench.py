@@ -228,7 +228,7 @@ def test_report_prints_the_last_rows_as_json(run, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"rows\.jsonl: No such file or directory\."),
+        (None, r"(?<=error: )No such file or directory: '.*rows\.jsonl'"),
         ("", "no row of our kernels"),
         ("nonsense\n", "line 1: Expecting"),
     ],

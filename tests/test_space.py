@@ -186,8 +186,8 @@ def test_chunks_of_columns_are_exact_and_sum_to_the_same_bits(
     spec = replace(LONG, memory_format=memory_format)
     first = next(choice for choice in choices(spec, HOST) if choice.layout.lanes == lanes)
     plain = Layout(lanes, co_block, row_block=1, column_block=column_block, vector_lanes=8, row_chunk=1)
-    chunked = replace(plain, column_chunk=5 * column_block)
-    assert_exact_and_of_the_same_bits(spec, [replace(first, layout=each) for each in (plain, chunked)], tmp_path)
+    layouts = [replace(plain, column_chunk=tiles * column_block) for tiles in (0, 1, 5)]
+    assert_exact_and_of_the_same_bits(spec, [replace(first, layout=layout) for layout in layouts], tmp_path)
 
 
 @pytest.mark.parametrize("lanes", ["co", "ow"])
