@@ -471,8 +471,7 @@ def core_cycles(
     last, vectors = layout.last_vectors(spec), layout.column_block // layout.vector_lanes
     if layout.lanes == "ow" and last < vectors:
         # The last tile of a row has fewer sums, but waits as long for each.
-        taps = sum(phase.taps for phase in spec.axes[1].phases)
-        row += taps * max(0.0, FMA_LATENCY / layout.phases - step * last / vectors)
+        row += spec.axes[1].all_taps * max(0.0, FMA_LATENCY / layout.phases - step * last / vectors)
     sums = tiles_of_rows * row + _parts(spec, layout) * tile.part_cycles(target, layout.phases)
     first_wait, wait, tiles = _weight_cycles(spec, layout, target, in_order=tile.in_order)
     not_hidden = NOT_HIDDEN_IN_ORDER if tile.in_order else NOT_HIDDEN

@@ -159,7 +159,7 @@ def _shapes(spec: ConvTranspose2dSpec) -> tuple[_Shape, ...]:
                 starts=column_starts(spec),
                 row_taps=taps,
                 most_taps=most_taps,
-                all_taps=sum(phase.taps for phase in phases),
+                all_taps=spec.axes[1].all_taps,
                 kernel_rows=_range([starts[phase.residue] for phase in band.phases], taps, 1),
                 row_reach=(taps - 1) * first.input_step + max(row_bases) - min(row_bases),
                 column_reach=(most_taps - 1) * step + max(bases) - min(bases),

@@ -264,12 +264,11 @@ class Layout:
 
     def column_steps(self, spec: ConvTranspose2dSpec) -> float:
         """Tiles of columns times their column taps; where they leave out anything, the share that is left."""
-        phases = spec.axes[1].phases
         if not self.skips_columns(spec):
             tiles = self.columns(spec) / self.column_block
             if self.lanes == "ow":
                 tiles += self.last_vectors(spec) * self.vector_lanes / self.column_block - 1
-            return tiles * sum(phase.taps for phase in phases)
+            return tiles * spec.axes[1].all_taps
         return self._steps_inside(spec)
 
     def _steps_inside(self, spec: ConvTranspose2dSpec) -> float:

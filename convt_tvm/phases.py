@@ -113,6 +113,11 @@ class Axis:
         return max(phase.taps for phase in self.phases)
 
     @cached_property
+    def all_taps(self) -> int:
+        """Taps of all phases together."""
+        return sum(phase.taps for phase in self.phases)
+
+    @cached_property
     def products(self) -> int:
         """Number of (input, tap) pairs whose product reaches an output."""
         total = 0

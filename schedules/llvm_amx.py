@@ -156,7 +156,7 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
 def _cycles(spec: ConvTranspose2dSpec, layout: TileLayout, target: Target) -> float:
     """Estimated cycles of one core: products, what surrounds them, weights read, inputs paired, outputs stored."""
     lead = spec.input_shape[0] * spec.groups * layout.blocks(spec)
-    column_taps = sum(phase.taps for phase in spec.axes[1].phases)
+    column_taps = spec.axes[1].all_taps
     column_phases = len(spec.axes[1].phases)
     products = layout.channel_tiles * layout.position_tiles * CYCLES_PER_PRODUCT
     reads = layout.channel_tiles * CYCLES_PER_WEIGHTS

@@ -268,7 +268,7 @@ def _missed(spec: ConvTranspose2dSpec, layout: Layout) -> float:
     if layout.image_block * layout.row_block > 1 and not reads_input(spec, layout):
         column_bytes = spec.ci * itemsize
         if collides(column_bytes, POSITION_STREAMS):
-            # As `spread_window` lays them out.
+            # As `convt_tvm.schedule` lays them out.
             column_bytes = (column_bytes // CACHE_LINE_BYTES | 1) * CACHE_LINE_BYTES
         missed = 1.0 if crowds(layout, column_bytes, (window.height, window.width)) else missed
     return CYCLES_PER_MISSED * positions * missed

@@ -88,7 +88,9 @@ And on one of a Zen 3 server (AVX2, 16 registers, 95 GFLOP/s):
   has to load after the one before (`convt_tvm.lower_products`): 0.80 to 0.91 of the time.
 - Loads. Vectors of half a cache line are hardly ever waited for: more phases with fewer channels are as good
   (fcn8s/up8 2.5 ms, 3 channels by 2 vectors and 2 phases; 3.0 with lanes along channels).
-- Outputs. Gathered, seed/square took 19.5 ms, through the caches 22.
+- Outputs. Gathered, seed/square took 19.5 ms, through the caches 22. From registers, each line put together from three
+  vectors of half a line, it took 1.16 times as long as gathered, kernelbench/81 1.3; with a share of the copies before
+  each phase's sums 1.02 to 1.06 (kernelbench/75, 81). In C 8 lines at a time cost a loop of multiply-adds 8 %, 40 16 %.
 - Sums. 4 channels by 2 vectors, all that 32 channels divide into, are just enough sums to hide an addition's latency:
   3 x 7 taps with stride 1 run at 77 % of the peak. 4 by 3, which leave no register spare, took 1.02 of the time, tiles
   of all blocks one after the other and asking for the next tile's rows ahead 0.97 to 1.01.
@@ -132,7 +134,6 @@ from convt_tvm.schedule import (
     find_window_of,
     join_images,
     parallelize,
-    spread_window,
     sum_loops,
     works_apart,
 )
@@ -276,7 +277,7 @@ def space(sch: Schedule) -> None:
             sch.annotate(b if of_chunk and layout.blocks(spec) > 1 else task, PASSES_CACHES, True)
         if reaches(spec, band):
             chunk_columns(sch, band, task, column_block)
-            window_of_band = find_window_of(sch, band) if layout.by_chunk else None
+            copied = find_window_of(sch, band) if layout.by_chunk else window
             acc = sch.get_sblock(f"acc{band.index}")
             sch.compute_at(acc, column_block, preserve_unit_loops=True)
             (row, ob, pw, qw), parts = sum_loops(sch, acc)
@@ -294,10 +295,7 @@ def space(sch: Schedule) -> None:
                 skips=not of_chunk,
                 counts_vectors=ends_apart,
             )
-            if layout.by_chunk:
-                copy_window(sch, spec, window_of_band, task=sch.get_loops(output)[0])
-            elif by_chunk:
-                sch.compute_at(window, sch.get_loops(output)[0], preserve_unit_loops=True)
-                spread_window(sch, spec, window)
+            if of_chunk:
+                copy_window(sch, spec, copied, task=sch.get_loops(output)[0])
     if apart:
         join_images(sch, spec, window)
