@@ -343,10 +343,11 @@ def by_chunk(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> Itera
     In chunks of rows that half the second cache holds, but not fewer than threads may share.
     """
     reached = [band for band in bands(spec) if reaches(spec, band)]
-    if spec.groups > 1 or image_bytes(spec) < COPIED_BYTES or not reached or reads_input(spec, layout):
+    if image_bytes(spec) < COPIED_BYTES or not reached or reads_input(spec, layout):
         return
     rows, beside = max(layout.rows(band) for band in reached), max(band.rows_beside for band in reached)
-    held = target.cache_bytes // 2 // (image_bytes(spec) // spec.ih) - beside
+    # A task copies the channels of a group.
+    held = target.cache_bytes // 2 // (image_bytes(spec) // spec.groups // spec.ih) - beside
     chunk = max(1, min(held, rows // TASKS) // layout.row_block) * layout.row_block
     if chunk < rows:
         yield replace(layout, row_chunk=chunk, by_chunk=True)
