@@ -132,6 +132,8 @@ def test_each_space_is_exact_in_several_layouts(lanes, tmp_path):
         (MANY, "co", {"row_chunk": 3, "by_chunk": True}),
         (MANY, "ow", {"row_chunk": 2, "by_chunk": True}),
         (STRIDED, "ow", {"row_chunk": 1, "by_chunk": True}),
+        (ODD, "co", {"row_chunk": 2, "by_chunk": True}),
+        (ODD, "ow", {"row_chunk": 2, "by_chunk": True}),
         (BORDERED, "co", {"column_block": 2, "column_chunk": 4}),
         (BORDERED, "co", {"column_block": 2, "row_chunk": 4, "column_chunk": 8}),
         (WIDE, "ow", {"column_block": 16, "vector_lanes": 4, "column_chunk": 16}),
@@ -171,6 +173,16 @@ def test_large_images_are_copied_by_chunk_where_that_was_measured(memory_format)
     assert not default_choice(replace(spec, ci=16), V3).layout.by_chunk
     assert not default_choice(spec, V4).layout.by_chunk
     assert any(choice.layout.by_chunk for choice in choices(spec, V4))
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_a_task_copies_the_channels_of_its_group(memory_format):
+    spec = ConvTranspose2dSpec(
+        n=1, ci=96, ih=96, iw=96, co=20, kernel_size=2, stride=2, groups=2, memory_format=memory_format, padding=1
+    )
+    choice = next(choice for choice in choices(spec, V3, "llvm_columns") if choice.layout.by_chunk)
+    script = lower_choice(spec, V3, choice).module["convt"].script()
+    assert re.findall(r"window\w* = T.alloc_buffer\(\(1, \d+, (\d+), ", script) == ["48"]
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)

@@ -20,6 +20,7 @@ SHORT = {
     "one row": {"ci": 32, "ih": 1, "iw": 13, "k": 3, "s": 1, "p": 1},
     "no row left out": {"ci": 2, "ih": 3, "iw": 15, "k": 1, "s": 1, "p": 0},
     "three vectors": {"ci": 20, "ih": 4, "iw": 40, "k": 5, "s": 2, "p": 2},
+    "seven half vectors": {"ci": 3, "ih": 4, "iw": 47, "k": 3, "s": 2, "p": 1},
 }
 
 
@@ -48,8 +49,8 @@ def test_short_rows_hold_the_image_and_zeros_and_nothing_around_it(case, dtype, 
     if not set(target.features) <= set(HOST.features):
         pytest.skip(f"this processor is no {level}")
     kinds = {Window.of(spec, choice.layout): choice for choice in by_rows(spec, target)}
-    if (dtype, level) == ("float32", "x86-64-v4"):
-        # In shorter vectors some of these rows are long.
+    if dtype == "float32" and (level == "x86-64-v3" or case != "seven half vectors"):
+        # In vectors of another length some of these rows are long.
         assert any("convt_some" in str(lower_choice(spec, target, choice)) for choice in kinds.values())
     generator = torch.Generator().manual_seed(0)
     weight = torch.randint(-3, 4, spec.weight_shape, generator=generator).to(getattr(torch, dtype))
