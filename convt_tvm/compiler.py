@@ -20,7 +20,7 @@ from convt_tvm.backends import code_generator, get_backend
 from convt_tvm.batches import join_kernels
 from convt_tvm.cpu_code import compile_library
 from convt_tvm.database import find_result
-from convt_tvm.entry import guard_arguments
+from convt_tvm.entry import guard_arguments, take_shapes
 from convt_tvm.errors import BuildError
 from convt_tvm.fingerprint import source_fingerprint
 from convt_tvm.layout import Layout
@@ -28,8 +28,8 @@ from convt_tvm.machine import package_versions
 from convt_tvm.manifest import KERNEL_FILE, Manifest
 from convt_tvm.records import Candidate, Result
 from convt_tvm.runtime import Kernel, load
-from convt_tvm.space import Choice, default_choice, find_choice, rest_choices
-from convt_tvm.spec import CONTIGUOUS, ConvTranspose2dSpec
+from convt_tvm.space import Choice, declared, default_choice, find_choice, rest_choices
+from convt_tvm.spec import CONTIGUOUS, MEMORY_ORDER, ConvTranspose2dSpec
 from convt_tvm.target import Target
 
 __all__ = [
@@ -142,7 +142,7 @@ def build_artifact(
     """
     resolved = Target.parse(target).for_dtype(spec.dtype)
     # An empty batch computes nothing, but its kernel packs weights like any other.
-    declared = replace(spec, n=1) if spec.n == 0 else spec
+    filled = replace(spec, n=1) if spec.n == 0 else spec
     if spec.n is None and resolved.kind != "llvm":
         raise BuildError(f"{spec.name}: kernels for {resolved.kind} are for one batch size; give n.")
     if spec.is_channels_last and resolved.kind != "llvm":
@@ -154,10 +154,10 @@ def build_artifact(
         try:
             stored = Stored()
             if choice is None and tuned and spec.n is not None:
-                stored = find_stored(declared, resolved)
-            choice = choice or stored.choice or default_choice(declared, resolved)
-            _check_indexable(declared.sized, choice.layout)
-            lowered = stored.lowered or lower_choice(declared, resolved, choice)
+                stored = find_stored(filled, resolved)
+            choice = choice or stored.choice or default_choice(filled, resolved)
+            _check_indexable(declared(filled, resolved).sized, choice.layout)
+            lowered = stored.lowered or lower_choice(filled, resolved, choice)
             resources = compile_module(lowered.module, resolved, library)
         except BuildError:
             raise
@@ -252,7 +252,7 @@ def lower_choice(spec: ConvTranspose2dSpec, target: Target, choice: Choice) -> L
 
 def schedule_choice(spec: ConvTranspose2dSpec, target: Target, choice: Choice) -> Schedule:
     """The phase form declared in the layout of `choice` and scheduled; TVM's own errors pass through."""
-    sch = Schedule(get_backend(choice.layout).declare_phases(spec, choice.layout, target))
+    sch = Schedule(get_backend(choice.layout).declare_phases(declared(spec, target), choice.layout, target))
     choice.space.space(sch)
     return sch
 
@@ -276,20 +276,34 @@ def lower_schedule(
 
     With those for the `rest` of a batch of any size, see `convt_tvm.batches`.
     """
-    backend = get_backend(layout)
-    pack = Schedule(backend.declare_pack(spec, layout, target))
+    backend, own = get_backend(layout), declared(spec, target)
+    pack = Schedule(backend.declare_pack(own, layout, target))
     backend.schedule_pack(pack)
     kernels = {each.image_block: backend.lower_kernel(one.mod["main"]) for each, one in [(layout, sch), *rest]}
     kernel = join_kernels(kernels) if rest else kernels[layout.image_block]
     module = tvm.IRModule({**kernel.functions, **backend.lower_pack(pack.mod["main"]).functions})
+    if own != spec:
+        shapes = _shapes(spec, layout)
+        module = tvm.IRModule({name: take_shapes(function, shapes) for name, function in module.functions.items()})
     code = f"{structural_hash(module) % 2**64:016x}"
     if target.kind == "llvm":
         # A tile that is not filled counts like one that is.
         images = layout.image_block
-        max_batch = MAX_ELEMENTS // max(_elements(spec.with_batch(images), layout).values()) * images
+        max_batch = MAX_ELEMENTS // max(_elements(own.with_batch(images), layout).values()) * images
         guarded = {name: guard_arguments(function, max_batch) for name, function in module.functions.items()}
         module = tvm.IRModule(guarded)
     return Lowered(module, trace_json(sch), code)
+
+
+def _shapes(spec: ConvTranspose2dSpec, layout: Layout) -> dict[str, Sequence[int]]:
+    """Shapes of what a kernel and its packing take, axes in the order of memory; of any batch size for one image."""
+    one = spec.sized
+    images = {"input": (one.input_axes, one.input_shape), "output": (one.output_axes, one.output_shape)}
+    return {
+        **{name: [shape[axis] for axis in MEMORY_ORDER[axes]] for name, (axes, shape) in images.items()},
+        "weight": spec.weight_shape,
+        "packed": layout.packed_shape(spec),
+    }
 
 
 def compile_module(

@@ -124,6 +124,8 @@ class Core:
         Cycles for each output that goes from vectors of columns to channels_last.
     copied_far
         Cycles for each input of an image too large for the caches to hold its copy as well (`COPIED_BYTES`).
+    outer
+        How many times the estimate a layout with ``taps="outer"`` takes.
     """
 
     fma_bytes: int
@@ -144,6 +146,7 @@ class Core:
     streamed: float
     moved: float
     copied_far: float
+    outer: float
 
 
 WIDE = Core(
@@ -165,6 +168,7 @@ WIDE = Core(
     streamed=0.2,
     moved=0.5,
     copied_far=0.0,
+    outer=1.15,
 )
 """Such a core issues two loads in a cycle beside two multiply-adds: Emerald Rapids, tiles of 1 x 14 and 1 x 28 in the
 first cache. Where another thread shares the core tiles of few loads lose least: dilated/k3d2 in channels_last took 0.91
@@ -173,6 +177,10 @@ of the time with 4 vectors by 6 positions, 10 loads, in place of 2 by 11, 13.
 Gathering its outputs took kernelbench/75 (0.65 cycles of sums for each) 0.88 of the time, seed/square (1.2) 0.96,
 seed/rect (1.8) 1.08, unet/up4 (4) 1.04 and pointpillars/up4 (8) 1.06. From registers kernelbench/81 (0.4) took 0.70
 of the time that gathering does, kernelbench/75 0.76, seed/square 0.90, seed/rect 1.12, unet/up4 1.0 to 1.2.
+
+With taps in the outer loop layers of 512 to 2,048 channels on 8 x 8 took 0.72 to 0.87 of the time of what 1.3 for it
+chooses in NCHW (1.06 on 7 x 7), 0.8 to 1.13 in channels_last. With 1.0 pose/1 took 1.08 and 1.10 of it, 2,048 channels
+on 7 x 7 1.11 and 1.2.
 """
 PAIRED = Core(
     fma_bytes=64,
@@ -193,6 +201,7 @@ PAIRED = Core(
     streamed=0.0,
     moved=0.5,
     copied_far=0.0,
+    outer=1.15,
 )
 """A Zen 4 core works on 64 bytes in two halves: a multiply-add a cycle, a load in 1.06 cycles, or 1.7 across lines.
 
@@ -218,6 +227,7 @@ NARROW = Core(
     streamed=0.2,
     moved=1.2,
     copied_far=2.5,
+    outer=1.0,
 )
 """A core with AVX2: fitted to 1,500 trials of 24 layers on one of a Zen 3 server at 3.4 GHz. Two loads a cycle are
 hardly ever waited for, whether they lie across lines or not, and its last cache is fast: pose/1 took 9.0 ms where each
@@ -227,7 +237,8 @@ narrower vectors as well, with which nothing was measured, and no outputs of the
 What it reads from the second cache was fitted to 33 layers in channels_last, 12 tiles of each: 4 vectors of weights by
 2 positions, 128 bytes for 8 multiply-adds, took 1.37 times as long as the best tile for grouped/4, and 1.28 for 32
 channels with 12 x 12 taps. So was what is `moved`: seed/square took 23.7 ms with lanes along columns, 18.4 along
-channels."""
+channels. With taps in the outer loop pose/1, hifigan/up1 and three others whose weights do not fit the second cache
+took 0.93 to 1.01 of the time, a median of 0.97, on two threads 0.92 to 1.03 and 0.98."""
 
 
 def core_of(target: Target) -> Core:

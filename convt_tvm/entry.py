@@ -1,15 +1,18 @@
-"""What a compiled function verifies about its arguments before it reads or writes any memory.
+"""What a compiled function takes, and verifies about its arguments before it reads or writes any memory.
 
 TVM's calling convention verifies number, type, dtype, shape, strides and device, but no address. Here that is a few
 instructions; in Python it would be a method call for each tensor.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tvm
 from tvm import tirx
 
-__all__ = ["guard_arguments"]
+from convt_tvm.statements import tensor
+
+__all__ = ["guard_arguments", "take_shapes"]
 
 _ANY_VALUE = 15
 """builtin::kTVMFFIAnyUnionValue: the 64 bits of a TVMFFIAny that hold a number or a pointer."""
@@ -38,6 +41,19 @@ def guard_arguments(function: tirx.PrimFunc, max_batch: int) -> tirx.PrimFunc:
         apart = tirx.any(other >= start + _size_bytes(output), start >= other + _size_bytes(buffer))
         statements.append(_require(apart, f"{buffer.name} shares memory with {output.name}"))
     return function.with_body(tirx.SeqStmt([*statements, function.body]))
+
+
+def take_shapes(function: tirx.PrimFunc, shapes: Mapping[str, Sequence[int]]) -> tirx.PrimFunc:
+    """`function` with parameters of other `shapes`, but for the first extent, in which they are the same in memory."""
+    params, views = [], []
+    for own in function.params:
+        taken = own
+        if own.name in shapes:
+            taken = tensor(own.name, [own.shape[0], *shapes[own.name][1:]], str(own.dtype))
+            first = tirx.address_of(tirx.BufferLoad(taken, [0] * len(own.shape)))
+            views.append(tirx.DeclBuffer(own, data=first))
+        params.append(taken)
+    return tirx.PrimFunc(params, tirx.SeqStmt([*views, function.body]), function.ret_type, function.attrs)
 
 
 def _require(condition: Any, message: str) -> Any:

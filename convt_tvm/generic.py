@@ -20,7 +20,7 @@ from convt_tvm.layout import Layout
 from convt_tvm.machine import machine
 from convt_tvm.records import GENERIC, Candidate
 from convt_tvm.search import Proposal
-from convt_tvm.space import find_choice
+from convt_tvm.space import declared, find_choice
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
 
@@ -67,8 +67,9 @@ class GenericSearch:
         earlier: Iterable[Candidate] = (),
     ) -> None:
         self.spec, self.target = spec, target
-        self._layout = plain_layout(spec)
-        module = tvm.IRModule({"main": declare_phases(spec, self._layout, target)})
+        own = declared(spec, target)
+        self._layout = plain_layout(own)
+        module = tvm.IRModule({"main": declare_phases(own, self._layout, target)})
         self._database = ms.database.MemoryDatabase()
         self._workload = self._database.commit_workload(module)
         self._tvm_target = tvm.target.Target({**target.to_tvm().export(), "num-cores": threads})

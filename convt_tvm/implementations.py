@@ -112,18 +112,18 @@ def emulated_implementation(target: Target) -> Implementation:
 
 def _build(target: Target, schedule: str | None, spec: ConvTranspose2dSpec) -> Operator:
     from convt_tvm.compiler import build
-    from convt_tvm.space import choices
+    from convt_tvm.space import choices, declared
 
     if target.kind == "cuda":
         # Its kernels read and write NCHW; they take other tensors by a copy.
         spec = replace(spec, memory_format=CONTIGUOUS)
     choice = None
     if schedule is not None:
-        declared = replace(spec, n=spec.n or 1)
-        found = choices(declared, target, schedule)
+        filled = replace(spec, n=spec.n or 1)
+        found = choices(filled, target, schedule)
         if not found:
             raise RefusedError(Refusal("rejected", f"the schedule space {schedule} does not apply"))
-        choice = _drawn(found, declared, target)
+        choice = _drawn(found, declared(filled, target), target)
     return build(spec, target, choice=choice)
 
 
@@ -144,7 +144,7 @@ def _drawn(found: Sequence["Choice"], spec: ConvTranspose2dSpec, target: Target)
         passing = list(past_caches(spec, replace(layout, gathers=False, streams=False), target))
         return replace(choice, layout=passing[rest // 2 % len(passing)]) if passing else choice
     if rest // 2 % 2 and type(layout) is Layout and layout.image_block == 1 and not layout.passes_caches:
-        if rest // 4 % 2 and spec.groups == 1:
+        if rest // 4 % 2:
             rows = layout.row_block * (1 + rest // 8 % 4)
             return replace(choice, layout=replace(layout, by_chunk=True, row_chunk=rows, column_chunk=0))
         tiles = 1 + rest // 8 % (layout.columns(spec) // layout.column_block)

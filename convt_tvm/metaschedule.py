@@ -2,7 +2,7 @@
 
 from convt_tvm.compute import declare_phases
 from convt_tvm.records import Result
-from convt_tvm.space import find_choice
+from convt_tvm.space import declared, find_choice
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.store import DATABASE_FILES, Store
 from convt_tvm.target import Target
@@ -24,7 +24,7 @@ def commit(store: Store, spec: ConvTranspose2dSpec, target: Target, result: Resu
     choice = find_choice(spec, target, result.candidate)
     if choice is None:
         return
-    module = tvm.IRModule({"main": declare_phases(spec, choice.layout, target)})
+    module = tvm.IRModule({"main": declare_phases(declared(spec, target), choice.layout, target)})
     sch = Schedule(module)
     choice.space.space(sch)
     paths = [str(store.directory / name) for name in DATABASE_FILES]

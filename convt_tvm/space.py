@@ -23,6 +23,7 @@ __all__ = [
     "Choice",
     "Space",
     "choices",
+    "declared",
     "default_choice",
     "find_choice",
     "ranked_choices",
@@ -36,6 +37,9 @@ FEW_IMAGES = 8
 SMALL_IMAGES = 8
 """As many small ones are taken for any batch size, besides a single one: tiles of 16 were as fast as of 8 for 16 images
 of 1 x 1 and 2 x 2."""
+MANY_WEIGHTS = 1 << 20
+"""Weights that no second cache holds, from which on images of one column stay upright: 2.1 MB took 0.81 to 1.01 of the
+time on a Zen 3 core, 8.4 MB 1.00 to 1.05 (hifigan/up1)."""
 SUITS_CYCLES = 1.01
 """How many times the fewest cycles for a single image a packed weight may take of several: their estimates are no
 better. With 1.02 single images of dcgan/2 took 1.2 times as long, batches of 8 0.9 times."""
@@ -77,13 +81,24 @@ def spaces() -> tuple[Space, ...]:
     return tuple(found)
 
 
+def declared(spec: ConvTranspose2dSpec, target: Target) -> ConvTranspose2dSpec:
+    """The spec whose phase form is declared for `spec`, and laid out; its kernel takes tensors of the shapes of `spec`.
+
+    On processors, whose schedules share rows among vectors and tiles, it is `ConvTranspose2dSpec.turned`: on a Zen 3
+    core 32 to 1 channels on 8192 x 1 took 10 times as long as on 1 x 8192, 64 to 16 on 4096 x 1 4 times, 128 to 64 on
+    2048 x 1 1.4 times. Not so with `MANY_WEIGHTS`.
+    """
+    return spec.turned if target.kind == "llvm" and math.prod(spec.weight_shape) < MANY_WEIGHTS else spec
+
+
 def choices(spec: ConvTranspose2dSpec, target: Target, schedule: str | None = None) -> list[Choice]:
     """Every space, or the one that `schedule` names, and layout for `spec` on `target`, the cheapest first."""
+    own = declared(spec, target)
     found = [
         Choice(space, layout, cycles)
         for space in spaces()
-        if space.target_kind == target.kind and schedule in (None, space.name) and space.applies(spec)
-        for layout, cycles in space.layouts(spec, target)
+        if space.target_kind == target.kind and schedule in (None, space.name) and space.applies(own)
+        for layout, cycles in space.layouts(own, target)
     ]
     return sorted(found, key=lambda choice: choice.cycles)
 
@@ -169,9 +184,10 @@ def find_choice(spec: ConvTranspose2dSpec, target: Target, candidate: Candidate)
     """The choice that a stored candidate stands for, or None if there is no such choice any more."""
     if candidate.trace is not None:
         return _replay(candidate)
+    own = declared(spec, target)
     for space in spaces():
-        if space.name == candidate.schedule and space.target_kind == target.kind and space.applies(spec):
-            found = _layouts(space, spec, target)
+        if space.name == candidate.schedule and space.target_kind == target.kind and space.applies(own):
+            found = _layouts(space, own, target)
             if not found or not found[0][0].to_json().keys() ^ candidate.layout.keys() <= LATER_FIELDS.keys():
                 return None
             wanted = type(found[0][0]).from_json(candidate.layout)

@@ -206,6 +206,18 @@ class ConvTranspose2dSpec:
         return self.with_batch(1) if self.n is None else self
 
     @property
+    def turned(self) -> "ConvTranspose2dSpec":
+        """The same layer with images of one column turned on their side: of one row.
+
+        Where the images before and after have one column, and the kernel has; otherwise the spec itself. All tensors
+        are the same in memory.
+        """
+        if not self.iw == self.ow == self.kernel_size[1] == 1:
+            return self
+        pairs: dict[str, Any] = {name: tuple(reversed(getattr(self, name))) for name in _PAIRS}
+        return replace(self, ih=1, iw=self.ih, **pairs)
+
+    @property
     def _batch(self) -> int:
         if self.n is None:
             raise SpecError(f"{self.name} has no shapes of its own: it is for any batch size; see `with_batch`.")

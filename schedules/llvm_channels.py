@@ -112,6 +112,7 @@ from convt_tvm.cost import (
     by_chunk,
     copy_cycles,
     core_cycles,
+    core_of,
     image_bytes,
     in_column_chunks,
     is_for_memory,
@@ -177,10 +178,6 @@ CYCLES_PER_RUN = 8.0
 
 FIRST_CACHE_BYTES = 28 << 10
 """What the first cache has for inputs: 32 KiB, without what weights and sums take."""
-OUTER_CYCLES = 1.15
-"""How many times the estimate a layout with ``taps="outer"`` takes. On an Emerald Rapids server it took 0.72 to 0.87 of
-the time of what 1.3 chooses for layers of 512 to 2,048 channels on 8 x 8 in NCHW (1.06 on 7 x 7), 0.8 to 1.13 in
-channels_last. With 1.0 pose/1 took 1.08 and 1.10 of it, 2,048 channels on 7 x 7 1.11 and 1.2."""
 CYCLES_PER_MISSED = 0.2
 """For an input value from the second cache (Zen 4: pose/1 and hifigan/up1 12 and 6 % slower with more positions)."""
 
@@ -220,7 +217,7 @@ def _estimated(spec: ConvTranspose2dSpec, plain: Layout, target: Target) -> Iter
         yield layout, core_cycles(spec, layout, tile, target, reuse=1, costs=costs)
         if layout.slice_bytes(spec) > target.held_weight_bytes and layout.image_block == 1:
             layout = replace(plain, row_chunk=chunk, taps="outer")
-            yield layout, OUTER_CYCLES * core_cycles(spec, layout, tile, target, reuse=1, costs=costs)
+            yield layout, core_of(target).outer * core_cycles(spec, layout, tile, target, reuse=1, costs=costs)
     for layout in past_caches(spec, plain, target) if is_for_memory(spec) else ():
         yield layout, core_cycles(spec, layout, tile, target, reuse=1, costs=costs)
     for layout in by_chunk(spec, plain, target):

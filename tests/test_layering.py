@@ -81,7 +81,7 @@ MAY_IMPORT = {
     "compute_depthwise compute_dot compute_tiles compute_cuda compute_tensor schedule schedule_cuda lower lower_dot "
     "lower_tiles lower_cuda lower_tensor cuda_toolkit cuda_device_code",
     "batches": "statements",
-    "entry": "",
+    "entry": "statements",
     "cpu_code": "target",
     "compiler": "errors spec target machine layout fingerprint manifest artifact runtime records database space "
     "entry backends batches cpu_code",
