@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import tvm
 from tvm import tirx
 
-from convt_tvm.statements import on_stack, tensor
+from convt_tvm.statements import on_stack, tensor, view
 
 __all__ = ["join_kernels"]
 
@@ -39,7 +39,7 @@ def join_kernels(kernels: Mapping[int, tvm.IRModule]) -> tvm.IRModule:
         statements.append(tirx.Bind(count, tirx.BufferLoad(counts, [number])))
         for own, joined in zip(function.params, params, strict=True):
             start = [first if joined.name in shapes else 0, *(0 for _ in joined.shape[1:])]
-            statements.append(tirx.DeclBuffer(own, data=tirx.address_of(tirx.BufferLoad(joined, start))))
+            statements.append(view(own, joined, start))
         statements.append(tirx.IfThenElse(count > 0, function.body, None))
         first, left = first + count, left - count
     body = tirx.SeqStmt(statements)

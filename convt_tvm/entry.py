@@ -10,7 +10,7 @@ from typing import Any
 import tvm
 from tvm import tirx
 
-from convt_tvm.statements import tensor
+from convt_tvm.statements import tensor, view
 
 __all__ = ["guard_arguments", "take_shapes"]
 
@@ -50,8 +50,7 @@ def take_shapes(function: tirx.PrimFunc, shapes: Mapping[str, Sequence[int]]) ->
         taken = own
         if own.name in shapes:
             taken = tensor(own.name, [own.shape[0], *shapes[own.name][1:]], str(own.dtype))
-            first = tirx.address_of(tirx.BufferLoad(taken, [0] * len(own.shape)))
-            views.append(tirx.DeclBuffer(own, data=first))
+            views.append(view(own, taken, [0] * len(own.shape)))
         params.append(taken)
     return tirx.PrimFunc(params, tirx.SeqStmt([*views, function.body]), function.ret_type, function.attrs)
 

@@ -36,7 +36,8 @@ FEW_VECTORS, FEW_HALF_VECTORS = 3, 8
 """Vectors in a row of a window beyond which LLVM copies it, as fast or by 3 to 5 % faster: of a cache line, or of half.
 
 Layers of 14 x 14 and 16 x 16 images took 0.89 and 0.94 of the time on an Emerald Rapids server. On a Zen 3 core
-15 layers with rows of 14 to 96 values took a median of 0.98 (512 to 3 channels on 40 x 25 0.85 to 0.99, 0.93 to 1.08).
+15 layers with rows of up to 12 vectors took a median of 0.98 (512 to 3 channels on 40 x 25, rows of 26 values, 0.85 to
+0.99), those with more than 8 no less than without.
 """
 
 _LOAD_SOME = """

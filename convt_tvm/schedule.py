@@ -257,6 +257,10 @@ def copy_window(
     axes = window_axes(spec, layout)
     first, second, third, fourth = sch.get_loops(window)[-4:]
     shared = [first, second]
+    if task is None:
+        by_channel = int(sch.get(second).extent) < FEW_ROWS
+    else:
+        by_channel = target_of(sch.mod["main"]).has_few_registers
     if (axes == "nhwc") != (spec.input_axes == "nhwc"):
         place = dict(zip(axes[1:], (second, third, fourth), strict=True))
         factor = max(size for size in (16, 8, 4, 2, 1) if int(sch.get(place["c"]).extent) % size == 0)
@@ -266,9 +270,7 @@ def copy_window(
         sch.annotate(place["w"], IN_VECTORS, True)
         # Of long rows there are few.
         shared = [first, place["h"], *([outer] if layout.column_chunk else [])]
-    elif axes == "nhcw" and (
-        int(sch.get(second).extent) < FEW_ROWS if task is None else target_of(sch.mod["main"]).has_few_registers
-    ):
+    elif axes == "nhcw" and by_channel:
         sch.reorder(third, second)
         shared = [first, third]
     if task is None:

@@ -29,6 +29,7 @@ __all__ = [
     "rewrite",
     "sequence",
     "tensor",
+    "view",
     "with_value",
 ]
 
@@ -44,6 +45,11 @@ Loop = Any
 def tensor(name: str, shape: Sequence[Expr], dtype: str) -> Any:
     """A tensor that may start at any address."""
     return tirx.decl_buffer(shape, dtype, name=name, data_alignment=1)
+
+
+def view(buffer: Any, source: Any, start: Sequence[Expr]) -> Any:
+    """The statement that `buffer` is the memory from an element of `source` on."""
+    return tirx.DeclBuffer(buffer, data=tirx.address_of(tirx.BufferLoad(source, list(start))))
 
 
 def sequence(statements: Sequence[Any]) -> Any:

@@ -1,5 +1,6 @@
 """Images of one column: layers in one dimension, which processors compute turned on their side."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -62,8 +63,9 @@ def test_kernels_take_tensors_of_one_column(memory_format, changes):
     assert tuple(output.shape) == spec.output_shape
     assert torch.equal(output.double(), expected.double())
     assert output.is_contiguous(memory_format=getattr(torch, memory_format))
-    with pytest.raises(ValueError, match="shape"):
-        kernel(torch.zeros(spec.turned.input_shape, dtype=output.dtype), torch.zeros(spec.weight_shape), None)
+    _, weight, bias = integer_inputs(spec, 0)
+    with pytest.raises(ValueError, match=rf"input must be {spec.dtype} of shape {re.escape(str(spec.input_shape))}"):
+        kernel(torch.zeros(spec.turned.input_shape, dtype=output.dtype), weight, bias)
 
 
 def test_one_kernel_for_any_batch_size_takes_them():
@@ -90,6 +92,7 @@ def test_other_images_are_lowered_to_the_shapes_they_were_declared_in():
     module = lower_choice(spec, HOST, default_choice(spec, HOST)).module
     assert "T.decl_buffer" not in module.script()
     module = lower_choice(COLUMN, HOST, default_choice(COLUMN, HOST)).module
+    assert "T.decl_buffer" in module.script()
     assert [tuple(map(int, buffer.shape)) for buffer in module["convt"].params][::3] == [
         COLUMN.input_shape,
         COLUMN.output_shape,
