@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import tvm
@@ -13,6 +14,7 @@ from convt_tvm.compute import declare_pack, declare_phases
 from convt_tvm.compute_cuda import declare_thread_pack, declare_thread_phases
 from convt_tvm.compute_depthwise import declare_depthwise_pack, declare_depthwise_phases
 from convt_tvm.compute_dot import declare_dot_pack, declare_dot_phases
+from convt_tvm.compute_taps import declare_tap_pack, declare_tap_phases
 from convt_tvm.compute_tensor import declare_tensor_pack, declare_tensor_phases
 from convt_tvm.compute_tiles import declare_tile_pack, declare_tile_phases
 from convt_tvm.cuda_device_code import device_compiler
@@ -23,11 +25,13 @@ from convt_tvm.layout import Layout
 from convt_tvm.lower import lower_kernel, lower_pack
 from convt_tvm.lower_cuda import lower_thread_kernel, lower_thread_pack
 from convt_tvm.lower_dot import lower_dot_kernel
+from convt_tvm.lower_taps import lower_tap_kernel
 from convt_tvm.lower_tensor import lower_tensor_kernel, lower_tensor_pack
 from convt_tvm.lower_tiles import lower_tile_kernel
 from convt_tvm.schedule import share_pack
 from convt_tvm.schedule_cuda import bind_pack
 from convt_tvm.spec import ConvTranspose2dSpec
+from convt_tvm.tap_layout import TapLayout
 from convt_tvm.target import Target
 from convt_tvm.tensor_layout import TensorLayout
 from convt_tvm.thread_layout import ThreadLayout
@@ -68,6 +72,13 @@ _BACKENDS: dict[type[Layout], Backend] = {
     DepthwiseLayout: Backend(declare_depthwise_phases, declare_depthwise_pack, share_pack, lower_kernel, lower_pack),
     DotLayout: Backend(declare_dot_phases, declare_dot_pack, share_pack, lower_dot_kernel, lower_pack),
     TileLayout: Backend(declare_tile_phases, declare_tile_pack, share_pack, lower_tile_kernel, lower_pack),
+    TapLayout: Backend(
+        declare_tap_phases,
+        declare_tap_pack,
+        share_pack,
+        lower_tap_kernel,
+        partial(lower_pack, orders_columns=False),
+    ),
     ThreadLayout: Backend(
         declare_thread_phases,
         declare_thread_pack,

@@ -89,6 +89,8 @@ channels: tiles of two rows, which need a window, took 0.91 of the time of other
 BY_CHUNK_CYCLES = 1.03
 """How many times as long all takes then, beside what copies save: what is copied takes the place of weights. Altogether
 unet/up1, with 512 outputs for each input, took 1.03 of the time, sam/up1 0.93 and pointpillars/up4 0.97."""
+UNMEASURED = 1.5
+"""How many times its estimate a schedule is reckoned with where it was not measured, beside others that were."""
 MIN_CHUNK = 8
 """Tiles of columns that a chunk has at least."""
 GATHERED_SHARES = 32, 8, 4
@@ -126,6 +128,8 @@ class Core:
         Cycles for each input of an image too large for the caches to hold its copy as well (`COPIED_BYTES`).
     outer
         How many times the estimate a layout with ``taps="outer"`` takes.
+    taps
+        How many times the estimate a layout that sums channels before taps is reckoned with.
     """
 
     fma_bytes: int
@@ -147,6 +151,7 @@ class Core:
     moved: float
     copied_far: float
     outer: float
+    taps: float
 
 
 WIDE = Core(
@@ -169,6 +174,7 @@ WIDE = Core(
     moved=0.5,
     copied_far=0.0,
     outer=1.15,
+    taps=UNMEASURED,
 )
 """Such a core issues two loads in a cycle beside two multiply-adds: Emerald Rapids, tiles of 1 x 14 and 1 x 28 in the
 first cache. Where another thread shares the core tiles of few loads lose least: dilated/k3d2 in channels_last took 0.91
@@ -202,6 +208,7 @@ PAIRED = Core(
     moved=0.5,
     copied_far=0.0,
     outer=1.15,
+    taps=UNMEASURED,
 )
 """A Zen 4 core works on 64 bytes in two halves: a multiply-add a cycle, a load in 1.06 cycles, or 1.7 across lines.
 
@@ -228,6 +235,7 @@ NARROW = Core(
     moved=1.2,
     copied_far=2.5,
     outer=1.0,
+    taps=1.05,
 )
 """A core with AVX2: fitted to 1,500 trials of 24 layers on one of a Zen 3 server at 3.4 GHz. Two loads a cycle are
 hardly ever waited for, whether they lie across lines or not, and its last cache is fast: pose/1 took 9.0 ms where each

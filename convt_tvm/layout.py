@@ -181,7 +181,7 @@ class Layout:
 
     @property
     def sum_order(self) -> tuple[object, ...]:
-        """What the bits of a sum depend on besides the layer: the unit that multiplies, which the type stands for."""
+        """What the bits of a sum depend on besides the layer: the unit or the order, which the type stands for."""
         return (type(self),)
 
     @property
@@ -503,7 +503,7 @@ def partial_sum(spec: ConvTranspose2dSpec, band: Band) -> tuple[int, int, int]:
     `PARTIAL_ROOTS` times longer. Where there is one tap there is one partial sum, as in torch.
 
     Parts and the order in them and of them (rows, then columns, then channels; see `sums_taps_first`) depend on nothing
-    but the parameters of one image, so that every layout, batch size and schedule sums to the same bits.
+    but the parameters of one image, so that every layout of a type, batch size and schedule sums to the same bits.
     """
     columns, channels = spec.axes[1].most_taps, spec.ci // spec.groups
     met_rows, met_columns = met_taps(spec, band)

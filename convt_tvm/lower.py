@@ -64,7 +64,7 @@ from convt_tvm.statements import (
 from convt_tvm.stream import define_copy, define_lines
 from convt_tvm.target import Target
 
-__all__ = ["flatten_blocks", "lower_kernel", "lower_pack"]
+__all__ = ["align_stack", "flatten_blocks", "lower_kernel", "lower_pack"]
 
 Expr = Any
 Loop = Any
@@ -142,10 +142,10 @@ def _allocate_sums(node: Any, spec: ConvTranspose2dSpec, layout: Layout, target:
         if vectors > target.vector_registers:
             annotations = {**allocation.annotations, "tirx.volatile": tirx.const(1, "bool")}
             allocation = tirx.AllocBuffer(node.buffer, annotations)
-    return [allocation, *_align_stack(str(dtype))]
+    return [allocation, *align_stack(str(dtype))]
 
 
-def _align_stack(dtype: str) -> list[Any]:
+def align_stack(dtype: str) -> list[Any]:
     """Statements that make LLVM begin the stack of the function around them at a cache line.
 
     It does so for a variable that is a vector and has to be in memory, and TVM asks for 16 bytes at most. The sums
@@ -411,11 +411,14 @@ def lower_kernel(function: tirx.PrimFunc, *, asks_ahead: bool = True) -> tvm.IRM
     return _assemble(function, "convt", inputs, outputs.tensor, body)
 
 
-def lower_pack(function: tirx.PrimFunc) -> tvm.IRModule:
-    """The scheduled packing `function` as ``pack(weight, packed)``."""
+def lower_pack(function: tirx.PrimFunc, *, orders_columns: bool = True) -> tvm.IRModule:
+    """The scheduled packing `function` as ``pack(weight, packed)``.
+
+    With `orders_columns` its third axis counts kernel columns, which `kernel_columns` are stored in the order of.
+    """
     ordered = function.params[-1]
     packed = tensor("packed", ordered.shape, str(ordered.dtype))
-    places = kernel_columns(spec_of(function))
+    places = kernel_columns(spec_of(function)) if orders_columns else range(int(ordered.shape[2]))
 
     def store(loops: Sequence[Loop], node: Any) -> Any:
         block, kh, kw, ic, ob = node.indices

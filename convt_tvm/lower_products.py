@@ -39,7 +39,7 @@ from convt_tvm.statements import (
 from convt_tvm.stream import ask_for
 from convt_tvm.target import Target
 
-__all__ = ["multiply_from_one_address", "multiply_vectors", "weights_pass"]
+__all__ = ["define_turns", "multiply_from_one_address", "multiply_vectors", "take_turn", "weights_pass"]
 
 Expr = Any
 Statement = Any
@@ -166,8 +166,7 @@ def multiply_from_one_address(
         is_rolled = loops[within].kind != tirx.ForKind.UNROLLED
         if in_turn or (in_turn == 0 and is_rolled and _iterations(loops[within:-1]) <= UNROLLED_WHOLE):
             steps, has_turns = within + is_rolled + in_turn, True
-            before = tirx.Evaluate(tirx.call_extern("void", "convt_in_turn"))
-            return nest(loops[:steps], sequence([before, nest(loops[steps:-1], statement)]))
+            return nest(loops[:steps], sequence([take_turn(), nest(loops[steps:-1], statement)]))
         if not asks_ahead or not is_rolled:
             return nest(loops[:-1], statement)
         asked = sequence(_ask_ahead(weight, loops[within + 1 :]))
@@ -177,7 +176,17 @@ def multiply_from_one_address(
         return nest(loops[: within + 1], sequence([asked, nest(loops[within + 1 : -1], statement)]))
 
     body = rewrite(body, change)
-    return import_llvm(body, _IN_TURN) if has_turns else body
+    return define_turns(body) if has_turns else body
+
+
+def take_turn() -> Statement:
+    """A statement before which LLVM loads nothing that the function loads after it; see `define_turns`."""
+    return tirx.Evaluate(tirx.call_extern("void", "convt_in_turn"))
+
+
+def define_turns(body: Statement) -> Statement:
+    """`body` with what `take_turn` calls."""
+    return import_llvm(body, _IN_TURN)
 
 
 def _iterations(loops: Sequence[Any]) -> int:

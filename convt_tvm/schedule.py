@@ -209,10 +209,15 @@ def works_apart(sch: Schedule) -> bool:
     return images_apart(spec_of(function), layout_of(function), cache_bytes, of_any_batch=of_any_batch)
 
 
-def join_images(sch: Schedule, spec: ConvTranspose2dSpec, window: SBlockRV) -> None:
-    """Make one loop, for threads to share, of those over images around the `window` and all bands."""
-    blocks = [window, *(sch.get_sblock(f"band{band.index}") for band in bands(spec))]
-    sch.annotate(sch.merge(*(sch.get_loops(block)[0] for block in blocks)), IMAGES, True)
+def join_images(sch: Schedule, spec: ConvTranspose2dSpec, source: SBlockRV, *, shared: bool = True) -> None:
+    """Make one loop, for threads to share unless they do those in it, of those over images around `source` and bands.
+
+    `source` is the block that all bands read from.
+    """
+    blocks = [source, *(sch.get_sblock(f"band{band.index}") for band in bands(spec))]
+    images = sch.merge(*(sch.get_loops(block)[0] for block in blocks))
+    if shared:
+        sch.annotate(images, IMAGES, True)
 
 
 def share_pack(sch: Schedule) -> None:

@@ -60,6 +60,7 @@ def test_spaces_are_the_files_of_schedules():
         "llvm_columns",
         "llvm_depthwise",
         "llvm_dot",
+        "llvm_taps",
     ]
     assert all(space.name.startswith(f"{space.target_kind}_") for space in spaces())
 

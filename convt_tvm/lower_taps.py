@@ -1,0 +1,155 @@
+"""From scheduled forms that sum channels before taps to the functions of a kernel library.
+
+A vector of positions may end behind the image, and one of columns that a tap reads begin or end outside of it. They
+are read by loads that leave lanes out (``vmovups`` with a mask), which LLVM does not make of a condition for each lane.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import tvm
+from tvm import DataType, tirx
+from tvm.tirx.analysis import undefined_vars
+
+from convt_tvm.compute import SUMS, spec_of
+from convt_tvm.compute_taps import PANEL, PART, tap_layout_of
+from convt_tvm.lower import align_stack, lower_kernel
+from convt_tvm.lower_products import define_turns, take_turn
+from convt_tvm.shuffle import ramp, vector_dtype
+from convt_tvm.statements import (
+    LLVM_TYPES,
+    at_start,
+    depends_on,
+    find_guard,
+    import_llvm,
+    inside,
+    nest,
+    rewrite,
+    sequence,
+)
+from convt_tvm.stream import ask_for
+from convt_tvm.tap_layout import summed_channels
+
+__all__ = ["lower_tap_kernel"]
+
+Expr = Any
+Loop = Any
+Statement = Any
+
+_LOAD_WHERE = """
+define linkonce_odr hidden {vector} @{name}(ptr %address, {mask} %inside) alwaysinline {{
+  %values = call {vector} @llvm.masked.load.v{suffix}.p0(ptr %address, i32 1, {mask} %inside, {vector} zeroinitializer)
+  ret {vector} %values
+}}
+
+declare {vector} @llvm.masked.load.v{suffix}.p0(ptr, i32, {mask}, {vector})
+"""
+
+
+def lower_tap_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
+    """The scheduled `function` as ``convt(input, packed, [bias,] output)``."""
+    spec, layout = spec_of(function), tap_layout_of(function)
+    kernel = lower_kernel(function, asks_ahead=False)["convt"]
+    has_parts = spec.ci // spec.groups > summed_channels(spec)
+    texts: dict[str, str] = {}
+
+    def change(node: Any) -> Statement | None:
+        match node:
+            case tirx.AllocBuffer() if str(node.buffer.name) == PANEL:
+                return tirx.SeqStmt([node, *align_stack(str(node.buffer.dtype))])
+            case tirx.AllocBuffer() if str(node.buffer.name).startswith(PART) and has_parts:
+                # LLVM, which unrolls few parts, would have sums of all channels in registers besides.
+                return tirx.SeqStmt([take_turn(), node])
+            case tirx.For():
+                loops, store = inside(node)
+                if isinstance(store, tirx.BufferStore) and loops[-1].kind == tirx.ForKind.VECTORIZED:
+                    if str(store.buffer.name) == PANEL:
+                        return _copy(loops, store, layout.positions, texts)
+                    if str(store.buffer.name).startswith(SUMS) and find_guard(store.value) is not None:
+                        return _read_vectors(loops, store, texts)
+        return None
+
+    body = rewrite(kernel.body, change)
+    body = import_llvm(body, "".join(texts.values())) if texts else body
+    return tvm.IRModule({"convt": kernel.with_body(define_turns(body) if has_parts else body)})
+
+
+def _copy(loops: Sequence[Loop], store: Any, positions: int, texts: dict[str, str]) -> Statement:
+    """The copy of a panel of so many `positions`, which asks for each channel's in the next panel.
+
+    They lie in a cache line of their own, of all channels in as many pages.
+    """
+    around = [loop for loop in loops if loop.kind == tirx.ForKind.SERIAL]
+    vectors = loops[len(around) :]
+    guard = find_guard(store.value)
+    load = store.value if guard is None else store.value.args[1]
+    *place, position = (at_start(index, vectors) for index in load.indices)
+    asked = ask_for(load.source, [[*place, position + positions]], to_write=False)
+    return nest(around, sequence([*asked, _read_vectors(vectors, store, texts)]))
+
+
+def _read_vectors(loops: Sequence[Loop], store: Any, texts: dict[str, str]) -> Statement:
+    """A nest of `loops` that stores, or adds, vectors of values, those of lanes for which a condition holds.
+
+    What does not depend on lanes is asked outside of all loops on which it does not depend either. `texts` takes the
+    texts of functions called, by name.
+    """
+    lane, lanes = loops[-1], int(loops[-1].extent)
+    is_sum, guard = isinstance(store.value, tirx.Add), find_guard(store.value)
+    value = store.value.b if is_sum else store.value
+    load = value if guard is None else value.args[1]
+    by_lane, by_loop = [], dict[int, list[Expr]]()
+    for condition in [] if guard is None else _conjuncts(guard):
+        variables = set(undefined_vars(condition))
+        depth = max((i for i, loop in enumerate(loops, 1) if loop.loop_var in variables), default=0)
+        if depth == len(loops):
+            by_lane.append(_for_lanes(condition, lane, lanes))
+        else:
+            by_loop.setdefault(depth, []).append(condition)
+
+    *row, first = (at_start(index, [lane]) for index in load.indices)
+    values = tirx.BufferLoad(load.source, [*row, ramp(first, lanes)])
+    if by_lane:
+        dtype, vector = str(load.ty.dtype), vector_dtype(str(load.ty.dtype), lanes)
+        name = f"convt_where_{vector}"
+        texts[name] = _text(name, dtype, lanes)
+        address = tirx.address_of(tirx.BufferLoad(load.source, [*row, first]))
+        values = tirx.call_extern(vector, name, address, functools.reduce(tirx.And, by_lane))
+    *place, start = (at_start(index, [lane]) for index in store.indices)
+    indices = [*place, ramp(start, lanes)]
+    if is_sum:
+        values = tirx.BufferLoad(store.buffer, indices) + values
+    statement: Statement = tirx.BufferStore(store.buffer, values, indices)
+    for depth in reversed(range(len(loops))):
+        if depth in by_loop:
+            statement = tirx.IfThenElse(tirx.all(*by_loop[depth]), statement, None)
+        statement = nest(loops[:depth][-1:], statement)
+    return statement
+
+
+def _conjuncts(condition: Expr) -> list[Expr]:
+    """The conditions that all have to hold for `condition` to."""
+    if isinstance(condition, tirx.And):
+        return [*_conjuncts(condition.a), *_conjuncts(condition.b)]
+    return [condition]
+
+
+def _for_lanes(comparison: Any, lane: Loop, lanes: int) -> Expr:
+    """A `comparison` for each iteration of the loop `lane`, with which either side grows by one or not at all."""
+
+    def side(value: Expr) -> Expr:
+        first = at_start(value, [lane])
+        return ramp(first, lanes) if depends_on(value, lane.loop_var) else tirx.Broadcast(first, lanes)
+
+    return type(comparison)(side(comparison.a), side(comparison.b))
+
+
+def _text(name: str, dtype: str, lanes: int) -> str:
+    """A load of values where a mask holds, zeros elsewhere, in LLVM's language."""
+    return _LOAD_WHERE.format(
+        name=name,
+        vector=f"<{lanes} x {LLVM_TYPES[dtype]}>",
+        mask=f"<{lanes} x i1>",
+        suffix=f"{lanes}f{DataType(dtype).bits}",
+    )

@@ -1,0 +1,234 @@
+"""CPU: channels summed before taps, lanes along all positions of an image. For few channels on small or narrow images.
+
+The sums over channels are a product of two matrices, of weights with a row for each output channel and tap, and of an
+image with a column for each of its positions; what taps reach an output is gathered from it. This is what libraries do
+by a matrix product and ``col2im``, but that nothing is added up in memory: each output is written once. The loop nest
+goes from
+
+    for n, g, m, f, ic:                               product += panel * packed
+    for n, g, b, ph, qh, ob, pw, qw, th, tw:          acc += product
+    for n, g, b, ob, ph, qh, qw, pw:                  band = acc + bias
+
+to
+
+    for n:                                            parallel, where there are many images
+      for g*(f / positions):                          parallel otherwise
+        for ic, f % positions:                        the panel: what is read of the image, side by side
+        for m / weight_rows:
+          for parts of ic:                            as `summed_channels` says; each ends with an addition in memory
+            for ic of the part:
+              for m % weight_rows:                    unrolled     } weight_rows * positions/lanes
+                for f % positions / lanes:            unrolled     } accumulators in registers
+                  for lanes:                          vectorized
+      for g*b*ph*qh:                                  parallel otherwise
+        for qw / column_block:
+          for th, tw:                                 rows beyond the image left out, columns by masks
+            for pw, qw % column_block / lanes, lanes: unrolled, vectorized
+          for qw % column_block, pw:                  interleaved in registers
+
+No lane is computed for a column beyond the end of a row, and no product of the border: with lanes along columns those
+are a third to a half of all on images of 5 to 20 columns, or with 7 x 7 taps on 28 x 5. What it costs is that sums over
+channels go to memory and back, once for each tap, which many input channels hide.
+
+What it brings, on one core of a Zen 3 server by turns with the best of the other schedules, answers checked: of 160
+layers (the public ones, and others that were drawn) the cost rule takes it for 30. These took 0.37 to 1.11 of the time,
+a median of 0.79: 320 to 8 channels on 8 x 8, 128 to 3 on 112 x 5 0.37, 256 to 4 on 28 x 5 0.45, 65 to 35 on 13 x 17
+0.69, 512 to 3 on 40 x 25 0.67, fsrcnn/x3 0.81, dcgan/5 1.03. On two threads they took 0.41, 0.47, 0.47, 0.77, -, 0.85
+and 1.04.
+
+What limits it there:
+
+- Products. Of 320 to 8 channels 88 % of the samples (``perf``) are in a loop of 12 multiply-adds, 8 loads and nothing
+  else, 7 % in copies, 5 % in gathering. It ran at what the core did at all in that hour.
+- Copies. A panel reads a cache line or two of each channel, each in a page of its own: of 512 to 1 channel on 32 x 32
+  half of the time. Asked for while the panel before is worked on, that layer took 0.88 of the time, 128 to 3 channels
+  on 128 x 128 0.95, dcgan/5 0.97, others 1.0 to 1.03. Not at the start of a line, a panel's vectors lie across two:
+  384 to 8 channels took 1.12 of the time.
+- Parts. Of two or three LLVM makes one body, with sums of all in registers that it has not: 96 to 48 channels took 1.4
+  of the time, until loads had to wait for a part's end (`convt_tvm.lower_products.take_turn`).
+- Sums over channels that the second cache does not hold, for many output channels on large images. A batch's images go
+  one after the other, so that those of one are there at a time: 20 to 96 channels on 28 x 28 took half of the time.
+- With AVX-512 it was not measured, and has to be much the better by its estimate (`convt_tvm.cost.UNMEASURED`).
+"""
+
+from collections.abc import Iterator, Sequence
+from math import prod
+from typing import Any
+
+from tvm.s_tir import Schedule
+
+from convt_tvm.compute import IN_VECTORS, SUMS, spec_of, target_of
+from convt_tvm.compute_taps import PANEL, PART, PRODUCT, tap_layout_of
+from convt_tvm.cost import NOT_HIDDEN, Tile, band_cycles, core_of, image_bytes, is_for_memory, lane_counts
+from convt_tvm.layout import MANY_IMAGES, PAST_CACHES_BYTES, Band, Layout, bands, reaches
+from convt_tvm.schedule import batch_is_known, join_images, parallelize
+from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
+from convt_tvm.tap_layout import TapLayout, summed_channels
+from convt_tvm.target import Target
+
+LoopRV = Any
+SBlockRV = Any
+
+NAME = "llvm_taps"
+TARGET_KIND = "llvm"
+
+MAX_VECTORS = 4
+MAX_ROWS = 14
+MAX_GATHERED = 4
+"""Vectors of columns whose sums over taps are in registers together, in all phases."""
+MAX_INTERLEAVED = 512
+"""Outputs in a row of a tile beyond which they are stored one by one, to keep code small."""
+MAX_CACHES = 8
+"""How many times the second cache the sums over channels of one image may take."""
+CYCLES_PER_INPUT, CYCLES_PER_PANEL = 0.35, 70.0
+"""For each value copied, and for each panel."""
+NEAR_BYTES = 2 << 20
+"""Images of more are copied as slowly as any that caches do not hold beside their copy (`Core.copied_far`)."""
+CYCLES_PER_SUM = 0.5
+"""For each vector of sums over channels, or a part of them, that is stored."""
+CYCLES_PER_FAR_SUM = 0.45
+"""And for each of these sums, where those of one image take more than half the second cache."""
+CYCLES_PER_TAP, CYCLES_PER_ROW = 0.3, 24.0
+"""For each vector that is gathered, and for each tile of columns it is gathered in."""
+CYCLES_PER_OUTPUT = 0.1
+"""As the others a fit to 156 tiles of 85 layers on a Zen 3 core, in the middle 11 % off."""
+
+
+def applies(spec: ConvTranspose2dSpec) -> bool:
+    """Specs in NCHW whose values are summed in their own dtype, that have any product, and outputs for the caches."""
+    is_nchw = spec.input_axes == spec.output_axes == "nchw"
+    sums_itself = spec.dtype == spec.accumulator_dtype and any(reaches(spec, band) for band in bands(spec))
+    return is_nchw and sums_itself and not is_for_memory(spec)
+
+
+def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout, float]]:
+    """Layouts whose accumulators fit the registers, each with its estimated cycles."""
+    if not target.loads_some:
+        return
+    counts, width, phases = lane_counts(spec, target), spec.axes[1].widest, len(spec.axes[1].phases)
+    places, itemsize = spec.ih * spec.iw, DTYPE_BYTES[spec.accumulator_dtype]
+    rows = spec.co // spec.groups * prod(spec.kernel_size)
+    if spec.groups * rows * places * itemsize > MAX_CACHES * target.cache_bytes:
+        return
+    lanes = counts[0]
+    narrow = min((count for count in counts if count >= width), default=lanes)
+    gathered = max(1, min(MAX_GATHERED // phases, -(-width // narrow))) * narrow
+    for vectors in range(1, min(MAX_VECTORS, -(-places // lanes)) + 1):
+        for weight_rows in range(1, min(MAX_ROWS, rows) + 1):
+            tile = Tile(vectors, weight_rows, lanes * itemsize, in_order=True)
+            if tile.fits(target):
+                layout = TapLayout("ow", 1, 1, gathered, narrow, 1, weight_rows=weight_rows, positions=vectors * lanes)
+                yield layout, _cycles(spec, layout, tile, target)
+
+
+def _cycles(spec: ConvTranspose2dSpec, layout: TapLayout, tile: Tile, target: Target) -> float:
+    """Estimated cycles of one core: sums over channels and over taps, and what is copied and stored for them."""
+    groups, channels = spec.input_shape[0] * spec.groups, spec.ci // spec.groups
+    step, stored = tile.step_cycles(target, 1, 1 << 10, 1.0), tile.vectors * tile.broadcasts
+    of_tile = channels * step + channels // summed_channels(spec) * stored * CYCLES_PER_SUM
+    tiles = groups * layout.panels(spec)
+    places = layout.row_tiles(spec) * layout.weight_rows * layout.positions
+    is_far = tiles * places * DTYPE_BYTES[spec.accumulator_dtype] > spec.input_shape[0] * target.cache_bytes // 2
+    of_panel = layout.row_tiles(spec) * of_tile + is_far * places * CYCLES_PER_FAR_SUM + CYCLES_PER_PANEL
+    reached = [band for band in bands(spec) if reaches(spec, band)]
+    taps = sum(band.row_steps(layout, spec.ih) for band in reached) * spec.axes[1].all_taps
+    rows = sum(len(band.phases) * band.rows for band in reached)
+    vectors, columns = (layout.columns(spec) // size for size in (layout.vector_lanes, layout.column_block))
+    of_channel = taps * vectors * CYCLES_PER_TAP + rows * columns * CYCLES_PER_ROW
+    sums, waits = tiles * of_panel, _weight_cycles(spec, layout, target)
+    core = core_of(target)
+    copied = CYCLES_PER_INPUT + (core.copied_far if image_bytes(spec) > NEAR_BYTES else 0.0)
+    return core.taps * (
+        max(sums, waits)
+        + NOT_HIDDEN * min(sums, waits)
+        + groups * layout.blocks(spec) * of_channel
+        + prod(spec.input_shape) * (copied + DTYPE_BYTES[spec.dtype] / core.read)
+        + prod(spec.output_shape) * CYCLES_PER_OUTPUT
+    )
+
+
+def _weight_cycles(spec: ConvTranspose2dSpec, layout: TapLayout, target: Target) -> float:
+    """Cycles in which weights come from beyond the second cache: for each panel, if it does not hold them."""
+    core, weights = core_of(target), prod(layout.packed_shape(spec)) * DTYPE_BYTES[spec.accumulator_dtype]
+    if weights <= target.held_weight_bytes:
+        return weights / core.read
+    times = spec.input_shape[0] * layout.panels(spec)
+    return times * weights / (core.read_again if weights < PAST_CACHES_BYTES else core.read)
+
+
+def space(sch: Schedule) -> None:
+    """Schedule the phase form in `sch` in place; deterministic for a declaration."""
+    function = sch.mod["main"]
+    spec, layout, target = spec_of(function), tap_layout_of(function), target_of(function)
+    lanes = target.vector_bytes // DTYPE_BYTES[spec.accumulator_dtype]
+    apart = not batch_is_known(sch) or spec.input_shape[0] >= MANY_IMAGES
+    cycles = band_cycles(spec, target) / spec.input_shape[0]
+    product = sch.get_sblock(PRODUCT)
+    n, g, m, f, *parts = sch.get_loops(product)
+    tile, row = sch.split(m, [None, layout.weight_rows])
+    panel, of_tile = sch.split(f, [None, layout.positions])
+    vector, lane = sch.split(of_tile, [None, lanes])
+    sch.reorder(n, g, panel, tile, *parts, row, vector, lane)
+    task = parallelize(sch, (n, g, panel)[not apart :], cycles, apart=apart)
+    around = parts[0] if parts else tile
+    part, copied = sch.get_sblock(PART), sch.get_sblock(PANEL)
+    sch.set_scope(part, 0, "local")
+    sch.compute_at(part, around, preserve_unit_loops=True)
+    sch.compute_at(copied, task, preserve_unit_loops=True)
+    _unroll(sch, (row, vector), lane)
+    _copy_panel(sch, lanes, copied)
+    _sum_channels(sch, lanes, part)
+    for band in bands(spec):
+        _gather(sch, spec, layout, band, cycles, apart=apart)
+    if parts:
+        *_, row, vector, lane = sch.get_loops(sch.decompose_reduction(product, around))
+        _unroll(sch, (row, vector), lane)
+    join_images(sch, spec, product, shared=apart)
+
+
+def _unroll(sch: Schedule, loops: Sequence[LoopRV], lane: LoopRV) -> None:
+    """Unroll `loops` around vectors."""
+    sch.vectorize(lane)
+    for loop in loops:
+        sch.unroll(loop)
+
+
+def _copy_panel(sch: Schedule, lanes: int, panel: SBlockRV) -> None:
+    """Copy what a task reads of the image, so that its channels are side by side in memory."""
+    vector, lane = sch.split(sch.get_loops(panel)[-1], [None, lanes])
+    _unroll(sch, (vector,), lane)
+
+
+def _sum_channels(sch: Schedule, lanes: int, part: SBlockRV) -> None:
+    """Sum some channels for a tile of rows and positions in registers."""
+    row, position, _, ic = sch.get_loops(part)[-4:]
+    vector, lane = sch.split(position, [None, lanes])
+    sch.reorder(ic, row, vector, lane)
+    _unroll(sch, (row, vector), lane)
+    *_, row, vector, lane = sch.get_loops(sch.decompose_reduction(part, ic))
+    _unroll(sch, (row, vector), lane)
+
+
+def _gather(
+    sch: Schedule, spec: ConvTranspose2dSpec, layout: TapLayout, band: Band, cycles: float, *, apart: bool
+) -> None:
+    """Sum the taps of each output of `band`, a row of one channel after the other."""
+    output = sch.get_sblock(f"band{band.index}")
+    n, g, b, ob, ph, qh, qw, pw = sch.get_loops(output)
+    column_block, column = sch.split(qw, [None, layout.column_block])
+    sch.reorder(n, g, b, ph, qh, column_block, ob, column, pw)
+    if not reaches(spec, band):
+        parallelize(sch, (n, g, b, ph, qh)[not apart :], cycles, apart=apart)
+        return
+    if layout.column_block * len(spec.axes[1].phases) <= MAX_INTERLEAVED:
+        sch.annotate(column, IN_VECTORS, True)
+    parallelize(sch, (n, g, b, ph, qh)[not apart :], cycles, apart=apart)
+    acc = sch.get_sblock(f"{SUMS}{band.index}")
+    sch.compute_at(acc, column_block, preserve_unit_loops=True)
+    phase, column, th, tw = sch.get_loops(acc)[-4:]
+    vector, lane = sch.split(column, [None, layout.vector_lanes])
+    sch.reorder(th, tw, phase, vector, lane)
+    unrolled = (tw, phase, vector) if layout.unrolls_phases(spec) else (vector,)
+    _unroll(sch, unrolled, lane)
+    *_, phase, vector, lane = sch.get_loops(sch.decompose_reduction(acc, th))
+    _unroll(sch, (phase, vector), lane)

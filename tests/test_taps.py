@@ -1,0 +1,170 @@
+"""Channels summed before taps: `llvm_taps`."""
+
+from dataclasses import replace
+from math import prod
+
+import pytest
+import torch
+from machine_code import disassemble, innermost_loops
+
+from convt_tvm.check import bits
+from convt_tvm.compiler import build, build_artifact
+from convt_tvm.processor import host_architecture, host_features
+from convt_tvm.reference import error_bound, integer_inputs, normal_inputs, reference
+from convt_tvm.space import choices, default_choice
+from convt_tvm.spec import CHANNELS_LAST, ConvTranspose2dSpec
+from convt_tvm.tap_layout import TapLayout, summed_channels
+from convt_tvm.target import Target
+from convt_tvm.threads import get_num_threads, set_num_threads
+
+HOST, V3 = Target.parse("llvm"), Target.parse("llvm:x86-64-v3")
+NARROW = ConvTranspose2dSpec(
+    n=2, ci=6, ih=5, iw=7, co=10, kernel_size=(3, 4), stride=2, padding=(1, 0), output_padding=(1, 0), groups=2
+)
+MANY_CHANNELS = ConvTranspose2dSpec(n=1, ci=320, ih=6, iw=5, co=3, kernel_size=3, stride=2, padding=1)
+SPECS = {
+    "phases of one tap and of two, groups": NARROW,
+    "any batch size": replace(NARROW, n=None),
+    "images for threads to share": replace(NARROW, n=9, bias=False),
+    "parts of channels": MANY_CHANNELS,
+    "one position": replace(NARROW, ih=1, iw=1, padding=0, kernel_size=7),
+    "phases without taps": replace(NARROW, kernel_size=2, stride=(3, 4), padding=0, output_padding=(1, 2)),
+    "taps that read every other row": replace(NARROW, kernel_size=3, stride=(4, 1), dilation=(2, 3), output_padding=0),
+    "outputs of the border alone": replace(NARROW, kernel_size=2, stride=1, dilation=9, padding=0, output_padding=0),
+    "cropped": replace(NARROW, kernel_size=3, padding=3, output_padding=0),
+    "several tiles of columns": replace(NARROW, ih=3, iw=75, co=4, kernel_size=(2, 6)),
+    "many phases": replace(NARROW, ih=3, iw=21, co=2, kernel_size=(3, 32), stride=(2, 16)),
+    "one channel": replace(NARROW, ci=1, co=1, groups=1, dtype="float64"),
+}
+
+here = pytest.mark.skipif(not HOST.loads_some, reason="this processor has no loads that leave lanes out")
+
+
+def tap_choices(spec, target=HOST):
+    found = choices(spec.sized, target, "llvm_taps")
+    assert all(isinstance(choice.layout, TapLayout) for choice in found)
+    return found
+
+
+def of_every_size(spec, target=HOST):
+    """For each number of positions a choice that is summed in tiles of so many, rows of all sizes among them."""
+    found = {choice.layout.positions: choice for choice in tap_choices(spec, target)}
+    rows = {choice.layout.weight_rows: choice for choice in tap_choices(spec, target)}
+    return [*found.values(), *list(rows.values())[::4]]
+
+
+@here
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_answers_are_exact(spec):
+    for choice in of_every_size(spec):
+        kernel = build(spec, choice=choice)
+        for count in (0, 1, 3, 9) if spec.n is None else (spec.n,):
+            sized = spec.with_batch(count)
+            image, weight, bias = integer_inputs(sized, count)
+            packed = kernel.pack(weight)
+            assert tuple(packed.shape) == choice.layout.packed_shape(spec.sized)
+            assert torch.equal(kernel(image, packed, bias), reference(sized, image, weight, bias)), choice.layout
+
+
+@here
+def test_bits_are_the_same_for_tiles_threads_and_batches():
+    spec = replace(MANY_CHANNELS, n=9, ih=20, iw=13)
+    image, weight, bias = normal_inputs(spec, 0)
+    threads = get_num_threads()
+    seen = set()
+    try:
+        for choice in of_every_size(spec):
+            kernel, alone = build(spec, choice=choice), build(replace(spec, n=None), choice=choice)
+            for count in (1, 2):
+                set_num_threads(count)
+                output = kernel(image, kernel.pack(weight), bias)
+                seen.add(bits(output).numpy().tobytes())
+                one = alone(image[4:5].contiguous(), alone.pack(weight), bias)
+                assert torch.equal(bits(one[0]), bits(output[4]))
+    finally:
+        set_num_threads(threads)
+    assert len(seen) == 1
+
+
+@here
+def test_sums_of_many_channels_are_near():
+    spec = replace(MANY_CHANNELS, ci=2048, kernel_size=4)
+    assert 1 < spec.ci // summed_channels(spec) < 20
+    image, weight, bias = normal_inputs(spec, 0)
+    kernel = build(spec, choice=tap_choices(spec)[0])
+    error = (kernel(image, kernel.pack(weight), bias).double() - reference(spec, image, weight, bias)).abs()
+    assert bool((error <= error_bound(spec, image, weight, bias)).all())
+    eager = torch.nn.functional.conv_transpose2d(image, weight, bias, spec.stride, spec.padding)
+    assert error.max() <= 2 * (eager.double() - reference(spec, image, weight, bias)).abs().max()
+
+
+@here
+@pytest.mark.parametrize("name", ["phases of one tap and of two, groups", "several tiles of columns", "cropped"])
+def test_nothing_beyond_the_image_is_read(name):
+    spec = SPECS[name]
+    image, weight, bias = integer_inputs(spec, 0)
+    around = torch.full((image.numel() + 128,), torch.nan)
+    around[64:-64] = image.flatten()
+    for choice in of_every_size(spec):
+        kernel = build(spec, choice=choice)
+        output = kernel(around[64:-64].view(image.shape), kernel.pack(weight), bias)
+        assert torch.equal(output, reference(spec, image, weight, bias)), choice.layout
+
+
+def test_layouts_are_for_nchw_and_loads_that_leave_lanes_out():
+    assert tap_choices(NARROW, V3)
+    assert not tap_choices(NARROW, Target.parse("llvm:x86-64-v2"))
+    for changes in ({"dtype": "bfloat16"}, {"memory_format": CHANNELS_LAST}):
+        assert not tap_choices(replace(NARROW, **changes), V3)
+    # Sums of all taps of all positions would leave the caches by far.
+    assert not tap_choices(replace(NARROW, ih=512, iw=512), V3)
+
+
+@pytest.mark.parametrize("vector_bytes", [32, 64])
+def test_tiles_fit_the_registers_and_take_in_all_rows_and_positions(vector_bytes):
+    target = V3 if vector_bytes == 32 else Target.parse("llvm:x86-64-v4")
+    found = tap_choices(NARROW, target)
+    for layout in (choice.layout for choice in found):
+        vectors = layout.positions * 4 // vector_bytes
+        assert layout.positions * 4 % vector_bytes == 0
+        assert vectors * layout.weight_rows + vectors + 1 <= target.vector_registers
+        assert 0 <= layout.matrix_rows(NARROW) - 5 * 12 < layout.weight_rows
+        assert 0 <= layout.panels(NARROW) * layout.positions - 35 < layout.positions
+        assert prod(layout.packed_shape(NARROW)) == 2 * layout.matrix_rows(NARROW) * 3
+        assert TapLayout.from_json(layout.to_json()) == layout
+
+
+def test_few_channels_on_small_images_are_summed_before_taps():
+    for spec in (
+        ConvTranspose2dSpec(n=16, ci=320, ih=8, iw=8, co=8, kernel_size=(6, 3), stride=(2, 1), dilation=2, groups=2),
+        ConvTranspose2dSpec(n=1, ci=256, ih=28, iw=5, co=4, kernel_size=7, stride=3, output_padding=1, bias=False),
+    ):
+        assert default_choice(spec, V3).space.name == "llvm_taps"
+        assert default_choice(replace(spec, n=None), V3).space.name == "llvm_taps"
+    wide = ConvTranspose2dSpec(n=1, ci=64, ih=128, iw=128, co=8, kernel_size=4, stride=2, padding=1)
+    assert default_choice(wide, V3).space.name == "llvm_columns"
+
+
+@pytest.mark.skipif(
+    host_architecture() != "x86_64" or not set(V3.features) <= host_features(), reason="reads and runs AVX2 code"
+)
+@pytest.mark.parametrize("spec", [replace(MANY_CHANNELS, ci=256), MANY_CHANNELS], ids=["one part", "two parts"])
+def test_sums_stay_in_registers_and_images_are_read_in_vectors(spec, tmp_path):
+    choice = next(c for c in tap_choices(spec, V3) if (c.layout.weight_rows, c.layout.positions) == (6, 16))
+    build_artifact(spec, V3, tmp_path / "kernel", choice=choice)
+    loops = innermost_loops(disassemble(tmp_path / "kernel" / "kernel.so"))
+    summing = [loop for loop in loops if sum(name.startswith("vfmadd") for name, _ in loop) >= 12]
+    assert summing
+    for loop in summing:
+        vectors = [name for name, operands in loop if "ymm" in operands and not name.startswith("vfmadd")]
+        assert sorted(vectors) == ["vbroadcastss"] * 6 + ["vmovups"] * 2
+    assert "vmaskmovps" in [name for loop in loops for name, _ in loop]
+
+
+@pytest.mark.skipif(host_architecture() != "x86_64", reason="reads x86 code")
+def test_vectors_of_cache_lines_are_read_with_masks(tmp_path):
+    target = Target.parse("llvm:x86-64-v4")
+    choice = next(c for c in tap_choices(NARROW, target) if c.layout.positions == 32)
+    build_artifact(NARROW, target, tmp_path / "kernel", choice=choice)
+    loops = innermost_loops(disassemble(tmp_path / "kernel" / "kernel.so"))
+    assert any(name.startswith("vmovup") and "{%k" in operands for loop in loops for name, operands in loop)
