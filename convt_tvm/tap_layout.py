@@ -23,8 +23,8 @@ class TapLayout(Layout):
     weight_rows
         Rows of the weights whose sums are in registers together.
     positions
-        Positions whose sums are in registers together; a multiple of ``vector_lanes``. ``co_block``, ``column_block``
-        and ``phases`` say how outputs are gathered from these sums.
+        Positions whose sums are in registers together, in whole vectors. ``co_block``, ``column_block`` and
+        ``vector_lanes`` say how outputs are gathered from these sums.
     """
 
     weight_rows: int

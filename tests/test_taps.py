@@ -9,7 +9,7 @@ from machine_code import disassemble, innermost_loops
 
 from convt_tvm.check import bits
 from convt_tvm.compiler import build, build_artifact
-from convt_tvm.processor import host_architecture, host_features
+from convt_tvm.processor import host_architecture
 from convt_tvm.reference import error_bound, integer_inputs, normal_inputs, reference
 from convt_tvm.space import choices, default_choice
 from convt_tvm.spec import CHANNELS_LAST, ConvTranspose2dSpec
@@ -145,11 +145,12 @@ def test_few_channels_on_small_images_are_summed_before_taps():
     assert default_choice(wide, V3).space.name == "llvm_columns"
 
 
-@pytest.mark.skipif(
-    host_architecture() != "x86_64" or not set(V3.features) <= host_features(), reason="reads and runs AVX2 code"
-)
-@pytest.mark.parametrize("spec", [replace(MANY_CHANNELS, ci=256), MANY_CHANNELS], ids=["one part", "two parts"])
-def test_sums_stay_in_registers_and_images_are_read_in_vectors(spec, tmp_path):
+@pytest.mark.skipif(host_architecture() != "x86_64", reason="reads x86 code")
+@pytest.mark.parametrize(("channels", "parts"), [(96, 1), (480, 3)])
+def test_sums_stay_in_registers_and_images_are_read_in_vectors(channels, parts, tmp_path):
+    # Sums over channels are too many for the stack, where LLVM would know what else may be kept of them.
+    spec = replace(MANY_CHANNELS, ci=channels, co=12, ih=29, iw=27)
+    assert channels // summed_channels(spec) == parts
     choice = next(c for c in tap_choices(spec, V3) if (c.layout.weight_rows, c.layout.positions) == (6, 16))
     build_artifact(spec, V3, tmp_path / "kernel", choice=choice)
     loops = innermost_loops(disassemble(tmp_path / "kernel" / "kernel.so"))
@@ -158,7 +159,9 @@ def test_sums_stay_in_registers_and_images_are_read_in_vectors(spec, tmp_path):
     for loop in summing:
         vectors = [name for name, operands in loop if "ymm" in operands and not name.startswith("vfmadd")]
         assert sorted(vectors) == ["vbroadcastss"] * 6 + ["vmovups"] * 2
-    assert "vmaskmovps" in [name for loop in loops for name, _ in loop]
+    names = {name for loop in loops for name, _ in loop}
+    # The image's end lies in a vector, and the next panel is asked for.
+    assert {"vmaskmovps", "prefetcht0"} <= names
 
 
 @pytest.mark.skipif(host_architecture() != "x86_64", reason="reads x86 code")
