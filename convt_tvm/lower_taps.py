@@ -6,17 +6,19 @@ are read by loads that leave lanes out (``vmovups`` with a mask), which LLVM doe
 
 import functools
 from collections.abc import Sequence
+from math import gcd
 from typing import Any
 
 import tvm
 from tvm import DataType, tirx
 from tvm.tirx.analysis import undefined_vars
 
-from convt_tvm.compute import SUMS, spec_of
+from convt_tvm.compute import IN_VECTORS, SUMS, spec_of, target_of
 from convt_tvm.compute_taps import PANEL, PART, tap_layout_of
 from convt_tvm.lower import align_stack, lower_kernel
 from convt_tvm.lower_products import define_turns, take_turn
-from convt_tvm.shuffle import ramp, vector_dtype
+from convt_tvm.shuffle import ramp, transpose_values, vector_dtype
+from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.statements import (
     LLVM_TYPES,
     at_start,
@@ -30,6 +32,7 @@ from convt_tvm.statements import (
 )
 from convt_tvm.stream import ask_for
 from convt_tvm.tap_layout import summed_channels
+from convt_tvm.target import Target
 
 __all__ = ["lower_tap_kernel"]
 
@@ -49,7 +52,7 @@ declare {vector} @llvm.masked.load.v{suffix}.p0(ptr, i32, {mask}, {vector})
 
 def lower_tap_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
     """The scheduled `function` as ``convt(input, packed, [bias,] output)``."""
-    spec, layout = spec_of(function), tap_layout_of(function)
+    spec, layout, target = spec_of(function), tap_layout_of(function), target_of(function)
     kernel = lower_kernel(function, asks_ahead=False)["convt"]
     has_parts = spec.ci // spec.groups > summed_channels(spec)
     texts: dict[str, str] = {}
@@ -63,6 +66,8 @@ def lower_tap_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
                 return tirx.SeqStmt([take_turn(), node])
             case tirx.For():
                 loops, store = inside(node)
+                if IN_VECTORS in node.annotations and str(store.buffer.name) == PANEL:
+                    return _transpose(loops, store, spec, target)
                 if isinstance(store, tirx.BufferStore) and loops[-1].kind == tirx.ForKind.VECTORIZED:
                     if str(store.buffer.name) == PANEL:
                         return _copy(loops, store, layout.positions, texts)
@@ -87,6 +92,34 @@ def _copy(loops: Sequence[Loop], store: Any, positions: int, texts: dict[str, st
     *place, position = (at_start(index, vectors) for index in load.indices)
     asked = ask_for(load.source, [[*place, position + positions]], to_write=False)
     return nest(around, sequence([*asked, _read_vectors(vectors, store, texts)]))
+
+
+def _transpose(loops: Sequence[Loop], store: Any, spec: ConvTranspose2dSpec, target: Target) -> Statement:
+    """The copy of a panel from NHWC, channels of positions to positions of channels, by squares in registers.
+
+    Positions behind the image hold those of the last one: what they give is not read.
+    """
+    channel, position = loops
+    dtype, lanes = str(store.buffer.dtype), target.vector_bytes // DTYPE_BYTES[spec.dtype]
+    side = gcd(int(channel.extent), lanes)
+    guard = find_guard(store.value)
+    load = store.value if guard is None else store.value.args[1]
+    *place, first_position, first_channel = (at_start(index, loops) for index in load.indices)
+    *to, _, _ = store.indices
+    across, along = tirx.Var("channels", "int32"), tirx.Var("positions", "int32")
+
+    def read(row: int, lane: Expr) -> Expr:
+        at = tirx.min(first_position + along * side + row, spec.ih * spec.iw - 1)
+        return tirx.BufferLoad(load.source, [*place, at, first_channel + across * side + lane])
+
+    statements: list[Statement] = []
+    for number, values in enumerate(transpose_values(read, side, side, dtype, statements)):
+        indices = [*to, across * side + number, ramp(along * side, side)]
+        statements.append(tirx.BufferStore(store.buffer, values, indices))
+    body = sequence(statements)
+    for variable, extent in ((along, position.extent), (across, channel.extent)):
+        body = tirx.For(variable, 0, int(extent) // side, tirx.ForKind.SERIAL, body)
+    return body
 
 
 def _read_vectors(loops: Sequence[Loop], store: Any, texts: dict[str, str]) -> Statement:

@@ -62,6 +62,7 @@ from convt_tvm.compute_taps import PANEL, PART, PRODUCT, tap_layout_of
 from convt_tvm.cost import NOT_HIDDEN, Tile, band_cycles, core_of, image_bytes, is_for_memory, lane_counts
 from convt_tvm.layout import MANY_IMAGES, PAST_CACHES_BYTES, Band, Layout, bands, reaches
 from convt_tvm.schedule import batch_is_known, join_images, parallelize
+from convt_tvm.schedules import llvm_columns
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.tap_layout import TapLayout, summed_channels
 from convt_tvm.target import Target
@@ -76,12 +77,15 @@ MAX_VECTORS = 4
 MAX_ROWS = 14
 MAX_GATHERED = 4
 """Vectors of columns whose sums over taps are in registers together, in all phases."""
+MIN_SQUARE = 4
+MAX_BLOCK = 8
+"""Vectors whose sums over taps are in registers together in channels_last, of several output channels."""
 MAX_INTERLEAVED = 512
 """Outputs in a row of a tile beyond which they are stored one by one, to keep code small."""
 MAX_CACHES = 8
 """How many times the second cache the sums over channels of one image may take."""
-CYCLES_PER_INPUT, CYCLES_PER_PANEL = 0.35, 70.0
-"""For each value copied, and for each panel."""
+CYCLES_PER_INPUT, CYCLES_PER_PANEL = {"nchw": 0.35, "nhwc": 1.0}, 70.0
+"""For each value copied, or transposed, and for each panel."""
 NEAR_BYTES = 2 << 20
 """Images of more are copied as slowly as any that caches do not hold beside their copy (`Core.copied_far`)."""
 CYCLES_PER_SUM = 0.5
@@ -95,10 +99,13 @@ CYCLES_PER_OUTPUT = 0.1
 
 
 def applies(spec: ConvTranspose2dSpec) -> bool:
-    """Specs in NCHW whose values are summed in their own dtype, that have any product, and outputs for the caches."""
-    is_nchw = spec.input_axes == spec.output_axes == "nchw"
+    """Specs whose values are summed in their own dtype, that have any product, and outputs for the caches.
+
+    In channels_last of channels that fill squares to transpose.
+    """
+    fills = spec.input_axes == "nchw" or spec.ci // spec.groups % MIN_SQUARE == 0
     sums_itself = spec.dtype == spec.accumulator_dtype and any(reaches(spec, band) for band in bands(spec))
-    return is_nchw and sums_itself and not is_for_memory(spec)
+    return fills and sums_itself and not is_for_memory(spec)
 
 
 def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout, float]]:
@@ -112,13 +119,22 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
         return
     lanes = counts[0]
     narrow = min((count for count in counts if count >= width), default=lanes)
-    gathered = max(1, min(MAX_GATHERED // phases, -(-width // narrow))) * narrow
+    channels = _block(spec, MAX_BLOCK // phases) if spec.output_axes == "nhwc" else 1
+    gathered = narrow if channels > 1 else max(1, min(MAX_GATHERED // phases, -(-width // narrow))) * narrow
     for vectors in range(1, min(MAX_VECTORS, -(-places // lanes)) + 1):
         for weight_rows in range(1, min(MAX_ROWS, rows) + 1):
             tile = Tile(vectors, weight_rows, lanes * itemsize, in_order=True)
             if tile.fits(target):
-                layout = TapLayout("ow", 1, 1, gathered, narrow, 1, weight_rows=weight_rows, positions=vectors * lanes)
+                layout = TapLayout(
+                    "ow", channels, 1, gathered, narrow, 1, weight_rows=weight_rows, positions=vectors * lanes
+                )
                 yield layout, _cycles(spec, layout, tile, target)
+
+
+def _block(spec: ConvTranspose2dSpec, limit: int) -> int:
+    """The most output channels of a group, at most `limit`, that divide them."""
+    channels = spec.co // spec.groups
+    return max((size for size in range(1, min(limit, channels) + 1) if channels % size == 0), default=1)
 
 
 def _cycles(spec: ConvTranspose2dSpec, layout: TapLayout, tile: Tile, target: Target) -> float:
@@ -136,14 +152,15 @@ def _cycles(spec: ConvTranspose2dSpec, layout: TapLayout, tile: Tile, target: Ta
     vectors, columns = (layout.columns(spec) // size for size in (layout.vector_lanes, layout.column_block))
     of_channel = taps * vectors * CYCLES_PER_TAP + rows * columns * CYCLES_PER_ROW
     sums, waits = tiles * of_panel, _weight_cycles(spec, layout, target)
-    core = core_of(target)
-    copied = CYCLES_PER_INPUT + (core.copied_far if image_bytes(spec) > NEAR_BYTES else 0.0)
+    core, is_nchw = core_of(target), spec.output_axes == "nchw"
+    written = CYCLES_PER_OUTPUT if is_nchw else core.moved + llvm_columns.CYCLES_PER_PLACE / layout.co_block
+    copied = CYCLES_PER_INPUT[spec.input_axes] + (core.copied_far if image_bytes(spec) > NEAR_BYTES else 0.0)
     return core.taps * (
         max(sums, waits)
         + NOT_HIDDEN * min(sums, waits)
         + groups * layout.blocks(spec) * of_channel
         + prod(spec.input_shape) * (copied + DTYPE_BYTES[spec.dtype] / core.read)
-        + prod(spec.output_shape) * CYCLES_PER_OUTPUT
+        + prod(spec.output_shape) * written
     )
 
 
@@ -176,7 +193,7 @@ def space(sch: Schedule) -> None:
     sch.compute_at(part, around, preserve_unit_loops=True)
     sch.compute_at(copied, task, preserve_unit_loops=True)
     _unroll(sch, (row, vector), lane)
-    _copy_panel(sch, lanes, copied)
+    _copy_panel(sch, spec, lanes, copied)
     _sum_channels(sch, lanes, part)
     for band in bands(spec):
         _gather(sch, spec, layout, band, cycles, apart=apart)
@@ -193,9 +210,13 @@ def _unroll(sch: Schedule, loops: Sequence[LoopRV], lane: LoopRV) -> None:
         sch.unroll(loop)
 
 
-def _copy_panel(sch: Schedule, lanes: int, panel: SBlockRV) -> None:
+def _copy_panel(sch: Schedule, spec: ConvTranspose2dSpec, lanes: int, panel: SBlockRV) -> None:
     """Copy what a task reads of the image, so that its channels are side by side in memory."""
-    vector, lane = sch.split(sch.get_loops(panel)[-1], [None, lanes])
+    *_, channel, position = sch.get_loops(panel)
+    if spec.input_axes == "nhwc":
+        sch.annotate(channel, IN_VECTORS, True)
+        return
+    vector, lane = sch.split(position, [None, lanes])
     _unroll(sch, (vector,), lane)
 
 
@@ -216,19 +237,20 @@ def _gather(
     output = sch.get_sblock(f"band{band.index}")
     n, g, b, ob, ph, qh, qw, pw = sch.get_loops(output)
     column_block, column = sch.split(qw, [None, layout.column_block])
-    sch.reorder(n, g, b, ph, qh, column_block, ob, column, pw)
-    if not reaches(spec, band):
-        parallelize(sch, (n, g, b, ph, qh)[not apart :], cycles, apart=apart)
-        return
-    if layout.column_block * len(spec.axes[1].phases) <= MAX_INTERLEAVED:
-        sch.annotate(column, IN_VECTORS, True)
+    moved = layout.column_block * len(spec.axes[1].phases) <= MAX_INTERLEAVED and reaches(spec, band)
+    by_places = moved and spec.output_axes == "nhwc"
+    sch.reorder(n, g, b, ph, qh, column_block, *((ob, pw, column) if by_places else (ob, column, pw)))
+    if moved:
+        sch.annotate(ob if by_places else column, IN_VECTORS, True)
     parallelize(sch, (n, g, b, ph, qh)[not apart :], cycles, apart=apart)
+    if not reaches(spec, band):
+        return
     acc = sch.get_sblock(f"{SUMS}{band.index}")
     sch.compute_at(acc, column_block, preserve_unit_loops=True)
-    phase, column, th, tw = sch.get_loops(acc)[-4:]
+    ob, phase, column, th, tw = sch.get_loops(acc)[-5:]
     vector, lane = sch.split(column, [None, layout.vector_lanes])
-    sch.reorder(th, tw, phase, vector, lane)
-    unrolled = (tw, phase, vector) if layout.unrolls_phases(spec) else (vector,)
+    sch.reorder(th, tw, ob, phase, vector, lane)
+    unrolled = (tw, ob, phase, vector) if layout.unrolls_phases(spec) else (ob, vector)
     _unroll(sch, unrolled, lane)
-    *_, phase, vector, lane = sch.get_loops(sch.decompose_reduction(acc, th))
-    _unroll(sch, (phase, vector), lane)
+    *_, ob, phase, vector, lane = sch.get_loops(sch.decompose_reduction(acc, th))
+    _unroll(sch, (ob, phase, vector), lane)
