@@ -26,15 +26,20 @@ to
             for pw, qw % column_block / lanes, lanes: unrolled, vectorized
           for qw % column_block, pw:                  interleaved in registers
 
-No lane is computed for a column beyond the end of a row, and no product of the border: with lanes along columns those
-are a third to a half of all on images of 5 to 20 columns, or with 7 x 7 taps on 28 x 5. What it costs is that sums over
-channels go to memory and back, once for each tap, which many input channels hide.
+or, in channels_last, with a block of channels in the last two lines. No lane is computed for a column beyond the end of
+a row, and no product of the border: with lanes along columns those are a third to a half of all on images of 5 to 20
+columns, or with 7 x 7 taps on 28 x 5. What it costs is that sums over channels go to memory and back, once for each
+tap, which many input channels hide.
 
 What it brings, on one core of a Zen 3 server by turns with the best of the other schedules, answers checked: of 160
 layers (the public ones, and others that were drawn) the cost rule takes it for 30. These took 0.37 to 1.11 of the time,
-a median of 0.79: 320 to 8 channels on 8 x 8, 128 to 3 on 112 x 5 0.37, 256 to 4 on 28 x 5 0.45, 65 to 35 on 13 x 17
-0.69, 512 to 3 on 40 x 25 0.67, fsrcnn/x3 0.81, dcgan/5 1.03. On two threads they took 0.41, 0.47, 0.47, 0.77, -, 0.85
-and 1.04.
+a median of 0.79: 320 to 8 channels on 8 x 8, 128 to 3 on 112 x 5 0.37, 256 to 4 on 28 x 5 0.45, 512 to 3 on 40 x 25
+0.67, 65 to 35 on 13 x 17 0.69, fsrcnn/x3 0.81, dcgan/5 1.03. On two threads the first three took 0.41, 0.47 and 0.47,
+65 to 35 channels 0.77, fsrcnn/x3 0.85, dcgan/5 1.04.
+
+In channels_last squares of channels and positions are transposed in registers for a panel, and of what was gathered
+of several output channels for the output: 320 to 8 channels took 0.43 of the time, 256 to 4 0.45, 512 to 8 with 7 x 7
+taps on 16 x 12 0.57, 512 to 1 on 32 x 32 0.68, 100 to 8 on 40 x 30 0.79, dcgan/5 1.02.
 
 What limits it there:
 
