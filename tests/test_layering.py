@@ -72,7 +72,7 @@ MAY_IMPORT = {
     "lower": "spec target layout bfloat16 compute statements stream outputs lower_products lower_window",
     "lower_dot": "dot_layout bfloat16 compute lower lower_products",
     "lower_tiles": "spec compute compute_tiles statements lower tile_layout",
-    "lower_taps": "spec compute compute_taps tap_layout shuffle statements stream lower lower_products",
+    "lower_taps": "spec target compute compute_taps tap_layout shuffle statements stream lower lower_products",
     "lower_prefetch": "thread_layout statements",
     "lower_cuda": "spec layout compute compute_cuda thread_layout statements lower lower_prefetch",
     "lower_tensor": "spec compute compute_tensor tensor_layout statements lower_cuda",

@@ -83,7 +83,8 @@ def test_every_schedule_sums_to_the_same_bits_for_them(schedule):
     found = choices(spec, HOST, schedule)
     torch.manual_seed(0)
     image, weight, bias = torch.randn(spec.input_shape), torch.randn(spec.weight_shape), torch.randn(spec.bias_shape)
-    outputs = [build(spec, choice=choice)(image, weight, bias) for choice in (default_choice(spec, HOST), *found[:2])]
+    first = choices(spec, HOST, "llvm_channels")[-1]
+    outputs = [build(spec, choice=choice)(image, weight, bias) for choice in (first, *found[:2])]
     assert all(torch.equal(bits(outputs[0]), bits(output)) for output in outputs[1:])
 
 

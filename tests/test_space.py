@@ -22,6 +22,7 @@ from convt_tvm.reference import integer_inputs, normal_inputs, reference
 from convt_tvm.runtime import load
 from convt_tvm.space import choices, default_choice, find_choice, ranked_choices, spaces, varied_choices
 from convt_tvm.spec import CHANNELS_LAST, CONTIGUOUS, DTYPE_BYTES, MEMORY_ORDER, ConvTranspose2dSpec
+from convt_tvm.tap_layout import TapLayout
 from convt_tvm.target import Target
 from convt_tvm.tile_layout import TileLayout
 from convt_tvm.workloads import resolve
@@ -99,7 +100,7 @@ def test_a_target_without_a_space_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("lanes", ["co", "ow"])
 def test_each_space_is_exact_in_several_layouts(lanes, tmp_path):
-    found = [choice for choice in choices(ODD, HOST) if choice.layout.lanes == lanes]
+    found = along(lanes, ODD)
     for number, choice in enumerate(found[:: len(found) // 4]):
         assert is_exact(ODD, choice, tmp_path / str(number)), choice
 
@@ -142,7 +143,7 @@ def test_each_space_is_exact_in_several_layouts(lanes, tmp_path):
     ],
 )
 def test_each_decision_is_exact_at_the_border(spec, lanes, changes, tmp_path):
-    first = next(choice for choice in choices(spec, HOST) if choice.layout.lanes == lanes)
+    first = along(lanes, spec)[0]
     layout = laid_out(first.layout, spec, {"row_chunk": 1, **changes})
     assert is_exact(spec, replace(first, layout=layout), tmp_path / "kernel"), layout
 
@@ -156,7 +157,7 @@ def test_windows_by_chunk_are_exact_and_sum_to_the_same_bits(lanes, column_block
         n=2, ci=24, ih=11, iw=37, co=9, kernel_size=taps, stride=2, padding=1, memory_format=memory_format
     )
     assert len(bands(spec)) == 5 - taps
-    first = next(choice for choice in choices(spec, HOST) if choice.layout.lanes == lanes)
+    first = along(lanes, spec)[0]
     plain = Layout(lanes, 16, row_block=1, column_block=column_block, vector_lanes=8, row_chunk=3)
     choice = replace(first, layout=replace(plain, by_chunk=True))
     assert_exact_and_of_the_same_bits(spec, (replace(first, layout=plain), choice), tmp_path)
@@ -197,7 +198,7 @@ def test_chunks_of_columns_are_exact_and_sum_to_the_same_bits(
     """Of one task, whose loop is simplified away, and of several; shared by threads or not."""
     monkeypatch.setattr(schedule, "PARALLEL_CYCLES", 0 if shared else math.inf)
     spec = replace(LONG, memory_format=memory_format)
-    first = next(choice for choice in choices(spec, HOST) if choice.layout.lanes == lanes)
+    first = along(lanes, spec)[0]
     plain = Layout(lanes, co_block, row_block=1, column_block=column_block, vector_lanes=8, row_chunk=1)
     layouts = [replace(plain, column_chunk=tiles * column_block) for tiles in (0, 1, 5)]
     assert_exact_and_of_the_same_bits(spec, [replace(first, layout=layout) for layout in layouts], tmp_path)
@@ -207,7 +208,7 @@ def test_chunks_of_columns_are_exact_and_sum_to_the_same_bits(
 @pytest.mark.parametrize("co_block", [24, 8])
 def test_chunks_of_columns_are_tasks_that_threads_share(lanes, co_block, monkeypatch):
     monkeypatch.setattr(schedule, "PARALLEL_CYCLES", 0)
-    first = next(choice for choice in choices(LONG, HOST) if choice.layout.lanes == lanes)
+    first = along(lanes, LONG)[0]
     layout = Layout(lanes, co_block, row_block=1, column_block=16, vector_lanes=8, row_chunk=1, column_chunk=80)
     # Of 19 tiles one or two, which reach the border or are not filled, are no part of a chunk's five.
     tasks = layout.blocks(LONG) * 4
@@ -220,7 +221,7 @@ def test_long_rows_are_in_chunks_that_the_second_cache_holds_and_threads_share(m
     few = ConvTranspose2dSpec(
         n=1, ci=96, ih=1, iw=2000, co=2, kernel_size=(1, 8), stride=(1, 4), memory_format=memory_format
     )
-    layout = default_choice(few, V3).layout
+    layout = choices(few, V3, "llvm_columns")[0].layout
     assert layout.blocks(few) == 1 and layout.column_chunks(few) >= 4
     many = replace(few, ci=128, iw=8192, co=64)
     layout = default_choice(many, V3).layout
@@ -237,7 +238,7 @@ def test_phases_in_a_loop_sum_to_the_bits_of_unrolled_ones(dtype):
         dtype=dtype,
     )  # fmt: skip
     inputs, outputs = normal_inputs(spec, seed=1), {}
-    unit = type(default_choice(spec, HOST).layout)
+    unit = DotLayout if choices(spec, HOST, "llvm_dot") else Layout
     for unrolls in (True, False):
         choice = next(
             choice
@@ -283,7 +284,7 @@ def test_taps_of_a_block_come_from_memory_once_where_all_rows_follow():
 
 
 def test_the_last_tile_sums_no_vector_without_an_output():
-    plain = next(choice for choice in choices(WIDE, HOST) if choice.layout.lanes == "ow")
+    plain = along("ow", WIDE)[0]
     layout = replace(plain.layout, co_block=3, row_block=1, column_block=16, vector_lanes=4, row_chunk=1, phases=1)
     assert layout.last_vectors(WIDE) == 2
     assert layout.column_steps(WIDE) == 2.5 * 3
@@ -417,7 +418,7 @@ def test_outputs_for_memory_pass_the_caches():
 @pytest.mark.parametrize("offset", [0, 1, 2, 7, 8, 60, 63])
 def test_rows_past_the_caches_go_to_any_address_and_nowhere_else(dtype, how, offset, tmp_path):
     spec = replace(ONE_ROW, dtype=dtype, iw=31)
-    first = next(choice for choice in choices(spec, HOST) if choice.layout.lanes == "ow" and choice.space.applies(spec))
+    first = next(choice for choice in along("ow", spec) if choice.space.applies(spec))
     layout = laid_out(first.layout, spec, {"row_chunk": 2, **how})
     inputs = integer_inputs(spec, seed=2)
     size = math.prod(spec.output_shape) * inputs[0].element_size()
@@ -459,7 +460,7 @@ def test_any_batch_size_is_taken_for_few_images_that_outgrow_the_caches():
 def test_any_batch_size_passes_the_caches_where_it_outgrows_them(monkeypatch, tmp_path):
     spec = replace(ONE_ROW, n=None)
     monkeypatch.setattr(outputs, "PAST_CACHES_BYTES", 2 * spec.sized.size_bytes)
-    first = next(choice for choice in choices(spec.sized, HOST) if choice.layout.lanes == "ow")
+    first = along("ow", spec.sized)[0]
     choice = replace(first, layout=laid_out(first.layout, spec, {"row_chunk": 2, "streams": True}))
     text = lower_choice(spec, HOST, choice).module["convt"].script()
     least = -(-2 * spec.sized.size_bytes // (4 * math.prod(spec.sized.output_shape)))
@@ -501,9 +502,15 @@ def test_every_schedule_batch_size_and_memory_format_gives_the_same_bits(spec, n
     assert torch.equal(bits(outputs[0][:batch]), bits(outputs[1]))
 
 
+def along(lanes, spec):
+    """Choices whose lanes run along channels or columns, and that sum taps with channels."""
+    found = (choice for choice in choices(spec, HOST) if choice.layout.lanes == lanes)
+    return [choice for choice in found if not isinstance(choice.layout, TapLayout)]
+
+
 def unit_of(choice):
-    """What multiplies: those for pairs of bfloat16 round in ways of their own."""
-    return type(choice.layout) if isinstance(choice.layout, DotLayout | TileLayout) else Layout
+    """What sums: those for pairs of bfloat16 round in ways of their own, and channels may come before taps."""
+    return type(choice.layout) if isinstance(choice.layout, DotLayout | TileLayout | TapLayout) else Layout
 
 
 def laid_out(layout, spec, changes):
