@@ -1,6 +1,6 @@
 """Tuning results in the form of TVM's MetaSchedule, for its own tools."""
 
-from convt_tvm.compute import declare_phases
+from convt_tvm.backends import get_backend
 from convt_tvm.records import Result
 from convt_tvm.space import declared, find_choice
 from convt_tvm.spec import ConvTranspose2dSpec
@@ -24,7 +24,8 @@ def commit(store: Store, spec: ConvTranspose2dSpec, target: Target, result: Resu
     choice = find_choice(spec, target, result.candidate)
     if choice is None:
         return
-    module = tvm.IRModule({"main": declare_phases(declared(spec, target), choice.layout, target)})
+    declare = get_backend(choice.layout).declare_phases
+    module = tvm.IRModule({"main": declare(declared(spec, target), choice.layout, target)})
     sch = Schedule(module)
     choice.space.space(sch)
     paths = [str(store.directory / name) for name in DATABASE_FILES]

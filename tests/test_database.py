@@ -4,13 +4,16 @@ from dataclasses import replace
 
 import pytest
 from stub_session import SPEC, make_info, run_stub
+from tvm.s_tir import Schedule
+from tvm.s_tir.meta_schedule.database import JSONDatabase
 
 from convt_tvm import compiler
 from convt_tvm.database import find_result, log_directory, logs_directory, merge, relatives
 from convt_tvm.errors import TuningError, TuningLogError
 from convt_tvm.explain import explain
 from convt_tvm.machine import machine
-from convt_tvm.records import Candidate, Context, Result, SessionInfo, Trial
+from convt_tvm.metaschedule import commit
+from convt_tvm.records import Candidate, Context, Finalist, Result, SessionInfo, Trial
 from convt_tvm.roofline import Limits
 from convt_tvm.space import choices
 from convt_tvm.spec import ConvTranspose2dSpec
@@ -294,3 +297,27 @@ def test_merging_what_holds_no_logs_or_into_a_log_in_use_is_refused(theirs, tmp_
         pytest.raises(TuningError, match="another session is writing to"),
     ):
         merge(theirs, tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "target", "changes"),
+    [
+        ("llvm_columns", "llvm:x86-64-v3", {}),
+        ("llvm_taps", "llvm:x86-64-v3", {}),
+        ("llvm_depthwise", "llvm:x86-64-v3", {"co": 8, "groups": 8, "memory_format": "channels_last"}),
+        ("llvm_dot", "llvm:x86_64+avx512bf16+avx512vl", {"dtype": "bfloat16"}),
+    ],
+)
+def test_winners_of_every_kind_are_kept_for_tvm_alone(schedule, target, changes, tmp_path):
+    spec = ConvTranspose2dSpec(**{"n": 1, "ci": 8, "ih": 6, "iw": 6, "co": 4, "kernel_size": 3, **changes})
+    target = Target.parse(target)
+    candidate = choices(spec, target, schedule)[0].candidate
+    result = result_of(candidate=candidate, finalists=(Finalist(candidate, "d" * 16, (50.0, 51.0)),))
+    with Store.open(tmp_path / "log") as store:
+        commit(store, spec, target, result)
+    database = JSONDatabase(*(str(tmp_path / "log" / name) for name in DATABASE_FILES))
+    (record,) = database.get_all_tuning_records()
+    assert [float(secs) for secs in record.run_secs] == pytest.approx([50e-6, 51e-6])
+    schedule = Schedule(record.workload.mod)
+    record.trace.apply_to_schedule(schedule, remove_postproc=False)
+    assert schedule.trace is not None

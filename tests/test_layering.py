@@ -118,7 +118,7 @@ MAY_IMPORT = {
     "remote": "errors spec processor target machine manifest artifact trials workers reference",
     "search": "spec records",
     "session": "errors records store measure trials search",
-    "metaschedule": "spec target compute records store space",
+    "metaschedule": "spec target records store space backends",
     "generic": "spec target machine layout compute records space compiler search",
     "tune": "errors spec workloads target machine fingerprint compute records store database space compiler "
     "reference measure place check bench trials remote search session metaschedule generic",
