@@ -66,13 +66,15 @@ def lower_tap_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
                 return tirx.SeqStmt([take_turn(), node])
             case tirx.For():
                 loops, store = inside(node)
-                if IN_VECTORS in node.annotations and str(store.buffer.name) == PANEL:
+                name = str(store.buffer.name) if isinstance(store, tirx.BufferStore) else ""
+                if name == PANEL and IN_VECTORS in node.annotations:
                     return _transpose(loops, store, spec, target)
-                if isinstance(store, tirx.BufferStore) and loops[-1].kind == tirx.ForKind.VECTORIZED:
-                    if str(store.buffer.name) == PANEL:
-                        return _copy(loops, store, layout.positions, texts)
-                    if str(store.buffer.name).startswith(SUMS) and find_guard(store.value) is not None:
-                        return _read_vectors(loops, store, texts)
+                if loops[-1].kind != tirx.ForKind.VECTORIZED:
+                    return None
+                if name == PANEL:
+                    return _copy(loops, store, layout.positions, texts)
+                if name.startswith(SUMS) and find_guard(store.value) is not None:
+                    return _read_vectors(loops, store, texts)
         return None
 
     body = rewrite(kernel.body, change)

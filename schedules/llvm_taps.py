@@ -83,6 +83,7 @@ MAX_ROWS = 14
 MAX_GATHERED = 4
 """Vectors of columns whose sums over taps are in registers together, in all phases."""
 MIN_SQUARE = 4
+"""Channels that a panel's squares have at least, if it is transposed from channels_last."""
 MAX_BLOCK = 8
 """Vectors whose sums over taps are in registers together in channels_last, of several output channels."""
 MAX_INTERLEAVED = 512
