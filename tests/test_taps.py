@@ -57,7 +57,7 @@ def tap_choices(spec, target=HOST):
 
 
 def of_every_size(spec, target=HOST):
-    """For each number of positions a choice that is summed in tiles of so many, rows of all sizes among them."""
+    """For each number of positions a choice that is summed in tiles of so many, and some of other numbers of rows."""
     found = {choice.layout.positions: choice for choice in tap_choices(spec, target)}
     rows = {choice.layout.weight_rows: choice for choice in tap_choices(spec, target)}
     return [*found.values(), *list(rows.values())[1::6]]
