@@ -92,8 +92,8 @@ MAX_CACHES = 8
 """How many times the second cache the sums over channels of one image may take."""
 CYCLES_PER_INPUT, CYCLES_PER_PANEL = {"nchw": 0.35, "nhwc": 1.0}, 70.0
 """For each value copied, or transposed, and for each panel."""
-NEAR_BYTES = 2 << 20
-"""Images of more are copied as slowly as any that caches do not hold beside their copy (`Core.copied_far`)."""
+NEAR_BYTES = 4 << 20
+"""Images from this size on are copied as slowly as any that the caches do not hold beside it (`Core.copied_far`)."""
 CYCLES_PER_SUM = 0.5
 """For each vector of sums over channels, or a part of them, that is stored."""
 CYCLES_PER_FAR_SUM = 0.45
@@ -160,7 +160,7 @@ def _cycles(spec: ConvTranspose2dSpec, layout: TapLayout, tile: Tile, target: Ta
     sums, waits = tiles * of_panel, _weight_cycles(spec, layout, target)
     core, is_nchw = core_of(target), spec.output_axes == "nchw"
     written = CYCLES_PER_OUTPUT if is_nchw else core.moved + llvm_columns.CYCLES_PER_PLACE / layout.co_block
-    copied = CYCLES_PER_INPUT[spec.input_axes] + (core.copied_far if image_bytes(spec) > NEAR_BYTES else 0.0)
+    copied = CYCLES_PER_INPUT[spec.input_axes] + (core.copied_far if image_bytes(spec) >= NEAR_BYTES else 0.0)
     return core.taps * (
         max(sums, waits)
         + NOT_HIDDEN * min(sums, waits)
