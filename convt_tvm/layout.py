@@ -32,6 +32,7 @@ __all__ = [
     "is_depthwise",
     "kernel_columns",
     "met_taps",
+    "partial_length",
     "partial_sum",
     "prefers_channels_last",
     "reaches",
@@ -493,6 +494,11 @@ def crowds(layout: Layout, column_bytes: int, size: Pair) -> bool:
     return max(sets.values()) > CACHE_WAYS
 
 
+def partial_length(products: int) -> float:
+    """How many of so many products a partial sum should have; see `partial_sum`."""
+    return max(MIN_PARTIAL, PARTIAL_ROOTS * sqrt(products))
+
+
 @lru_cache(maxsize=256)
 def partial_sum(spec: ConvTranspose2dSpec, band: Band) -> tuple[int, int, int]:
     """Row taps, input channels and column taps whose products are summed in registers; each divides its number.
@@ -510,7 +516,7 @@ def partial_sum(spec: ConvTranspose2dSpec, band: Band) -> tuple[int, int, int]:
     products = met_rows * met_columns * channels
     if products <= MIN_PARTIAL or band.taps * columns == 1:
         return band.taps, channels, columns
-    goal = max(MIN_PARTIAL, PARTIAL_ROOTS * sqrt(products))
+    goal = partial_length(products)
     sizes = [size for size in range(1, channels + 1) if channels % size == 0]
     if sums_taps_first(spec):
         lengths = {(1, size, columns): size * met_columns for size in sizes}

@@ -14,7 +14,7 @@ from tvm import DataType, tirx
 from tvm.tirx.analysis import undefined_vars
 
 from convt_tvm.compute import IN_VECTORS, SUMS, spec_of, target_of
-from convt_tvm.compute_taps import PANEL, PART, tap_layout_of
+from convt_tvm.compute_taps import PANEL, PART, PRODUCT, tap_layout_of
 from convt_tvm.lower import align_stack, lower_kernel
 from convt_tvm.lower_products import define_turns, take_turn
 from convt_tvm.shuffle import ramp, transpose_values, vector_dtype
@@ -24,6 +24,7 @@ from convt_tvm.statements import (
     at_start,
     depends_on,
     find_guard,
+    find_load,
     import_llvm,
     inside,
     nest,
@@ -74,7 +75,7 @@ def lower_tap_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
                 if name == PANEL:
                     return _copy(loops, store, layout.positions, texts)
                 if name.startswith(SUMS) and find_guard(store.value) is not None:
-                    return _read_vectors(loops, store, texts)
+                    return _read_vectors(loops, store, find_load(store.value, PRODUCT), texts)
         return None
 
     body = rewrite(kernel.body, change)
@@ -89,11 +90,10 @@ def _copy(loops: Sequence[Loop], store: Any, positions: int, texts: dict[str, st
     """
     around = [loop for loop in loops if loop.kind == tirx.ForKind.SERIAL]
     vectors = loops[len(around) :]
-    guard = find_guard(store.value)
-    load = store.value if guard is None else store.value.args[1]
+    load: Any = find_load(store.value, "input")
     *place, position = (at_start(index, vectors) for index in load.indices)
     asked = ask_for(load.source, [[*place, position + positions]], to_write=False)
-    return nest(around, sequence([*asked, _read_vectors(vectors, store, texts)]))
+    return nest(around, sequence([*asked, _read_vectors(vectors, store, load, texts)]))
 
 
 def _transpose(loops: Sequence[Loop], store: Any, spec: ConvTranspose2dSpec, target: Target) -> Statement:
@@ -104,8 +104,7 @@ def _transpose(loops: Sequence[Loop], store: Any, spec: ConvTranspose2dSpec, tar
     channel, position = loops
     dtype, lanes = str(store.buffer.dtype), target.vector_bytes // DTYPE_BYTES[spec.dtype]
     side = gcd(int(channel.extent), lanes)
-    guard = find_guard(store.value)
-    load = store.value if guard is None else store.value.args[1]
+    load: Any = find_load(store.value, "input")
     *place, first_position, first_channel = (at_start(index, loops) for index in load.indices)
     *to, _, _ = store.indices
     across, along = tirx.Var("channels", "int32"), tirx.Var("positions", "int32")
@@ -124,16 +123,14 @@ def _transpose(loops: Sequence[Loop], store: Any, spec: ConvTranspose2dSpec, tar
     return body
 
 
-def _read_vectors(loops: Sequence[Loop], store: Any, texts: dict[str, str]) -> Statement:
-    """A nest of `loops` that stores, or adds, vectors of values, those of lanes for which a condition holds.
+def _read_vectors(loops: Sequence[Loop], store: Any, load: Any, texts: dict[str, str]) -> Statement:
+    """A nest of `loops` that stores, or adds, vectors of what `load` reads, in lanes for which a condition holds.
 
     What does not depend on lanes is asked outside of all loops on which it does not depend either. `texts` takes the
     texts of functions called, by name.
     """
     lane, lanes = loops[-1], int(loops[-1].extent)
-    is_sum, guard = isinstance(store.value, tirx.Add), find_guard(store.value)
-    value = store.value.b if is_sum else store.value
-    load = value if guard is None else value.args[1]
+    guard = find_guard(store.value)
     by_lane, by_loop = [], dict[int, list[Expr]]()
     for condition in [] if guard is None else _conjuncts(guard):
         variables = set(undefined_vars(condition))
@@ -153,7 +150,7 @@ def _read_vectors(loops: Sequence[Loop], store: Any, texts: dict[str, str]) -> S
         values = tirx.call_extern(vector, name, address, functools.reduce(tirx.And, by_lane))
     *place, start = (at_start(index, [lane]) for index in store.indices)
     indices = [*place, ramp(start, lanes)]
-    if is_sum:
+    if isinstance(store.value, tirx.Add):
         values = tirx.BufferLoad(store.buffer, indices) + values
     statement: Statement = tirx.BufferStore(store.buffer, values, indices)
     for depth in reversed(range(len(loops))):

@@ -1,9 +1,9 @@
 """How a phase form is laid out where channels are summed before taps: integers in, integers out, as in `layout`."""
 
 from dataclasses import dataclass
-from math import log, prod, sqrt
+from math import log, prod
 
-from convt_tvm.layout import MIN_PARTIAL, PARTIAL_ROOTS, Layout, bands, met_taps
+from convt_tvm.layout import Layout, bands, met_taps, partial_length
 from convt_tvm.spec import ConvTranspose2dSpec
 
 __all__ = ["TapLayout", "summed_channels"]
@@ -66,7 +66,6 @@ def summed_channels(spec: ConvTranspose2dSpec) -> int:
     channels, taps = spec.ci // spec.groups, max(prod(met_taps(spec, band)) for band in bands(spec))
     if taps == 1:
         return channels
-    products = channels * taps
-    goal = max(MIN_PARTIAL, PARTIAL_ROOTS * sqrt(products))
+    goal = partial_length(channels * taps)
     sizes = (size for size in range(1, channels + 1) if channels % size == 0)
     return min(sizes, key=lambda size: abs(log(size / goal)))

@@ -86,8 +86,6 @@ MIN_SQUARE = 4
 """Channels that a panel's squares have at least, if it is transposed from channels_last."""
 MAX_BLOCK = 8
 """Vectors whose sums over taps are in registers together in channels_last, of several output channels."""
-MAX_INTERLEAVED = 512
-"""Outputs in a row of a tile beyond which they are stored one by one, to keep code small."""
 MAX_CACHES = 8
 """How many times the second cache the sums over channels of one image may take."""
 CYCLES_PER_INPUT, CYCLES_PER_PANEL = {"nchw": 0.35, "nhwc": 1.0}, 70.0
@@ -149,7 +147,7 @@ def _cycles(spec: ConvTranspose2dSpec, layout: TapLayout, tile: Tile, target: Ta
     step, stored = tile.step_cycles(target, 1, 1 << 10, 1.0), tile.vectors * tile.broadcasts
     of_tile = channels * step + channels // summed_channels(spec) * stored * CYCLES_PER_SUM
     tiles = groups * layout.panels(spec)
-    places = layout.row_tiles(spec) * layout.weight_rows * layout.positions
+    places = layout.matrix_rows(spec) * layout.positions
     is_far = tiles * places * DTYPE_BYTES[spec.accumulator_dtype] > spec.input_shape[0] * target.cache_bytes // 2
     of_panel = layout.row_tiles(spec) * of_tile + is_far * places * CYCLES_PER_FAR_SUM + CYCLES_PER_PANEL
     reached = [band for band in bands(spec) if reaches(spec, band)]
@@ -243,7 +241,7 @@ def _gather(
     output = sch.get_sblock(f"band{band.index}")
     n, g, b, ob, ph, qh, qw, pw = sch.get_loops(output)
     column_block, column = sch.split(qw, [None, layout.column_block])
-    moved = layout.column_block * len(spec.axes[1].phases) <= MAX_INTERLEAVED and reaches(spec, band)
+    moved = reaches(spec, band) and llvm_columns.in_vectors(spec, layout)
     by_places = moved and spec.output_axes == "nhwc"
     sch.reorder(n, g, b, ph, qh, column_block, *((ob, pw, column) if by_places else (ob, column, pw)))
     if moved:
