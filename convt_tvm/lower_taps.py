@@ -22,7 +22,6 @@ from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.statements import (
     LLVM_TYPES,
     at_start,
-    depends_on,
     find_guard,
     find_load,
     import_llvm,
@@ -30,6 +29,7 @@ from convt_tvm.statements import (
     nest,
     rewrite,
     sequence,
+    with_value,
 )
 from convt_tvm.stream import ask_for
 from convt_tvm.tap_layout import summed_channels
@@ -168,11 +168,18 @@ def _conjuncts(condition: Expr) -> list[Expr]:
 
 
 def _for_lanes(comparison: Any, lane: Loop, lanes: int) -> Expr:
-    """A `comparison` for each iteration of the loop `lane`, with which either side grows by one or not at all."""
+    """A `comparison` for each iteration of the loop `lane`.
+
+    As a rule a side of it grows by one, or is the same in all. But of ``0 <= c - 2*t`` and ``c - 2*t < 2`` TVM makes
+    ``t == c // 2``.
+    """
 
     def side(value: Expr) -> Expr:
-        first = at_start(value, [lane])
-        return ramp(first, lanes) if depends_on(value, lane.loop_var) else tirx.Broadcast(first, lanes)
+        values = [with_value(value, lane.loop_var, i) for i in range(lanes)]
+        for step, vector in ((1, ramp(values[0], lanes)), (0, tirx.Broadcast(values[0], lanes))):
+            if all(tvm.sym.Analyzer().can_prove_equal(each, values[0] + step * i) for i, each in enumerate(values)):
+                return vector
+        return tirx.Shuffle(values, [tirx.const(i, "int32") for i in range(lanes)])
 
     return type(comparison)(side(comparison.a), side(comparison.b))
 

@@ -31,6 +31,9 @@ SPECS = {
     "phases without taps": replace(NARROW, kernel_size=2, stride=(3, 4), padding=0, output_padding=(1, 2)),
     "taps that read every other row": replace(NARROW, kernel_size=3, stride=(4, 1), dilation=(2, 3), output_padding=0),
     "outputs of the border alone": replace(NARROW, kernel_size=2, stride=1, dilation=9, padding=0, output_padding=0),
+    "taps as far apart as a row is long": replace(
+        NARROW, iw=2, kernel_size=(1, 6), dilation=2, padding=0, stride=(3, 1)
+    ),
     "cropped": replace(NARROW, kernel_size=3, padding=3, output_padding=0),
     "several tiles of columns": replace(NARROW, ih=3, iw=75, co=4, kernel_size=(2, 6)),
     "many phases": replace(NARROW, ih=3, iw=21, co=2, kernel_size=(3, 32), stride=(2, 16)),
