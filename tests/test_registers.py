@@ -79,6 +79,15 @@ def test_of_16_registers_none_is_taken_from_sums_for_values_of_later_taps(tmp_pa
     assert len(accesses_to_stack(loops)) < sum(map(count_products, loops)) / 2
 
 
+@pytest.mark.skipif(host_architecture() != "x86_64", reason="reads x86 code")
+def test_a_loop_over_few_channels_is_not_unrolled_for_loads_ahead(tmp_path):
+    spec = ConvTranspose2dSpec(n=1, ci=12, ih=24, iw=24, co=48, kernel_size=6, stride=2, padding=2)
+    tiles = space.choices(spec, AVX2, "llvm_channels")
+    choice = next(c for c in tiles if (c.layout.co_block, c.layout.column_block) == (16, 5))
+    build_artifact(spec, AVX2, tmp_path / "kernel", choice=choice)
+    assert {count_products(loop) for loop in loops_of(tmp_path / "kernel")} == {0, 2 * 5}
+
+
 @pytest.mark.skipif(not host_features().issuperset(AVX2.features), reason="runs code for AVX2")
 @pytest.mark.parametrize("kernel, stride, padding", [(3, 2, 1), (4, 3, 0), (5, 4, 3), (7, 3, 2), (2, 3, 1), (6, 2, 5)])
 @pytest.mark.parametrize("channels", [(1, 1), (3, 2), (24, 5)])
