@@ -86,8 +86,13 @@ MIN_SQUARE = 4
 """Channels that a panel's squares have at least, if it is transposed from channels_last."""
 MAX_BLOCK = 8
 """Vectors whose sums over taps are in registers together in channels_last, of several output channels."""
-MAX_CACHES = 8
-"""How many times the second cache the sums over channels of one image may take."""
+MAX_CACHES, CHANNELS_FOR_CACHE = 8, 8
+"""How many times the second cache the sums over channels of one image may take; or once for so many channels each.
+
+To sum many channels takes as long as to store what comes of it. On a Zen 3 core, by turns with the best of the others,
+sums of 4.6 to 8 MB of 96 to 512 channels took 0.78 to 1.07 of the time, a median of 0.92 (384 to 128 in 4 groups 0.81);
+of 32 to 96 channels 4.6 to 10 MB took 1.04 to 2.5, which the estimate does not tell from those.
+"""
 CYCLES_PER_INPUT, CYCLES_PER_PANEL = {"nchw": 0.35, "nhwc": 1.0}, 70.0
 """For each value copied, or transposed, and for each panel."""
 NEAR_BYTES = 4 << 20
@@ -119,7 +124,8 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
     counts, width, phases = lane_counts(spec, target), spec.axes[1].widest, len(spec.axes[1].phases)
     places, itemsize = spec.ih * spec.iw, DTYPE_BYTES[spec.accumulator_dtype]
     rows = spec.co // spec.groups * prod(spec.kernel_size)
-    if spec.groups * rows * places * itemsize > MAX_CACHES * target.cache_bytes:
+    caches = max(MAX_CACHES, spec.ci // spec.groups / CHANNELS_FOR_CACHE)
+    if spec.groups * rows * places * itemsize > caches * target.cache_bytes:
         return
     lanes = counts[0]
     narrow = min((count for count in counts if count >= width), default=lanes)

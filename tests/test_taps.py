@@ -134,6 +134,9 @@ def test_layouts_need_loads_that_leave_lanes_out_and_sums_for_the_caches():
     assert tap_choices(LAST, V3) and not tap_choices(replace(LAST, ci=6), V3)
     # Sums of all taps of all positions would leave the caches by far.
     assert not tap_choices(replace(NARROW, ih=512, iw=512), V3)
+    # To store them costs little beside sums over many channels.
+    many = ConvTranspose2dSpec(n=1, ci=192, ih=40, iw=48, co=80, kernel_size=4, stride=4)
+    assert tap_choices(many, V3) and not tap_choices(replace(many, ci=32), V3)
 
 
 @pytest.mark.parametrize("vector_bytes", [32, 64])
