@@ -89,9 +89,9 @@ MAX_BLOCK = 8
 MAX_CACHES, CHANNELS_FOR_CACHE = 8, 8
 """How many times the second cache the sums over channels of one image may take; or once for so many channels each.
 
-To sum many channels takes as long as to store what comes of it. On a Zen 3 core, by turns with the best of the others,
+To sum many channels takes longer than to store what comes of it. On a Zen 3 core, by turns with the best of the others,
 sums of 4.6 to 8 MB of 96 to 512 channels took 0.78 to 1.07 of the time, a median of 0.92 (384 to 128 in 4 groups 0.81);
-of 32 to 96 channels 4.6 to 10 MB took 1.04 to 2.5, which the estimate does not tell from those.
+of 32 to 80 channels 4.6 to 10 MB took 1.1 to 2.5, which the estimate does not tell from those.
 """
 CYCLES_PER_INPUT, CYCLES_PER_PANEL = {"nchw": 0.35, "nhwc": 1.0}, 70.0
 """For each value copied, or transposed, and for each panel."""
