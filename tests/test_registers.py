@@ -80,6 +80,19 @@ def test_of_16_registers_none_is_taken_from_sums_for_values_of_later_taps(tmp_pa
 
 
 @pytest.mark.skipif(host_architecture() != "x86_64", reason="reads x86 code")
+@pytest.mark.parametrize("name", ["llvm_channels", "llvm_columns"])
+def test_whether_a_phase_has_a_tap_is_asked_once_for_all_its_products(name, tmp_path):
+    # Two of four column phases have taps, in a loop; asked before each product it took three times as long.
+    spec = ConvTranspose2dSpec(n=1, ci=96, ih=8, iw=64, co=40, kernel_size=12, stride=4, padding=11, dilation=2)
+    found = (c for c in space.choices(spec, AVX2, name) if c.layout.taps == "inner")
+    choice = next(c for c in found if not c.layout.unrolls_phases(spec) and c.layout.tile_vectors >= 8)
+    build_artifact(spec, AVX2, tmp_path / "kernel", choice=choice)
+    summing = [loop for loop in loops_of(tmp_path / "kernel") if count_products(loop) >= choice.layout.tile_vectors]
+    assert summing
+    assert all(sum(mnemonic.startswith("j") for mnemonic, _ in loop) == 1 for loop in summing)
+
+
+@pytest.mark.skipif(host_architecture() != "x86_64", reason="reads x86 code")
 def test_a_loop_over_few_channels_is_not_unrolled_for_loads_ahead(tmp_path):
     spec = ConvTranspose2dSpec(n=1, ci=12, ih=24, iw=24, co=48, kernel_size=6, stride=2, padding=2)
     tiles = space.choices(spec, AVX2, "llvm_channels")
