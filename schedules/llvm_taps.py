@@ -41,7 +41,12 @@ In channels_last squares of channels and positions are transposed in registers f
 of several output channels for the output: 320 to 8 channels took 0.43 of the time, 256 to 4 0.45, 512 to 8 with 7 x 7
 taps on 16 x 12 0.57, 512 to 1 on 32 x 32 0.68, 100 to 8 on 40 x 30 0.79, dcgan/5 1.02.
 
-What limits it there:
+On one core of an Emerald Rapids server (AVX-512) 64 of 173 layers are estimated to gain. Those took 0.22 to 1.6 of the
+time, a median of 0.76: 96 to 1 channel on 128 x 9 0.22, 128 to 3 on 112 x 5 0.27, 512 to 1 on 32 x 32 0.50, 128 to 3 on
+128 x 128 0.67, fsrcnn/x3 0.90, dcgan/5 0.92; in channels_last 30 layers 0.25 to 0.99, a median of 0.55. Of few channels
+in a group the estimates of the others are too high: 1.1 to 1.6, with 4 to 16, are eight of these.
+
+What limits it on the Zen 3:
 
 - Products. Of 320 to 8 channels 88 % of the samples (``perf``) are in a loop of 12 multiply-adds, 8 loads and nothing
   else, 7 % in copies, 5 % in gathering. It ran at what the core did at all in that hour.
@@ -53,10 +58,11 @@ What limits it there:
   of the time, until loads had to wait for a part's end (`convt_tvm.lower_products.take_turn`).
 - Sums over channels that the second cache does not hold, for many output channels on large images. A batch's images go
   one after the other, so that those of one are there at a time: 20 to 96 channels on 28 x 28 took half of the time.
-- With AVX-512 it was not measured, and has to be much the better by its estimate (`convt_tvm.cost.UNMEASURED`).
+- Where outputs are gathered, with AVX-512: for each vector 0.7 cycles, and for each output 0.75.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -64,7 +70,7 @@ from tvm.s_tir import Schedule
 
 from convt_tvm.compute import IN_VECTORS, SUMS, spec_of, target_of
 from convt_tvm.compute_taps import PANEL, PART, PRODUCT, tap_layout_of
-from convt_tvm.cost import NOT_HIDDEN, Tile, band_cycles, core_of, image_bytes, is_for_memory, lane_counts
+from convt_tvm.cost import NARROW, NOT_HIDDEN, Tile, band_cycles, core_of, image_bytes, is_for_memory, lane_counts
 from convt_tvm.layout import MANY_IMAGES, PAST_CACHES_BYTES, Band, Layout, bands, reaches
 from convt_tvm.schedule import batch_is_known, join_images, parallelize
 from convt_tvm.schedules import llvm_columns
@@ -93,18 +99,48 @@ To sum many channels takes longer than to store what comes of it. On a Zen 3 cor
 sums of 4.6 to 8 MB of 96 to 512 channels took 0.78 to 1.07 of the time, a median of 0.92 (384 to 128 in 4 groups 0.81);
 of 32 to 80 channels 4.6 to 10 MB took 1.1 to 2.5, which the estimate does not tell from those.
 """
-CYCLES_PER_INPUT, CYCLES_PER_PANEL = {"nchw": 0.35, "nhwc": 1.0}, 70.0
-"""For each value copied, or transposed, and for each panel."""
 NEAR_BYTES = 4 << 20
 """Images from this size on are copied as slowly as any that the caches do not hold beside it (`Core.copied_far`)."""
-CYCLES_PER_SUM = 0.5
-"""For each vector of sums over channels, or a part of them, that is stored."""
-CYCLES_PER_FAR_SUM = 0.45
-"""And for each of these sums, where those of one image take more than half the second cache."""
-CYCLES_PER_TAP, CYCLES_PER_ROW = 0.3, 24.0
-"""For each vector that is gathered, and for each tile of columns it is gathered in."""
-CYCLES_PER_OUTPUT = 0.1
-"""As the others a fit to 156 tiles of 85 layers on a Zen 3 core, in the middle 11 % off."""
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What is paid besides products, in cycles.
+
+    Attributes
+    ----------
+    input
+        For each value copied, or transposed from channels_last.
+    panel
+        For each panel.
+    sum, far_sum, held
+        For each vector of sums over channels, or a part of them, that is stored; and for each of these sums that leaves
+        the second cache: none where those of one image take less of it than the first share in `held`, from the second
+        on all.
+    tap, row
+        For each vector that is gathered, and for each tile of columns it is gathered in.
+    output
+        For each output.
+    """
+
+    input: Mapping[str, float]
+    panel: float
+    sum: float
+    far_sum: float
+    held: tuple[float, float]
+    tap: float
+    row: float
+    output: float
+
+
+NARROW_COSTS = Costs(
+    input={"nchw": 0.35, "nhwc": 1.0}, panel=70.0, sum=0.5, far_sum=0.45, held=(0.5, 0.5), tap=0.3, row=24.0, output=0.1
+)
+"""A fit to 156 tiles of 85 layers on a Zen 3 core, in the middle 11 % off."""
+WIDE_COSTS = Costs(
+    input={"nchw": 0.0, "nhwc": 1.0}, panel=0.0, sum=0.6, far_sum=0.7, held=(0.3, 0.8), tap=0.7, row=1.3, output=0.75
+)
+"""A fit to 346 tiles of 173 layers on an Emerald Rapids core, in the middle 14 % off."""
 
 
 def applies(spec: ConvTranspose2dSpec) -> bool:
@@ -149,22 +185,25 @@ def _block(spec: ConvTranspose2dSpec, limit: int) -> int:
 
 def _cycles(spec: ConvTranspose2dSpec, layout: TapLayout, tile: Tile, target: Target) -> float:
     """Estimated cycles of one core: sums over channels and over taps, and what is copied and stored for them."""
+    core = core_of(target)
+    costs = NARROW_COSTS if core is NARROW else WIDE_COSTS
     groups, channels = spec.input_shape[0] * spec.groups, spec.ci // spec.groups
     step, stored = tile.step_cycles(target, 1, 1 << 10, 1.0), tile.vectors * tile.broadcasts
-    of_tile = channels * step + channels // summed_channels(spec) * stored * CYCLES_PER_SUM
+    of_tile = channels * step + channels // summed_channels(spec) * stored * costs.sum
     tiles = groups * layout.panels(spec)
     places = layout.matrix_rows(spec) * layout.positions
-    is_far = tiles * places * DTYPE_BYTES[spec.accumulator_dtype] > spec.input_shape[0] * target.cache_bytes // 2
-    of_panel = layout.row_tiles(spec) * of_tile + is_far * places * CYCLES_PER_FAR_SUM + CYCLES_PER_PANEL
+    sum_bytes = tiles * places * DTYPE_BYTES[spec.accumulator_dtype] / spec.input_shape[0]
+    far = _share_beyond(sum_bytes / target.cache_bytes, *costs.held)
+    of_panel = layout.row_tiles(spec) * of_tile + places * far * costs.far_sum + costs.panel
     reached = [band for band in bands(spec) if reaches(spec, band)]
     taps = sum(band.row_steps(layout, spec.ih) for band in reached) * spec.axes[1].all_taps
     rows = sum(len(band.phases) * band.rows for band in reached)
     vectors, columns = (layout.columns(spec) // size for size in (layout.vector_lanes, layout.column_block))
-    of_channel = taps * vectors * CYCLES_PER_TAP + rows * columns * CYCLES_PER_ROW
+    of_channel = taps * vectors * costs.tap + rows * columns * costs.row
     sums, waits = tiles * of_panel, _weight_cycles(spec, layout, target)
-    core, is_nchw = core_of(target), spec.output_axes == "nchw"
-    written = CYCLES_PER_OUTPUT if is_nchw else core.moved + llvm_columns.CYCLES_PER_PLACE / layout.co_block
-    copied = CYCLES_PER_INPUT[spec.input_axes] + (core.copied_far if image_bytes(spec) >= NEAR_BYTES else 0.0)
+    is_nchw = spec.output_axes == "nchw"
+    written = costs.output if is_nchw else core.moved + llvm_columns.CYCLES_PER_PLACE / layout.co_block
+    copied = costs.input[spec.input_axes] + (core.copied_far if image_bytes(spec) >= NEAR_BYTES else 0.0)
     return core.taps * (
         max(sums, waits)
         + NOT_HIDDEN * min(sums, waits)
@@ -172,6 +211,13 @@ def _cycles(spec: ConvTranspose2dSpec, layout: TapLayout, tile: Tile, target: Ta
         + prod(spec.input_shape) * (copied + DTYPE_BYTES[spec.dtype] / core.read)
         + prod(spec.output_shape) * written
     )
+
+
+def _share_beyond(share: float, none: float, all_of_them: float) -> float:
+    """What part of `share` of a cache leaves it, where up to `none` nothing does, and more than `all_of_them` all."""
+    if share <= none:
+        return 0.0
+    return 1.0 if share >= all_of_them else (share - none) / (all_of_them - none)
 
 
 def _weight_cycles(spec: ConvTranspose2dSpec, layout: TapLayout, target: Target) -> float:

@@ -77,10 +77,11 @@ def test_vector_length_and_registers_come_from_the_target():
             assert accumulators < registers
 
 
-def test_few_channels_take_columns_and_small_images_take_channels():
+def test_few_channels_take_columns_or_taps_last_and_small_images_take_channels():
     for name, expected in {
         "dcgan/2": "llvm_channels",
-        "dcgan/5": "llvm_columns",
+        "dcgan/5": "llvm_taps",
+        "fcn8s/up8": "llvm_columns",
         "bilinear/depthwise": "llvm_columns",
     }.items():
         assert default_choice(resolve([name])[0].spec, V4).space.name == expected

@@ -17,7 +17,7 @@ from convt_tvm.tap_layout import TapLayout, summed_channels
 from convt_tvm.target import Target
 from convt_tvm.threads import get_num_threads, set_num_threads
 
-HOST, V3 = Target.parse("llvm"), Target.parse("llvm:x86-64-v3")
+HOST, V3, V4 = (Target.parse(name) for name in ("llvm", "llvm:x86-64-v3", "llvm:x86-64-v4"))
 NARROW = ConvTranspose2dSpec(
     n=2, ci=6, ih=5, iw=7, co=10, kernel_size=(3, 4), stride=2, padding=(1, 0), output_padding=(1, 0), groups=2
 )
@@ -158,10 +158,11 @@ def test_few_channels_on_small_images_are_summed_before_taps():
         ConvTranspose2dSpec(n=16, ci=320, ih=8, iw=8, co=8, kernel_size=(6, 3), stride=(2, 1), dilation=2, groups=2),
         ConvTranspose2dSpec(n=1, ci=256, ih=28, iw=5, co=4, kernel_size=7, stride=3, output_padding=1, bias=False),
     ):
-        assert default_choice(spec, V3).space.name == "llvm_taps"
-        assert default_choice(replace(spec, n=None), V3).space.name == "llvm_taps"
+        for target in (V3, V4):
+            assert default_choice(spec, target).space.name == "llvm_taps"
+            assert default_choice(replace(spec, n=None), target).space.name == "llvm_taps"
     wide = ConvTranspose2dSpec(n=1, ci=64, ih=128, iw=128, co=8, kernel_size=4, stride=2, padding=1)
-    assert default_choice(wide, V3).space.name == "llvm_columns"
+    assert all(default_choice(wide, target).space.name == "llvm_columns" for target in (V3, V4))
 
 
 @pytest.mark.skipif(host_architecture() != "x86_64", reason="reads x86 code")
