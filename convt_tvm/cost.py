@@ -162,7 +162,7 @@ WIDE = Core(
     broadcast=1 / 2,
     any_load=0.15,
     add_in_memory=2,
-    streams=32,
+    streams=28,
     read=MISS_BYTES_PER_CYCLE,
     read_in_order=MISS_BYTES_PER_CYCLE_IN_ORDER,
     read_again=MISS_BYTES_PER_CYCLE,
@@ -178,7 +178,10 @@ WIDE = Core(
 )
 """Such a core issues two loads in a cycle beside two multiply-adds: Emerald Rapids, tiles of 1 x 14 and 1 x 28 in the
 first cache. Where another thread shares the core tiles of few loads lose least: dilated/k3d2 in channels_last took 0.91
-of the time with 4 vectors by 6 positions, 10 loads, in place of 2 by 11, 13.
+of the time with 4 vectors by 6 positions, 10 loads, in place of 2 by 11, 13. So do those that stream least from the
+second cache, which reads 32 bytes a cycle in a quiet hour: with 32 for it unet/up4 and sam/up1 in channels_last took 4
+vectors by 4 rows, 256 bytes for 8 cycles of multiply-adds, and in a busy hour 1.05 and 1.12 times as long as with 2 x 3
+positions, on two threads 1.09 both, behind PyTorch.
 
 Gathering its outputs took kernelbench/75 (0.65 cycles of sums for each) 0.88 of the time, seed/square (1.2) 0.96,
 seed/rect (1.8) 1.08, unet/up4 (4) 1.04 and pointpillars/up4 (8) 1.06. From registers kernelbench/81 (0.4) took 0.70
