@@ -155,8 +155,9 @@ there were 8 to 12 without, two rows took 0.92 to 1.02, and three 1.07.
 MAX_INTERLEAVED = 512
 """Outputs in a row of a tile beyond which they are stored one by one, to keep code small."""
 CYCLES_PER_INPUT = {"nchw": 0.5, "nhwc": 1.5}
-CYCLES_PER_OUTPUT, CYCLES_ONE_BY_ONE = 1.0, 5.0
-"""In vectors to NCHW, or one by one to NHWC (Zen 4: fcn8s/up8 1.4 more, unet/up4 2.2, unet/up1 4.8)."""
+CYCLES_ONE_BY_ONE = 5.0
+"""For an output that goes to NHWC on its own (Zen 4, beside one in vectors to NCHW: fcn8s/up8 1.4 more, unet/up4 2.2,
+unet/up1 4.8)."""
 CYCLES_PER_PLACE = 4.5
 """For the channels of a block, which are side by side in NHWC (Emerald Rapids: an output took 1.4 cycles more than in
 NCHW with 4 of them in kernelbench/75, 0.8 with 7 in fcn8s/up8, 0.5 and 0.8 with 11 in seed/rect and seed/square)."""
@@ -221,7 +222,7 @@ def _missed(spec: ConvTranspose2dSpec) -> float:
 def _cycles_per_output(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> float:
     """What it takes to write one output."""
     if spec.output_axes == "nchw":
-        return CYCLES_PER_OUTPUT
+        return core_of(target).stored
     moved = core_of(target).moved + CYCLES_PER_PLACE / layout.co_block
     return moved if in_vectors(spec, layout) else CYCLES_ONE_BY_ONE
 

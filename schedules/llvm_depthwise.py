@@ -58,7 +58,7 @@ def _cycles(spec: ConvTranspose2dSpec, layout: DepthwiseLayout) -> float:
     tiles = one.input_shape[0] * layout.blocks(one) * steps
     vectors = layout.co_block // layout.vector_lanes
     copied = 0.0 if reads_input(spec, layout) else llvm_channels.CYCLES_PER_INPUT
-    written = llvm_channels.CYCLES_PER_OUTPUT[spec.output_axes] + llvm_channels.CYCLES_PER_RUN / layout.co_block
+    written = llvm_channels.CYCLES_PER_OUTPUT + llvm_channels.CYCLES_PER_RUN / layout.co_block
     image_bytes = prod(spec.input_shape) * DTYPE_BYTES[spec.dtype]
     cycles: float = (
         tiles * max(vectors * (layout.column_block + 1), FMA_LATENCY)

@@ -41,10 +41,10 @@ In channels_last squares of channels and positions are transposed in registers f
 of several output channels for the output: 320 to 8 channels took 0.43 of the time, 256 to 4 0.45, 512 to 8 with 7 x 7
 taps on 16 x 12 0.57, 512 to 1 on 32 x 32 0.68, 100 to 8 on 40 x 30 0.79, dcgan/5 1.02.
 
-On one core of an Emerald Rapids server (AVX-512) 64 of 173 layers are estimated to gain. Those took 0.22 to 1.6 of the
-time, a median of 0.76: 96 to 1 channel on 128 x 9 0.22, 128 to 3 on 112 x 5 0.27, 512 to 1 on 32 x 32 0.50, 128 to 3 on
-128 x 128 0.67, fsrcnn/x3 0.90, dcgan/5 0.92; in channels_last 30 layers 0.25 to 0.99, a median of 0.55. Of few channels
-in a group the estimates of the others are too high: 1.1 to 1.6, with 4 to 16, are eight of these.
+On one core of an Emerald Rapids server (AVX-512) 54 of 173 layers are estimated to gain. These took 0.22 to 1.19 of the
+time, a median of 0.71: 96 to 1 channel on 128 x 9 0.22, 128 to 3 on 112 x 5 0.27, 512 to 1 on 32 x 32 0.50, 128 to 3 on
+128 x 128 0.67, fsrcnn/x3 0.90, dcgan/5 0.92; hifigan/up1 1.14, 12 to 56 channels in batches of 14 x 10 1.19. In
+channels_last 34 layers took 0.25 to 0.99, a median of 0.61.
 
 What limits it on the Zen 3:
 
