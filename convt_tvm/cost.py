@@ -195,10 +195,10 @@ With taps in the outer loop layers of 512 to 2,048 channels on 8 x 8 took 0.72 t
 chooses in NCHW (1.06 on 7 x 7), 0.8 to 1.13 in channels_last. With 1.0 pose/1 took 1.08 and 1.10 of it, 2,048 channels
 on 7 x 7 1.11 and 1.2.
 
-Of 173 layers with sums of channels before taps, or without, what 1.1 for it chooses took 1.025 times as long as the
-faster (a geometric mean), with 1.0 1.021, with 1.2 1.034 and with 1.3 1.044. But with 1.0 eight took 1.11 to 1.38, with
-1.1 four, hifigan/up1 with 1.14 among them. What is `stored` was fitted beside: with 1.0 for it, and 1.2 for the other,
-layers with up to 16 channels in a group, which store much, took up to 1.38.
+Of 173 layers with sums of channels before taps, or without, what 1.1 for it chooses took 1.027 times as long as the
+faster (a geometric mean), with 1.0 1.020, with 1.2 1.034 and with 1.3 1.045. But with 1.0 seven took 1.11 to 1.38, with
+1.1 three 1.11 to 1.19. What is `stored` was fitted beside: with 1.0 for it, and 1.2 for the other, layers with up to 16
+channels in a group, which store much, took up to 1.38.
 """
 PAIRED = Core(
     fma_bytes=64,

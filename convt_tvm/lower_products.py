@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 import tvm
 from tvm import tirx
+from tvm.tirx.analysis import undefined_vars
 
 from convt_tvm.compute import PARTIAL
 from convt_tvm.layout import CACHE_LINE_BYTES, Layout
@@ -32,7 +33,6 @@ from convt_tvm.statements import (
     find_load,
     import_llvm,
     inside,
-    mentions,
     nest,
     rewrite,
     sequence,
@@ -140,7 +140,8 @@ def multiply_from_one_address(
         if isinstance(node, tirx.IfThenElse):
             # Where column phases are not unrolled the condition is around the sum already.
             guard, node = node.condition, node.then_case
-            depth = 1 + max((i for i, loop in enumerate(loops) if mentions(guard, loop.loop_var)), default=-1)
+            variables = set(undefined_vars(guard))
+            depth = max((i for i, loop in enumerate(loops, 1) if loop.loop_var in variables), default=0)
         if not (loops and isinstance(node, tirx.BufferStore) and str(node.buffer.name).startswith(PARTIAL)):
             return None
         window, image, weight = (find_load(node.value, name) for name in ("window", "input", "packed"))

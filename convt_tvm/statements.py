@@ -22,7 +22,6 @@ __all__ = [
     "find_store",
     "import_llvm",
     "inside",
-    "mentions",
     "nest",
     "on_stack",
     "reads_memory",
@@ -115,12 +114,6 @@ def depends_on(expression: Expr, variable: Any) -> bool:
     """Whether the value of `expression` changes with that of `variable`."""
     changed = with_value(expression, variable, 1)
     return not tvm.sym.Analyzer().can_prove_equal(with_value(expression, variable, 0), changed)
-
-
-def mentions(expression: Expr, variable: Any) -> bool:
-    """Whether `variable` is part of `expression`, simplified."""
-    one, other = (with_value(expression, variable, tirx.Var(name, "int32")) for name in ("one", "other"))
-    return not tvm_ffi.structural_equal(one, other)
 
 
 def ever(condition: Expr, loops: Sequence[Loop]) -> Expr:

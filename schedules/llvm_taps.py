@@ -12,9 +12,9 @@ goes from
 to
 
     for n:                                            parallel, where there are many images
-      for g*(f / positions):                          parallel otherwise
+      for g*(f / positions)*(shares of m):            parallel otherwise
         for ic, f % positions:                        the panel: what is read of the image, side by side
-        for m / weight_rows:
+        for m / weight_rows of a share:
           for parts of ic:                            as `summed_channels` says; each ends with an addition in memory
             for ic of the part:
               for m % weight_rows:                    unrolled     } weight_rows * positions/lanes
@@ -41,10 +41,10 @@ In channels_last squares of channels and positions are transposed in registers f
 of several output channels for the output: 320 to 8 channels took 0.43 of the time, 256 to 4 0.45, 512 to 8 with 7 x 7
 taps on 16 x 12 0.57, 512 to 1 on 32 x 32 0.68, 100 to 8 on 40 x 30 0.79, dcgan/5 1.02.
 
-On one core of an Emerald Rapids server (AVX-512) 54 of 173 layers are estimated to gain. These took 0.22 to 1.19 of the
-time, a median of 0.71: 96 to 1 channel on 128 x 9 0.22, 128 to 3 on 112 x 5 0.27, 512 to 1 on 32 x 32 0.50, 128 to 3 on
-128 x 128 0.67, fsrcnn/x3 0.90, dcgan/5 0.92; hifigan/up1 1.14, 12 to 56 channels in batches of 14 x 10 1.19. In
-channels_last 34 layers took 0.25 to 0.99, a median of 0.61.
+On one core of an Emerald Rapids server (AVX-512) 50 of 173 layers are estimated to gain. These took 0.22 to 1.19 of the
+time, a median of 0.69: 96 to 1 channel on 128 x 9 0.22, 128 to 3 on 112 x 5 0.27, 512 to 1 on 32 x 32 0.50, 128 to 3 on
+128 x 128 0.67, fsrcnn/x3 0.90, dcgan/5 0.92; 12 to 56 channels in batches of 14 x 10 1.19. In channels_last 33 layers
+took 0.25 to 0.99, a median of 0.58.
 
 What limits it on the Zen 3:
 
@@ -99,6 +99,12 @@ To sum many channels takes longer than to store what comes of it. On a Zen 3 cor
 sums of 4.6 to 8 MB of 96 to 512 channels took 0.78 to 1.07 of the time, a median of 0.92 (384 to 128 in 4 groups 0.81);
 of 32 to 80 channels 4.6 to 10 MB took 1.1 to 2.5, which the estimate does not tell from those.
 """
+MIN_SHARED_ROWS, SHARED_TASKS = 256, 8
+"""Rows of the weights that a task has at least, and tasks up to which they are shared out where panels are few: each
+copies its panel. 1,024 to 256 channels on 8 x 8, one panel, took 0.49 of the time on two threads of an Emerald Rapids
+server, 1.1 on one."""
+UNSHARED = 1.05
+"""How many times the estimate tiles take that leave fewer tasks than half as many, beside others of the layer."""
 NEAR_BYTES = 4 << 20
 """Images from this size on are copied as slowly as any that the caches do not hold beside it (`Core.copied_far`)."""
 
@@ -117,6 +123,9 @@ class Costs:
         For each vector of sums over channels, or a part of them, that is stored; and for each of these sums that leaves
         the second cache: none where those of one image take less of it than the first share in `held`, from the second
         on all.
+    not_hidden
+        The share that counts of the shorter of two: of products and of waiting for weights from beyond that cache,
+        which nothing asks for ahead.
     tap, row
         For each vector that is gathered, and for each tile of columns it is gathered in.
     output
@@ -128,17 +137,34 @@ class Costs:
     sum: float
     far_sum: float
     held: tuple[float, float]
+    not_hidden: float
     tap: float
     row: float
     output: float
 
 
 NARROW_COSTS = Costs(
-    input={"nchw": 0.35, "nhwc": 1.0}, panel=70.0, sum=0.5, far_sum=0.45, held=(0.5, 0.5), tap=0.3, row=24.0, output=0.1
+    input={"nchw": 0.35, "nhwc": 1.0},
+    panel=70.0,
+    sum=0.5,
+    far_sum=0.45,
+    held=(0.5, 0.5),
+    not_hidden=NOT_HIDDEN,
+    tap=0.3,
+    row=24.0,
+    output=0.1,
 )
 """A fit to 156 tiles of 85 layers on a Zen 3 core, in the middle 11 % off."""
 WIDE_COSTS = Costs(
-    input={"nchw": 0.0, "nhwc": 1.0}, panel=0.0, sum=0.6, far_sum=0.7, held=(0.3, 0.8), tap=0.7, row=1.3, output=0.75
+    input={"nchw": 0.0, "nhwc": 1.0},
+    panel=0.0,
+    sum=0.6,
+    far_sum=0.7,
+    held=(0.3, 0.8),
+    not_hidden=0.6,
+    tap=0.7,
+    row=1.3,
+    output=0.75,
 )
 """A fit to 346 tiles of 173 layers on an Emerald Rapids core, in the middle 14 % off."""
 
@@ -174,7 +200,16 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
                 layout = TapLayout(
                     "ow", channels, 1, gathered, narrow, 1, weight_rows=weight_rows, positions=vectors * lanes
                 )
-                yield layout, _cycles(spec, layout, tile, target)
+                cycles = _cycles(spec, layout, tile, target)
+                is_alone = layout.panels(spec) * row_shares(spec, layout) * spec.groups < SHARED_TASKS // 2
+                yield layout, cycles * (UNSHARED if is_alone and rows >= 2 * MIN_SHARED_ROWS else 1.0)
+
+
+def row_shares(spec: ConvTranspose2dSpec, layout: TapLayout) -> int:
+    """In how many parts the rows of the weights are, a power of two, for threads to share those of a panel."""
+    tasks = spec.groups * layout.panels(spec) * (spec.input_shape[0] if spec.input_shape[0] >= MANY_IMAGES else 1)
+    most = max(1, min(SHARED_TASKS // tasks, layout.matrix_rows(spec) // MIN_SHARED_ROWS))
+    return max(count for count in (1, 2, 4, 8) if count <= most and layout.row_tiles(spec) % count == 0)
 
 
 def _block(spec: ConvTranspose2dSpec, limit: int) -> int:
@@ -206,9 +241,9 @@ def _cycles(spec: ConvTranspose2dSpec, layout: TapLayout, tile: Tile, target: Ta
     copied = costs.input[spec.input_axes] + (core.copied_far if image_bytes(spec) >= NEAR_BYTES else 0.0)
     return core.taps * (
         max(sums, waits)
-        + NOT_HIDDEN * min(sums, waits)
+        + costs.not_hidden * min(sums, waits)
         + groups * layout.blocks(spec) * of_channel
-        + prod(spec.input_shape) * (copied + DTYPE_BYTES[spec.dtype] / core.read)
+        + prod(spec.input_shape) * (copied * row_shares(spec, layout) + DTYPE_BYTES[spec.dtype] / core.read)
         + prod(spec.output_shape) * written
     )
 
@@ -241,8 +276,9 @@ def space(sch: Schedule) -> None:
     tile, row = sch.split(m, [None, layout.weight_rows])
     panel, of_tile = sch.split(f, [None, layout.positions])
     vector, lane = sch.split(of_tile, [None, lanes])
-    sch.reorder(n, g, panel, tile, *parts, row, vector, lane)
-    task = parallelize(sch, (n, g, panel)[not apart :], cycles, apart=apart)
+    share, tile = sch.split(tile, [row_shares(spec, layout), None])
+    sch.reorder(n, g, panel, share, tile, *parts, row, vector, lane)
+    task = parallelize(sch, (n, g, panel, share)[not apart :], cycles, apart=apart)
     around = parts[0] if parts else tile
     part, copied = sch.get_sblock(PART), sch.get_sblock(PANEL)
     sch.set_scope(part, 0, "local")

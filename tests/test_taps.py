@@ -11,6 +11,7 @@ from convt_tvm.check import bits
 from convt_tvm.compiler import build, build_artifact
 from convt_tvm.processor import host_architecture
 from convt_tvm.reference import error_bound, integer_inputs, normal_inputs, reference
+from convt_tvm.schedules.llvm_taps import row_shares
 from convt_tvm.space import choices, default_choice
 from convt_tvm.spec import CHANNELS_LAST, ConvTranspose2dSpec
 from convt_tvm.tap_layout import TapLayout, summed_channels
@@ -27,6 +28,7 @@ SPECS = {
     "any batch size": replace(NARROW, n=None),
     "images for threads to share": replace(NARROW, n=9, bias=False),
     "parts of channels": MANY_CHANNELS,
+    "rows of weights for threads to share": replace(NARROW, n=1, groups=1, ci=40, ih=4, iw=6, co=64, kernel_size=4),
     "one position": replace(NARROW, ih=1, iw=1, padding=0, kernel_size=7),
     "phases without taps": replace(NARROW, kernel_size=2, stride=(3, 4), padding=0, output_padding=(1, 2)),
     "taps that read every other row": replace(NARROW, kernel_size=3, stride=(4, 1), dilation=(2, 3), output_padding=0),
@@ -163,6 +165,15 @@ def test_few_channels_on_small_images_are_summed_before_taps():
             assert default_choice(replace(spec, n=None), target).space.name == "llvm_taps"
     wide = ConvTranspose2dSpec(n=1, ci=64, ih=128, iw=128, co=8, kernel_size=4, stride=2, padding=1)
     assert all(default_choice(wide, target).space.name == "llvm_columns" for target in (V3, V4))
+
+
+def test_threads_share_the_rows_of_weights_where_panels_are_few():
+    spec = ConvTranspose2dSpec(n=1, ci=1024, ih=8, iw=8, co=256, kernel_size=4, stride=2, padding=1)
+    layout = choices(spec, V4, "llvm_taps")[0].layout
+    assert layout.panels(spec) * row_shares(spec, layout) >= 4
+    assert layout.row_tiles(spec) % row_shares(spec, layout) == 0
+    many = replace(spec, ih=32, iw=32, co=16)
+    assert row_shares(many, choices(many, V4, "llvm_taps")[0].layout) == 1
 
 
 @pytest.mark.skipif(host_architecture() != "x86_64", reason="reads x86 code")
