@@ -201,14 +201,19 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
                     "ow", channels, 1, gathered, narrow, 1, weight_rows=weight_rows, positions=vectors * lanes
                 )
                 cycles = _cycles(spec, layout, tile, target)
-                is_alone = layout.panels(spec) * row_shares(spec, layout) * spec.groups < SHARED_TASKS // 2
+                is_alone = _panel_tasks(spec, layout) * row_shares(spec, layout) < SHARED_TASKS // 2
                 yield layout, cycles * (UNSHARED if is_alone and rows >= 2 * MIN_SHARED_ROWS else 1.0)
+
+
+def _panel_tasks(spec: ConvTranspose2dSpec, layout: TapLayout) -> int:
+    """How many panels threads share at a time: those of an image, or of all where these are many."""
+    images = spec.input_shape[0] if spec.input_shape[0] >= MANY_IMAGES else 1
+    return images * spec.groups * layout.panels(spec)
 
 
 def row_shares(spec: ConvTranspose2dSpec, layout: TapLayout) -> int:
     """In how many parts the rows of the weights are, a power of two, for threads to share those of a panel."""
-    tasks = spec.groups * layout.panels(spec) * (spec.input_shape[0] if spec.input_shape[0] >= MANY_IMAGES else 1)
-    most = max(1, min(SHARED_TASKS // tasks, layout.matrix_rows(spec) // MIN_SHARED_ROWS))
+    most = max(1, min(SHARED_TASKS // _panel_tasks(spec, layout), layout.matrix_rows(spec) // MIN_SHARED_ROWS))
     return max(count for count in (1, 2, 4, 8) if count <= most and layout.row_tiles(spec) % count == 0)
 
 
