@@ -17,11 +17,11 @@ from convt_tvm.statements import (
     LLVM_TYPES,
     at_start,
     depends_on,
-    find_guard,
     find_load,
     import_llvm,
     rewrite,
     sequence,
+    split_guard,
     with_value,
 )
 from convt_tvm.target import Target
@@ -94,8 +94,7 @@ def _copy_row(columns: Any, store: Any, window: Window, lanes: int, functions: d
 
     `functions` takes the texts of those called, by name.
     """
-    dtype, guard = str(store.buffer.dtype), find_guard(store.value)
-    load = store.value if guard is None else store.value.args[1]
+    dtype, (guard, load) = str(store.buffer.dtype), split_guard(store.value)
     left, right = window.columns_inside
     source = find_load(load, "input")
     if source is None or not source.same_as(load) or not depends_on(source.indices[-1], columns.loop_var):
@@ -150,8 +149,8 @@ def _transpose(columns: Any, store: Any, window: Window, axes: str, lanes: int) 
     """A row of some channels: zeros to the left and right of the image's, and transposes in between."""
     channels, by_channels = columns.body, axes[-1] == "c"
     first = {axis: at_start(index, [columns, channels]) for axis, index in zip(axes, store.indices, strict=True)}
-    count, dtype, guard = int(channels.extent), str(store.buffer.dtype), find_guard(store.value)
-    value = store.value if guard is None else store.value.args[1]
+    # Pairs of channels are no conditional value, but made of two.
+    count, dtype, (guard, value) = int(channels.extent), str(store.buffer.dtype), split_guard(store.value)
 
     def put(column: Expr, channel: Expr, values: Expr, size: int) -> Statement:
         """Store so many values side by side, of channels or of columns from these on."""

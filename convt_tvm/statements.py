@@ -28,6 +28,7 @@ __all__ = [
     "rebuild",
     "rewrite",
     "sequence",
+    "split_guard",
     "tensor",
     "view",
     "with_value",
@@ -228,8 +229,16 @@ def reads_memory(node: Expr) -> bool:
     return any(reads_memory(part) for part in _parts(node))
 
 
+def split_guard(node: Expr) -> tuple[Expr | None, Expr]:
+    """The condition of a conditional expression and its value where that holds; None and `node`, if it is another."""
+    if isinstance(node, ir.Call) and node.op.same_as(ir.Op.get("prim.if_then_else")):
+        return node.args[0], node.args[1]
+    return None, node
+
+
 def find_guard(node: Expr) -> Expr | None:
     """The condition of the first conditional expression in an expression; None if there is none."""
-    if isinstance(node, ir.Call) and node.op.same_as(ir.Op.get("prim.if_then_else")):
-        return node.args[0]
+    guard, _ = split_guard(node)
+    if guard is not None:
+        return guard
     return next((found for part in _parts(node) if (found := find_guard(part)) is not None), None)
