@@ -56,6 +56,12 @@ def test_is_not_for_processors_with_a_tile_unit(workload):
     assert names.index("llvm_dot") > 0
 
 
+def test_pairs_are_transposed_with_a_channel_left_over_and_no_border():
+    # Lowered on every machine: those without dot products would not see it fail.
+    spec = make(ci=3, co=18, ih=6, iw=37, kernel_size=2, padding=0)
+    assert lower_choice(spec, DOTS, dot_choices(spec)[0]).code
+
+
 def test_shapes_count_pairs():
     layout = dot_choices(make(ci=33))[0].layout
     assert isinstance(layout, DotLayout)

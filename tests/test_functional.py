@@ -205,7 +205,8 @@ def test_the_default_device_does_not_matter():
     with torch.device("meta"):
         assert torch.equal(conv_transpose2d(x, w, b, **PARAMETERS), expected)
         w = w.to(memory_format=torch.channels_last)
-        assert torch.equal(conv_transpose2d(x, w, b, **PARAMETERS), expected)
+        # A kernel for another format may sum in another order.
+        torch.testing.assert_close(conv_transpose2d(x, w, b, **PARAMETERS), expected)
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,8 @@ def test_the_memory_format_follows_the_input_and_the_weight(layer, x):
         assert layer(x).is_contiguous()
         last = layer(x.to(memory_format=torch.channels_last))
         assert last.is_contiguous(memory_format=torch.channels_last)
-        assert torch.equal(last, layer(x))
+        # Kernels for the two formats may sum in different orders.
+        torch.testing.assert_close(last, layer(x))
         layer.to(memory_format=torch.channels_last)
         assert layer(x).is_contiguous(memory_format=torch.channels_last)
 

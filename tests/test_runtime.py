@@ -911,5 +911,6 @@ def test_a_library_without_the_functions_is_corrupt(directory, tmp_path):
 
 def test_the_representation_says_what_it_is(kernel, directory):
     text = repr(kernel)
-    for part in (kernel.spec.name, kernel.target.key, kernel.manifest.schedule, str(directory), "float32[1, "):
+    packed = f"float32{list(kernel.manifest.packed_shape)}"
+    for part in (kernel.spec.name, kernel.target.key, kernel.manifest.schedule, str(directory), packed):
         assert part in text

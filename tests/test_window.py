@@ -36,7 +36,7 @@ def spec_of(case, dtype):
 
 def by_rows(spec, target):
     """Choices of all kinds of tiles with lanes along columns."""
-    found = (choice for choice in choices(spec, target) if choice.layout.lanes == "ow")
+    found = choices(spec, target, "llvm_columns")
     return {choice.layout.shape: choice for choice in islice(found, 40)}.values()
 
 
