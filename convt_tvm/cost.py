@@ -17,7 +17,7 @@ beyond the second cache, which weights do while their first tile computes. Cycle
 workload on one core, and for nothing else.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import TypeVar
@@ -80,12 +80,11 @@ STREAMED_ROWS = 4, 16
 """How many rows of a phase a task may take whose vectors go past the caches as they are."""
 TASKS, TASK_CYCLES = 16, 30_000
 """Tasks that threads share without waiting long for the last, and how many cycles of a core make one worthwhile."""
-COPIED_BYTES = 2 << 20
-"""Images from this size on may be copied chunk by chunk. On a Zen 3 core, by turns with copies of the whole image, 1 MB
-took 1.03 of the time (64 to 3 channels on 64 x 64), 2 MB 0.94, 4 MB 0.85 to 0.93, 8 MB 0.62 to 0.89."""
 FAR_IN_ORDER = 0.3
 """The share of `Core.copied_far` where whole lines are copied one after the other, from channels_last to lanes along
 channels: tiles of two rows, which need a window, took 0.91 of the time of others for 128 to 64 channels, 3 x 3 taps."""
+FIRST_CACHE_BYTES = 28 << 10
+"""What the first cache has for inputs: 32 KiB, without what weights and sums take."""
 BY_CHUNK_CYCLES = 1.03
 """How many times as long all takes then, beside what copies save: what is copied takes the place of weights. Altogether
 unet/up1, with 512 outputs for each input, took 1.03 of the time, sam/up1 0.93 and pointpillars/up4 0.97."""
@@ -126,8 +125,12 @@ class Core:
         Cycles for each output that goes to NCHW in vectors.
     moved
         Cycles for each output that goes from vectors of columns to channels_last.
-    copied_far
-        Cycles for each input of an image too large for the caches to hold its copy as well (`COPIED_BYTES`).
+    copied_bytes
+        Sizes of an image: from which on it may be copied chunk by chunk, and from which on the second cache does not
+        hold a copy of all of it.
+    copied_near, copied_far
+        Cycles for each input: what copies of chunks save that the first cache holds; and what a copy costs that the
+        second does not hold, by the axes of the input.
     outer
         How many times the estimate a layout with ``taps="outer"`` takes.
     taps
@@ -152,7 +155,9 @@ class Core:
     streamed: float
     stored: float
     moved: float
-    copied_far: float
+    copied_bytes: tuple[int, int]
+    copied_near: float
+    copied_far: Mapping[str, float]
     outer: float
     taps: float
 
@@ -176,7 +181,9 @@ WIDE = Core(
     streamed=0.2,
     stored=0.7,
     moved=0.5,
-    copied_far=0.0,
+    copied_bytes=(512 << 10, 1 << 20),
+    copied_near=1.0,
+    copied_far={"nchw": 3.5, "nhwc": 1.5},
     outer=1.15,
     taps=1.1,
 )
@@ -190,6 +197,11 @@ positions, on two threads 1.09 both, behind PyTorch.
 Gathering its outputs took kernelbench/75 (0.65 cycles of sums for each) 0.88 of the time, seed/square (1.2) 0.96,
 seed/rect (1.8) 1.08, unet/up4 (4) 1.04 and pointpillars/up4 (8) 1.06. From registers kernelbench/81 (0.4) took 0.70
 of the time that gathering does, kernelbench/75 0.76, seed/square 0.90, seed/rect 1.12, unet/up4 1.0 to 1.2.
+
+Copies were fitted to 207 layers in NCHW and 72 in channels_last, with whole images copied and chunks. What they choose
+took 0.91 of the time (a geometric mean) for the 84 of 728 whose default they change: 64 inputs for each of 4 outputs on
+224 x 224, in 4 groups, 0.56, 64 to 3 channels on 256 x 256 0.61, one channel in a group 0.65 to 0.93; the worst two
+1.19 and 1.23. With 2 in channels_last four more would have taken chunks, and 1.02 to 1.14 of the time.
 
 With taps in the outer loop layers of 512 to 2,048 channels on 8 x 8 took 0.72 to 0.87 of the time of what 1.3 for it
 chooses in NCHW (1.06 on 7 x 7), 0.8 to 1.13 in channels_last. With 1.0 pose/1 took 1.08 and 1.10 of it, 2,048 channels
@@ -219,7 +231,9 @@ PAIRED = Core(
     streamed=0.0,
     stored=1.0,
     moved=0.5,
-    copied_far=0.0,
+    copied_bytes=(2 << 20, 2 << 20),
+    copied_near=0.0,
+    copied_far={"nchw": 2.5, "nhwc": 2.5},
     outer=1.15,
     taps=UNMEASURED,
 )
@@ -247,7 +261,9 @@ NARROW = Core(
     streamed=0.2,
     stored=1.0,
     moved=1.2,
-    copied_far=2.5,
+    copied_bytes=(2 << 20, 2 << 20),
+    copied_near=0.0,
+    copied_far={"nchw": 2.5, "nhwc": 2.5},
     outer=1.0,
     taps=1.05,
 )
@@ -260,7 +276,9 @@ What it reads from the second cache was fitted to 33 layers in channels_last, 12
 2 positions, 128 bytes for 8 multiply-adds, took 1.37 times as long as the best tile for grouped/4, and 1.28 for 32
 channels with 12 x 12 taps. So was what is `moved`: seed/square took 23.7 ms with lanes along columns, 18.4 along
 channels. With taps in the outer loop pose/1, hifigan/up1 and three others whose weights do not fit the second cache
-took 0.93 to 1.01 of the time, a median of 0.97, on two threads 0.92 to 1.03 and 0.98.
+took 0.93 to 1.01 of the time, a median of 0.97, on two threads 0.92 to 1.03 and 0.98. Beside copies of the whole image
+those chunk by chunk took 1.03 of the time for 1 MB (64 to 3 channels on 64 x 64), 0.94 for 2 MB, 0.85 to 0.93 for 4 MB
+and 0.62 to 0.89 for 8 MB.
 
 Of 212 layers drawn in NCHW, with some eight layouts of all schedules each, what it chooses took 1.077 times as long as
 the fastest in one noisy series (a geometric mean), more than 1.2 times for 26. Of twenty other values of its constants
@@ -378,27 +396,40 @@ def in_column_chunks(spec: ConvTranspose2dSpec, layout: AnyLayout, target: Targe
 def by_chunk(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> Iterator[Layout]:
     """`layout` with its window copied chunk by chunk, if an image is so large that this may pay.
 
-    In chunks of rows that half the second cache holds, but not fewer than threads may share.
+    In chunks of rows of a group that half the second cache holds, and the first, but not of more than leave enough for
+    threads to share.
     """
     reached = [band for band in bands(spec) if reaches(spec, band)]
-    if image_bytes(spec) < COPIED_BYTES or not reached or reads_input(spec, layout):
+    if image_bytes(spec) < core_of(target).copied_bytes[0] or not reached or reads_input(spec, layout):
         return
     rows, beside = max(layout.rows(band) for band in reached), max(band.rows_beside for band in reached)
-    # A task copies the channels of a group.
-    held = target.cache_bytes // 2 // (image_bytes(spec) // spec.groups // spec.ih) - beside
-    chunk = max(1, min(held, rows // TASKS) // layout.row_block) * layout.row_block
-    if chunk < rows:
-        yield replace(layout, row_chunk=chunk, by_chunk=True)
+    most = rows // -(-TASKS // (spec.input_shape[0] * spec.groups))
+    sizes = (min(held // _row_bytes(spec) - beside, most) for held in (target.cache_bytes // 2, FIRST_CACHE_BYTES))
+    for chunk in sorted({max(1, size // layout.row_block) * layout.row_block for size in sizes}):
+        if chunk < rows or spec.groups > 1:
+            yield replace(layout, row_chunk=chunk, by_chunk=True)
+
+
+def _row_bytes(spec: ConvTranspose2dSpec) -> int:
+    """Size of what a row of an image takes of the channels of a group."""
+    return image_bytes(spec) // spec.groups // spec.ih
 
 
 def copy_cycles(spec: ConvTranspose2dSpec, layout: Layout, target: Target, cycles: float) -> float:
-    """Cycles for each input value to come into the window, of which a copy in the caches takes so many."""
+    """Cycles for each input value to come into the window, of which a copy in the caches takes so many.
+
+    Fewer than none where its being near saves more later.
+    """
+    core = core_of(target)
     if layout.by_chunk:
-        return cycles * sum(1 + band.rows_beside / layout.row_chunk for band in bands(spec) if reaches(spec, band))
-    if image_bytes(spec) < COPIED_BYTES:
+        reached = [band for band in bands(spec) if reaches(spec, band)]
+        held = max((layout.chunk(band) + band.rows_beside) * _row_bytes(spec) for band in reached)
+        copied = cycles * sum(1 + band.rows_beside / layout.row_chunk for band in reached)
+        return copied - (core.copied_near if held <= FIRST_CACHE_BYTES else 0.0)
+    if image_bytes(spec) < core.copied_bytes[1]:
         return cycles
     in_order = window_axes(spec, layout) == spec.input_axes == "nhwc"
-    return cycles + core_of(target).copied_far * (FAR_IN_ORDER if in_order else 1.0)
+    return cycles + core.copied_far[spec.input_axes] * (FAR_IN_ORDER if in_order else 1.0)
 
 
 def is_for_memory(spec: ConvTranspose2dSpec) -> bool:
@@ -440,7 +471,7 @@ def _image_cycles(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> 
     core, rows = core_of(target), max(layout.rows(band) for band in bands(spec))
     image = image_bytes(spec)
     once = spec.input_shape[0] * image
-    of_chunk = image * min(layout.row_chunk, rows) // max(1, rows) // layout.column_chunks(spec)
+    of_chunk = image // spec.groups * min(layout.row_chunk, rows) // max(1, rows) // layout.column_chunks(spec)
     if of_chunk <= target.cache_bytes // 2:
         return once / core.read
     times = layout.blocks(spec) * sum(len(band.phases) for band in bands(spec))

@@ -108,6 +108,7 @@ from tvm.s_tir import Schedule
 
 from convt_tvm.compute import IN_VECTORS, PASSES_CACHES, PEELS, layout_of, spec_of, target_of
 from convt_tvm.cost import (
+    FIRST_CACHE_BYTES,
     Costs,
     Tile,
     band_cycles,
@@ -180,8 +181,6 @@ CYCLES_PER_OUTPUT = 0.2
 CYCLES_PER_RUN = 8.0
 """Cycles for each run of outputs that a tile writes side by side: it opens a cache line, often a page, of its own."""
 
-FIRST_CACHE_BYTES = 28 << 10
-"""What the first cache has for inputs: 32 KiB, without what weights and sums take."""
 CYCLES_PER_MISSED = 0.2
 """For an input value from the second cache (Zen 4: pose/1 and hifigan/up1 12 and 6 % slower with more positions)."""
 

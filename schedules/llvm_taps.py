@@ -106,7 +106,7 @@ server, 1.1 on one."""
 UNSHARED = 1.05
 """How many times the estimate tiles take that leave fewer tasks than half as many, beside others of the layer."""
 NEAR_BYTES = 4 << 20
-"""Images from this size on are copied as slowly as any that the caches do not hold beside it (`Core.copied_far`)."""
+"""Images from this size on come to a panel from memory (`Costs.far_input`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +115,8 @@ class Costs:
 
     Attributes
     ----------
-    input
-        For each value copied, or transposed from channels_last.
+    input, far_input
+        For each value copied, or transposed from channels_last; and besides, for one of an image of `NEAR_BYTES`.
     panel
         For each panel.
     sum, far_sum, held
@@ -133,6 +133,7 @@ class Costs:
     """
 
     input: Mapping[str, float]
+    far_input: float
     panel: float
     sum: float
     far_sum: float
@@ -145,6 +146,7 @@ class Costs:
 
 NARROW_COSTS = Costs(
     input={"nchw": 0.35, "nhwc": 1.0},
+    far_input=2.5,
     panel=70.0,
     sum=0.5,
     far_sum=0.45,
@@ -157,6 +159,7 @@ NARROW_COSTS = Costs(
 """A fit to 156 tiles of 85 layers on a Zen 3 core, in the middle 11 % off."""
 WIDE_COSTS = Costs(
     input={"nchw": 0.0, "nhwc": 0.1},
+    far_input=0.0,
     panel=0.0,
     sum=0.6,
     far_sum=0.7,
@@ -243,7 +246,7 @@ def _cycles(spec: ConvTranspose2dSpec, layout: TapLayout, tile: Tile, target: Ta
     sums, waits = tiles * of_panel, _weight_cycles(spec, layout, target)
     is_nchw = spec.output_axes == "nchw"
     written = costs.output if is_nchw else core.moved + llvm_columns.CYCLES_PER_PLACE / layout.co_block
-    copied = costs.input[spec.input_axes] + (core.copied_far if image_bytes(spec) >= NEAR_BYTES else 0.0)
+    copied = costs.input[spec.input_axes] + (costs.far_input if image_bytes(spec) >= NEAR_BYTES else 0.0)
     return core.taps * (
         max(sums, waits)
         + costs.not_hidden * min(sums, waits)

@@ -43,6 +43,8 @@ STRIDED = ConvTranspose2dSpec(
 )
 # Phases of one tap and of two, rows with the border on both sides.
 MANY = ConvTranspose2dSpec(n=9, ci=3, ih=7, iw=9, co=2, kernel_size=3, stride=2, padding=1)
+# The same of several channels in each of several groups.
+GROUPED = replace(MANY, n=2, ci=6, co=9, groups=3)
 # Tiles of them have room for others, and not all are filled.
 SMALL = ConvTranspose2dSpec(n=7, ci=5, ih=2, iw=3, co=19, kernel_size=(3, 4), stride=2, padding=1)
 # Three tiles of 16 columns, of which the last has outputs in two vectors of 4.
@@ -137,6 +139,9 @@ def test_each_space_is_exact_in_several_layouts(lanes, tmp_path):
         (STRIDED, "ow", {"row_chunk": 1, "by_chunk": True}),
         (ODD, "co", {"row_chunk": 2, "by_chunk": True}),
         (ODD, "ow", {"row_chunk": 2, "by_chunk": True}),
+        (GROUPED, "co", {"row_chunk": 7, "by_chunk": True}),
+        (GROUPED, "ow", {"row_chunk": 7, "by_chunk": True}),
+        (replace(GROUPED, groups=1), "ow", {"row_chunk": 7, "by_chunk": True}),
         (BORDERED, "co", {"column_block": 2, "column_chunk": 4}),
         (BORDERED, "co", {"column_block": 2, "row_chunk": 4, "column_chunk": 8}),
         (WIDE, "ow", {"column_block": 16, "vector_lanes": 4, "column_chunk": 16}),
@@ -174,8 +179,23 @@ def test_large_images_are_copied_by_chunk_where_that_was_measured(memory_format)
     )
     assert default_choice(spec, V3).layout.by_chunk
     assert not default_choice(replace(spec, ci=16), V3).layout.by_chunk
-    assert not default_choice(spec, V4).layout.by_chunk
-    assert any(choice.layout.by_chunk for choice in choices(spec, V4))
+    large = replace(spec, ih=256, iw=256)
+    assert default_choice(large, V4).layout.by_chunk
+    assert not any(choice.layout.by_chunk for choice in choices(replace(spec, ci=4), V4, "llvm_columns"))
+
+
+def test_chunks_are_of_a_group_whole_or_for_the_first_cache():
+    """Where groups are enough for threads to share, and others are not."""
+
+    def chunks(**changes):
+        spec = ConvTranspose2dSpec(n=1, ci=64, ih=64, iw=64, co=64, kernel_size=4, stride=2, padding=1)
+        spec = replace(spec, **changes)
+        return {choice.layout.row_chunk for choice in choices(spec, V4, "llvm_columns") if choice.layout.by_chunk}
+
+    assert chunks(groups=64) == {64}
+    assert chunks() == {1, 4}
+    assert chunks(groups=8) == {12, 32}
+    assert chunks(n=4) == {1, 16}
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
