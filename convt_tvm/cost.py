@@ -540,8 +540,10 @@ def core_cycles(
     row = layout.column_steps(spec) * step
     last, vectors = layout.last_vectors(spec), layout.column_block // layout.vector_lanes
     if layout.lanes == "ow" and last < vectors:
-        # The last tile of a row has fewer sums, but waits as long for each.
-        row += spec.axes[1].all_taps * max(0.0, FMA_LATENCY / layout.phases - step * last / vectors)
+        # The last tile of a row has fewer sums, but loads as many scalars for them.
+        ending = replace(tile, vectors=tile.vectors * last // vectors)
+        last_step = ending.step_cycles(target, layout.phases, reuse, sharing) + costs.cycles_per_step
+        row += spec.axes[1].all_taps * (last_step - step * last / vectors)
     sums = tiles_of_rows * row + _parts(spec, layout) * tile.part_cycles(target, layout.phases)
     first_wait, wait, tiles = _weight_cycles(spec, layout, target, in_order=tile.in_order)
     not_hidden = NOT_HIDDEN_IN_ORDER if tile.in_order else NOT_HIDDEN

@@ -74,6 +74,11 @@ grouped/4 1.13, dcgan/5 1.09. What limits it there:
   0.94 and 0.97. Rows of 14 took 12 cycles each; in vectors, all channels of a row before the next row, as they lie in
   the window, 16 images of 14 x 14 to one channel took 0.8 of the time. What is left is loads: rows 72 bytes apart lie
   across two cache lines each, and the first cache does not hold the window.
+- Copies of images from half a megabyte on. Chunk by chunk, those of a group at once where groups are enough for all
+  threads, 64 to 4 channels on 224 x 224 in each of 4 groups took 0.4 of the time, 64 to 3 on 256 x 256 0.6, one channel
+  in a group 0.65 to 0.93, 16 to 64 with 1 x 1 taps 0.44 in chunks that the first cache holds, 0.82 in larger ones.
+- Last tiles. 8 channels by 3 vectors leave one vector of 64 columns, whose 8 sums wait for 8 scalars: 13 by 2 took 0.9
+  to 0.95 of the time for 64 columns, 5 by 3 in place of 10 by 2 0.8 to 0.86 for 33 and 48.
 - Register arrays. LLVM keeps sums in registers if all loops around their stores are unrolled: in a loop over channels
   seed/rect took 1.1 times as long. Vectors of 48 values took kernelbench/75 2.7 times as long, fsrcnn/x3 1.25.
 - Channels_last. Transposes in registers took a layer of 32 to 8 channels from 0.37 ms, lanes along channels, to 0.21,
@@ -110,6 +115,7 @@ from tvm.s_tir import Schedule
 
 from convt_tvm.compute import IN_VECTORS, PASSES_CACHES, PEELS, layout_of, spec_of, target_of
 from convt_tvm.cost import (
+    FIRST_CACHE_BYTES,
     Costs,
     Tile,
     band_cycles,
@@ -195,7 +201,10 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
 
 def _estimated(spec: ConvTranspose2dSpec, plain: Layout, tile: Tile, target: Target) -> Iterator[tuple[Layout, float]]:
     """`plain` in every size of chunks, and with its outputs past the caches, each with its estimated cycles."""
-    reuse = plain.phases * max(1, spec.axes[1].most_taps)
+    # Taken one after the other, column taps read a row of all channels again.
+    row_bytes = spec.ci // spec.groups * plain.column_block * DTYPE_BYTES[spec.accumulator_dtype]
+    stays = not sums_taps_first(spec) or row_bytes <= FIRST_CACHE_BYTES
+    reuse = plain.phases * (max(1, spec.axes[1].most_taps) if stays else 1)
     sizes = row_chunks(spec, plain.row_block, target)
     chunked = [in_column_chunks(spec, replace(plain, row_chunk=size), target) for size in sizes]
     passing = past_caches(spec, plain, target) if is_for_memory(spec) and plain.row_block == 1 else ()

@@ -184,6 +184,13 @@ def test_large_images_are_copied_by_chunk_where_that_was_measured(memory_format)
     assert not any(choice.layout.by_chunk for choice in choices(replace(spec, ci=4), V4, "llvm_columns"))
 
 
+def test_the_last_tile_of_a_row_costs_what_its_scalars_do():
+    """48 of 64 columns, and then 16, would load eight scalars for eight sums; 32 and 32 do not."""
+    spec = ConvTranspose2dSpec(n=1, ci=256, ih=32, iw=64, co=128, kernel_size=4, stride=2, padding=1)
+    found = [choice for choice in choices(spec, V4, "llvm_columns") if not choice.layout.by_chunk]
+    assert min(found, key=lambda choice: choice.cycles).layout.column_block == 32
+
+
 def test_chunks_are_of_a_group_whole_or_for_the_first_cache():
     """Where groups are enough for threads to share, and others are not."""
 
