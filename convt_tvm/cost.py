@@ -240,7 +240,7 @@ PAIRED = Core(
 """A Zen 4 core works on 64 bytes in two halves: a multiply-add a cycle, a load in 1.06 cycles, or 1.7 across lines.
 
 Of outputs through the caches seed/square waited for each 0.3 cycles, kernelbench/75 0.6. From registers none was
-measured: as with gathering, no wait is reckoned with.
+measured: as with gathering, no wait is reckoned with. Nor were copies by chunk, which cost what they do on Zen 3.
 """
 NARROW = Core(
     fma_bytes=64,
