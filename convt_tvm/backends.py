@@ -16,6 +16,7 @@ from convt_tvm.compute_depthwise import declare_depthwise_pack, declare_depthwis
 from convt_tvm.compute_dot import declare_dot_pack, declare_dot_phases
 from convt_tvm.compute_taps import declare_tap_pack, declare_tap_phases
 from convt_tvm.compute_tensor import declare_tensor_pack, declare_tensor_phases
+from convt_tvm.compute_tile_taps import declare_tile_tap_pack, declare_tile_tap_phases
 from convt_tvm.compute_tiles import declare_tile_pack, declare_tile_phases
 from convt_tvm.cuda_device_code import device_compiler
 from convt_tvm.cuda_toolkit import Resources
@@ -27,6 +28,7 @@ from convt_tvm.lower_cuda import lower_thread_kernel, lower_thread_pack
 from convt_tvm.lower_dot import lower_dot_kernel
 from convt_tvm.lower_taps import lower_tap_kernel
 from convt_tvm.lower_tensor import lower_tensor_kernel, lower_tensor_pack
+from convt_tvm.lower_tile_taps import lower_tile_tap_kernel
 from convt_tvm.lower_tiles import lower_tile_kernel
 from convt_tvm.schedule import share_pack
 from convt_tvm.schedule_cuda import bind_pack
@@ -36,6 +38,7 @@ from convt_tvm.target import Target
 from convt_tvm.tensor_layout import TensorLayout
 from convt_tvm.thread_layout import ThreadLayout
 from convt_tvm.tile_layout import TileLayout
+from convt_tvm.tile_tap_layout import TileTapLayout
 
 __all__ = ["Backend", "code_generator", "get_backend"]
 
@@ -77,6 +80,13 @@ _BACKENDS: dict[type[Layout], Backend] = {
         declare_tap_pack,
         share_pack,
         lower_tap_kernel,
+        partial(lower_pack, orders_columns=False),
+    ),
+    TileTapLayout: Backend(
+        declare_tile_tap_phases,
+        declare_tile_tap_pack,
+        share_pack,
+        lower_tile_tap_kernel,
         partial(lower_pack, orders_columns=False),
     ),
     ThreadLayout: Backend(

@@ -20,7 +20,16 @@ from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.tap_layout import TapLayout, summed_channels
 from convt_tvm.target import Target
 
-__all__ = ["PANEL", "PART", "PRODUCT", "declare_tap_pack", "declare_tap_phases", "tap_layout_of"]
+__all__ = [
+    "PANEL",
+    "PART",
+    "PRODUCT",
+    "declare_tap_pack",
+    "declare_tap_phases",
+    "gather_taps",
+    "tap_layout_of",
+    "weight_at",
+]
 
 PANEL, PART, PRODUCT = "panel", "part", "product"
 """Names of blocks and buffers: positions of the image, sums of some channels, and of all."""
@@ -35,7 +44,7 @@ def declare_tap_phases(spec: ConvTranspose2dSpec, layout: TapLayout, target: Tar
     product = _multiply(spec, layout, data, packed)
 
     def accumulate(band: Band) -> Any:
-        return _gather(spec, layout, band, batch, product)
+        return gather_taps(spec, layout, band, batch, product)
 
     outputs = finish_bands(spec, layout, batch, bias, accumulate)
     return phase_function(spec, layout, target, [data.tensor, packed, bias], outputs)
@@ -49,7 +58,7 @@ def _multiply(spec: ConvTranspose2dSpec, layout: TapLayout, data: Source, packed
     def read(n: Expr, g: Expr, tile: Expr, ic: Expr, j: Expr) -> Expr:
         f = tile * columns + j
         # A place counts the columns of all rows from the first one on.
-        value = data.at(n, g * channels + ic, 0, f)
+        value = data.at(n, g * channels + ic, 0, f).astype(spec.accumulator_dtype)
         if places % columns == 0:
             return value
         return tirx.if_then_else(f < places, value, tirx.const(0, spec.accumulator_dtype))
@@ -71,7 +80,7 @@ def _multiply(spec: ConvTranspose2dSpec, layout: TapLayout, data: Source, packed
     return te.compute(shape, lambda *place: te.sum(sums[(*place, parts)], axis=[parts]), name=PRODUCT)
 
 
-def _gather(spec: ConvTranspose2dSpec, layout: TapLayout, band: Band, batch: Expr, product: Any) -> Any:
+def gather_taps(spec: ConvTranspose2dSpec, layout: TapLayout, band: Band, batch: Expr, product: Any) -> Any:
     """The sums of one band over taps."""
     column_phases = spec.axes[1].phases
     column_taps = [phase.taps for phase in column_phases]
@@ -104,22 +113,29 @@ def declare_tap_pack(spec: ConvTranspose2dSpec, layout: TapLayout, target: Targe
 
     ``ordered[tile, 0, 0, ic, r]`` is that of row ``tile*R + r`` of its group; rows that fill up a tile are zero.
     """
-    in_channels, out_channels = spec.ci // spec.groups, spec.co // spec.groups
     weight = te.placeholder(spec.weight_shape, spec.dtype, name="weight")
-    tiles, (kernel_height, kernel_width) = layout.row_tiles(spec), spec.kernel_size
-    taps = kernel_height * kernel_width
 
     def order(block: Expr, y: Expr, x: Expr, ic: Expr, r: Expr) -> Expr:
-        group, m = tirx.indexdiv(block, tiles), tirx.indexmod(block, tiles) * layout.weight_rows + r
-        channel, tap = tirx.indexdiv(m, taps), tirx.indexmod(m, taps)
-        source = group * in_channels + ic
-        value = weight[source, channel, tirx.indexdiv(tap, kernel_width), tirx.indexmod(tap, kernel_width)]
-        if out_channels * taps == layout.matrix_rows(spec):
-            return value
-        return tirx.if_then_else(m < out_channels * taps, value, tirx.const(0, spec.dtype))
+        return weight_at(spec, layout, weight, block, r, ic).astype(spec.accumulator_dtype)
 
     function = create_function([weight, te.compute(layout.packed_shape(spec), order, name="ordered")])
     return function.with_attrs({"convt.spec": spec.name, "convt.layout": layout.to_json()})
+
+
+def weight_at(spec: ConvTranspose2dSpec, layout: TapLayout, weight: Any, block: Expr, row: Expr, ic: Expr) -> Expr:
+    """The weight of input channel `ic` of a group for a `row` of a tile, whose `block` counts those of all groups.
+
+    Zero where there is no such row.
+    """
+    in_channels, out_channels = spec.ci // spec.groups, spec.co // spec.groups
+    tiles, (kernel_height, kernel_width) = layout.row_tiles(spec), spec.kernel_size
+    taps = kernel_height * kernel_width
+    group, m = tirx.indexdiv(block, tiles), tirx.indexmod(block, tiles) * layout.weight_rows + row
+    channel, tap = tirx.indexdiv(m, taps), tirx.indexmod(m, taps)
+    place = group * in_channels + ic, channel, tirx.indexdiv(tap, kernel_width), tirx.indexmod(tap, kernel_width)
+    if out_channels * taps == layout.matrix_rows(spec):
+        return weight[place]
+    return tirx.if_then_else(m < out_channels * taps, weight[place], tirx.const(0, spec.dtype))
 
 
 def tap_layout_of(function: ir.BaseFunc) -> TapLayout:

@@ -23,7 +23,7 @@ from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
 from convt_tvm.tile_layout import TileLayout
 
-__all__ = ["ENDS_AT", "IN_TILES", "declare_tile_pack", "declare_tile_phases", "tile_layout_of"]
+__all__ = ["BITS", "ENDS_AT", "IN_TILES", "declare_tile_pack", "declare_tile_phases", "tile_layout_of"]
 
 IN_TILES = "convt.in_tiles"
 """Annotation of a loop that a processor's tile unit takes the place of, or is configured for.
@@ -36,6 +36,7 @@ ENDS_AT = "convt.ends_at"
 """Annotation of a loop over tiles of positions: how many there are; a tile that would end after them begins earlier."""
 
 BITS = "uint16"
+"""What bfloat16 numbers are copied as: TVM keeps intermediate ones in float32."""
 
 Expr = Any
 Image = Callable[[Expr, Expr, Expr, Expr, Expr], Expr]
@@ -58,10 +59,7 @@ def declare_tile_phases(spec: ConvTranspose2dSpec, layout: TileLayout, target: T
 
 
 def _image(spec: ConvTranspose2dSpec, layout: TileLayout, data: Source) -> Image:
-    """The image, rows ``pitch`` apart and zeros around it: the input, or a window in pairs of channels or in NHWC.
-
-    Bits and not numbers, for TVM keeps intermediate bfloat16 numbers in float32.
-    """
+    """The image, rows ``pitch`` apart and zeros around it: the input, or a window in pairs of channels or in NHWC."""
     window, pitch = layout.window(spec), layout.pitch(spec)
     (top, bottom), (left, right) = window.rows_inside, window.columns_inside
     channels, places = spec.ci // spec.groups, layout.image_rows(spec) * pitch

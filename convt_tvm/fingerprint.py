@@ -15,7 +15,8 @@ _SOURCES = (
     *("tile_layout", "tap_layout", "tensor_layout", "tensor_intrinsics", "bfloat16", "compute", "compute_depthwise"),
     *("compute_dot", "compute_tiles", "compute_taps", "compute_cuda", "compute_tensor", "cost", "cost_cuda"),
     *("cost_tensor", "schedule", "schedule_cuda", "schedule_tensor", "space", "shuffle", "statements", "stream"),
-    *("tile_stores", "outputs", "lower", "lower_products", "lower_window", "lower_dot", "lower_tiles", "lower_taps"),
+    *("tile_tap_layout", "compute_tile_taps", "lower_tile_taps", "tile_stores", "outputs", "lower", "lower_products"),
+    *("lower_window", "lower_dot", "lower_tiles", "lower_taps"),
     *("lower_prefetch", "lower_cuda", "lower_tensor", "cuda_toolkit"),
     *("emulator", "cuda_device_code", "cpu_code", "backends", "batches", "entry", "compiler"),
 )

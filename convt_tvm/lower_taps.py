@@ -27,15 +27,17 @@ from convt_tvm.statements import (
     import_llvm,
     inside,
     nest,
+    rebuild,
     rewrite,
     sequence,
+    split_guard,
     with_value,
 )
 from convt_tvm.stream import ask_for
 from convt_tvm.tap_layout import summed_channels
 from convt_tvm.target import Target
 
-__all__ = ["lower_tap_kernel"]
+__all__ = ["gather_vectors", "lower_tap_kernel"]
 
 Expr = Any
 Loop = Any
@@ -74,13 +76,29 @@ def lower_tap_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
                     return None
                 if name == PANEL:
                     return _copy(loops, store, layout.positions, texts)
-                if name.startswith(SUMS) and find_guard(store.value) is not None:
-                    return _read_vectors(loops, store, find_load(store.value, PRODUCT), texts)
         return None
 
-    body = rewrite(kernel.body, change)
+    body = rewrite(gather_vectors(kernel.body), change)
     body = import_llvm(body, "".join(texts.values())) if texts else body
     return tvm.IRModule({"convt": kernel.with_body(define_turns(body) if has_parts else body)})
+
+
+def gather_vectors(body: Statement) -> Statement:
+    """`body` with sums over channels read in vectors where they are added to those over taps."""
+    texts: dict[str, str] = {}
+
+    def change(node: Any) -> Statement | None:
+        if not isinstance(node, tirx.For):
+            return None
+        loops, store = inside(node)
+        if loops[-1].kind != tirx.ForKind.VECTORIZED or not isinstance(store, tirx.BufferStore):
+            return None
+        if not str(store.buffer.name).startswith(SUMS) or find_guard(store.value) is None:
+            return None
+        return _read_vectors(loops, store, find_load(store.value, PRODUCT), texts)
+
+    body = rewrite(body, change)
+    return import_llvm(body, "".join(texts.values())) if texts else body
 
 
 def _copy(loops: Sequence[Loop], store: Any, positions: int, texts: dict[str, str]) -> Statement:
@@ -93,7 +111,23 @@ def _copy(loops: Sequence[Loop], store: Any, positions: int, texts: dict[str, st
     load: Any = find_load(store.value, "input")
     *place, position = (at_start(index, vectors) for index in load.indices)
     asked = ask_for(load.source, [[*place, position + positions]], to_write=False)
-    return nest(around, sequence([*asked, _read_vectors(vectors, store, load, texts)]))
+    converts = load.ty.dtype != store.buffer.dtype
+    copied = _convert_vectors(vectors, store) if converts else _read_vectors(vectors, store, load, texts)
+    return nest(around, sequence([*asked, copied]))
+
+
+def _convert_vectors(loops: Sequence[Loop], store: Any) -> Statement:
+    """A nest of `loops` that stores vectors of values of 16 bits, for which not every processor has masks.
+
+    One with lanes for which the condition does not hold is stored a value at a time.
+    """
+    *around, lane = loops
+    guard, value = split_guard(store.value)
+    whole = nest([lane], tirx.BufferStore(store.buffer, value, store.indices))
+    if guard is not None:
+        each = rebuild(lane, store, kind=tirx.ForKind.SERIAL)
+        whole = tirx.IfThenElse(with_value(guard, lane.loop_var, int(lane.extent) - 1), whole, each)
+    return nest(around, whole)
 
 
 def _transpose(loops: Sequence[Loop], store: Any, spec: ConvTranspose2dSpec, target: Target) -> Statement:
@@ -102,7 +136,7 @@ def _transpose(loops: Sequence[Loop], store: Any, spec: ConvTranspose2dSpec, tar
     Positions behind the image hold those of the last one: what they give is not read.
     """
     channel, position = loops
-    dtype, lanes = str(store.buffer.dtype), target.vector_bytes // DTYPE_BYTES[spec.dtype]
+    dtype, lanes = str(store.buffer.dtype), target.vector_bytes // DTYPE_BYTES[spec.accumulator_dtype]
     side = gcd(int(channel.extent), lanes)
     load: Any = find_load(store.value, "input")
     *place, first_position, first_channel = (at_start(index, loops) for index in load.indices)
@@ -111,7 +145,7 @@ def _transpose(loops: Sequence[Loop], store: Any, spec: ConvTranspose2dSpec, tar
 
     def read(row: int, lane: Expr) -> Expr:
         at = tirx.min(first_position + along * side + row, spec.ih * spec.iw - 1)
-        return tirx.BufferLoad(load.source, [*place, at, first_channel + across * side + lane])
+        return tirx.BufferLoad(load.source, [*place, at, first_channel + across * side + lane]).astype(dtype)
 
     statements: list[Statement] = []
     for number, values in enumerate(transpose_values(read, side, side, dtype, statements)):

@@ -12,6 +12,7 @@ import tvm
 from tvm import tirx
 
 from convt_tvm.compute import spec_of
+from convt_tvm.compute_taps import PANEL
 from convt_tvm.compute_tiles import ENDS_AT, IN_TILES, tile_layout_of
 from convt_tvm.lower import lower_kernel
 from convt_tvm.spec import ConvTranspose2dSpec
@@ -28,7 +29,7 @@ from convt_tvm.statements import (
 )
 from convt_tvm.tile_layout import REGISTERS, TILE_POSITIONS, TileLayout
 
-__all__ = ["lower_tile_kernel"]
+__all__ = ["lower_tile_kernel", "use_tiles"]
 
 _PALETTE = 1
 """The only way in which today's processors divide the unit's memory: eight registers of 16 rows."""
@@ -39,10 +40,14 @@ Statement = Any
 
 def lower_tile_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
     """The scheduled tile form `function` as ``convt(input, packed, [bias,] output)``, output NCHW."""
-    tiles = _Tiles(spec_of(function), tile_layout_of(function))
-    module = lower_kernel(function, asks_ahead=False)
-    kernel = module["convt"]
-    return tvm.IRModule({"convt": kernel.with_body(rewrite(kernel.body, tiles.change))})
+    kernel = lower_kernel(function, asks_ahead=False)["convt"]
+    body = use_tiles(kernel.body, spec_of(function), tile_layout_of(function))
+    return tvm.IRModule({"convt": kernel.with_body(body)})
+
+
+def use_tiles(body: Statement, spec: ConvTranspose2dSpec, layout: TileLayout) -> Statement:
+    """`body` with the tile unit's instructions in place of the loops that stand for them."""
+    return rewrite(body, _Tiles(spec, layout).change)
 
 
 def _loop(loop: Any, body: Any) -> Any:
@@ -115,7 +120,7 @@ class _Tiles:
     def _multiply(self, loop: Any) -> Any:
         """One step: each tile of weights times each tile of the image, added to its sums."""
         loops, store = inside(loop)
-        loads = [find_load(store.value, name) for name in ("window", "input", "packed")]
+        loads = [find_load(store.value, name) for name in (PANEL, "window", "input", "packed")]
         image, weight = (_first(load, loops) for load in loads if load is not None)
         guard, layout = find_guard(store.value), self.layout
         position = len(image.indices) - 2

@@ -173,29 +173,20 @@ WIDE_COSTS = Costs(
 
 
 def applies(spec: ConvTranspose2dSpec) -> bool:
-    """Specs whose values are summed in their own dtype, that have any product, and outputs for the caches.
-
-    In channels_last of channels that fill squares to transpose.
-    """
+    """Specs that have any product, and outputs for the caches; in channels_last of channels that fill squares."""
     fills = spec.input_axes == "nchw" or spec.ci // spec.groups % MIN_SQUARE == 0
-    sums_itself = spec.dtype == spec.accumulator_dtype and any(reaches(spec, band) for band in bands(spec))
-    return fills and sums_itself and not is_for_memory(spec)
+    return fills and any(reaches(spec, band) for band in bands(spec)) and not is_for_memory(spec)
 
 
 def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout, float]]:
     """Layouts whose accumulators fit the registers, each with its estimated cycles."""
     if not target.loads_some:
         return
-    counts, width, phases = lane_counts(spec, target), spec.axes[1].widest, len(spec.axes[1].phases)
-    places, itemsize = spec.ih * spec.iw, DTYPE_BYTES[spec.accumulator_dtype]
-    rows = spec.co // spec.groups * prod(spec.kernel_size)
-    caches = max(MAX_CACHES, spec.ci // spec.groups / CHANNELS_FOR_CACHE)
-    if spec.groups * rows * places * itemsize > caches * target.cache_bytes:
+    if not holds_sums(spec, target):
         return
-    lanes = counts[0]
-    narrow = min((count for count in counts if count >= width), default=lanes)
-    channels = _block(spec, MAX_BLOCK // phases) if spec.output_axes == "nhwc" else 1
-    gathered = narrow if channels > 1 else max(1, min(MAX_GATHERED // phases, -(-width // narrow))) * narrow
+    channels, gathered, narrow = gathering_tile(spec, target)
+    places, itemsize = spec.ih * spec.iw, DTYPE_BYTES[spec.accumulator_dtype]
+    lanes, rows = target.vector_bytes // itemsize, spec.co // spec.groups * prod(spec.kernel_size)
     for vectors in range(1, min(MAX_VECTORS, -(-places // lanes)) + 1):
         for weight_rows in range(1, min(MAX_ROWS, rows) + 1):
             tile = Tile(vectors, weight_rows, lanes * itemsize, in_order=True)
@@ -206,6 +197,22 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
                 cycles = _cycles(spec, layout, tile, target)
                 is_alone = _panel_tasks(spec, layout) * row_shares(spec, layout) < SHARED_TASKS // 2
                 yield layout, cycles * (UNSHARED if is_alone and rows >= 2 * MIN_SHARED_ROWS else 1.0)
+
+
+def holds_sums(spec: ConvTranspose2dSpec, target: Target) -> bool:
+    """Whether the sums over channels of an image are few enough to keep."""
+    rows = spec.co // spec.groups * prod(spec.kernel_size)
+    caches = max(MAX_CACHES, spec.ci // spec.groups / CHANNELS_FOR_CACHE)
+    size = spec.groups * rows * spec.ih * spec.iw * DTYPE_BYTES[spec.accumulator_dtype]
+    return size <= caches * target.cache_bytes
+
+
+def gathering_tile(spec: ConvTranspose2dSpec, target: Target) -> tuple[int, int, int]:
+    """Channels, columns and lanes of the sums over taps that are in registers together."""
+    counts, width, phases = lane_counts(spec, target), spec.axes[1].widest, len(spec.axes[1].phases)
+    lanes = min((count for count in counts if count >= width), default=counts[0])
+    channels = _block(spec, MAX_BLOCK // phases) if spec.output_axes == "nhwc" else 1
+    return channels, lanes if channels > 1 else max(1, min(MAX_GATHERED // phases, -(-width // lanes))) * lanes, lanes
 
 
 def _panel_tasks(spec: ConvTranspose2dSpec, layout: TapLayout) -> int:
@@ -235,25 +242,35 @@ def _cycles(spec: ConvTranspose2dSpec, layout: TapLayout, tile: Tile, target: Ta
     of_tile = channels * step + channels // summed_channels(spec) * stored * costs.sum
     tiles = groups * layout.panels(spec)
     places = layout.matrix_rows(spec) * layout.positions
-    sum_bytes = tiles * places * DTYPE_BYTES[spec.accumulator_dtype] / spec.input_shape[0]
-    far = _share_beyond(sum_bytes / target.cache_bytes, *costs.held)
+    far = far_share(spec, layout, target, costs)
     of_panel = layout.row_tiles(spec) * of_tile + places * far * costs.far_sum + costs.panel
+    sums, waits = tiles * of_panel, _weight_cycles(spec, layout, target)
+    copied = costs.input[spec.input_axes] + (costs.far_input if image_bytes(spec) >= NEAR_BYTES else 0.0)
+    return core.taps * (
+        max(sums, waits)
+        + costs.not_hidden * min(sums, waits)
+        + prod(spec.input_shape) * (copied * row_shares(spec, layout) + DTYPE_BYTES[spec.dtype] / core.read)
+        + gathering_cycles(spec, layout, target, costs)
+    )
+
+
+def gathering_cycles(spec: ConvTranspose2dSpec, layout: TapLayout, target: Target, costs: Costs) -> float:
+    """Estimated cycles in which sums over channels become those over taps, and are stored."""
     reached = [band for band in bands(spec) if reaches(spec, band)]
     taps = sum(band.row_steps(layout, spec.ih) for band in reached) * spec.axes[1].all_taps
     rows = sum(len(band.phases) * band.rows for band in reached)
     vectors, columns = (layout.columns(spec) // size for size in (layout.vector_lanes, layout.column_block))
     of_channel = taps * vectors * costs.tap + rows * columns * costs.row
-    sums, waits = tiles * of_panel, _weight_cycles(spec, layout, target)
-    is_nchw = spec.output_axes == "nchw"
-    written = costs.output if is_nchw else core.moved + llvm_columns.CYCLES_PER_PLACE / layout.co_block
-    copied = costs.input[spec.input_axes] + (costs.far_input if image_bytes(spec) >= NEAR_BYTES else 0.0)
-    return core.taps * (
-        max(sums, waits)
-        + costs.not_hidden * min(sums, waits)
-        + groups * layout.blocks(spec) * of_channel
-        + prod(spec.input_shape) * (copied * row_shares(spec, layout) + DTYPE_BYTES[spec.dtype] / core.read)
-        + prod(spec.output_shape) * written
-    )
+    moved = core_of(target).moved + llvm_columns.CYCLES_PER_PLACE / layout.co_block
+    written = costs.output if spec.output_axes == "nchw" else moved
+    groups = spec.input_shape[0] * spec.groups
+    return groups * layout.blocks(spec) * of_channel + prod(spec.output_shape) * written
+
+
+def far_share(spec: ConvTranspose2dSpec, layout: TapLayout, target: Target, costs: Costs) -> float:
+    """What part of the sums over channels leaves the second cache."""
+    places = layout.matrix_rows(spec) * layout.positions * spec.groups * layout.panels(spec)
+    return _share_beyond(places * DTYPE_BYTES[spec.accumulator_dtype] / target.cache_bytes, *costs.held)
 
 
 def _share_beyond(share: float, none: float, all_of_them: float) -> float:
@@ -296,7 +313,7 @@ def space(sch: Schedule) -> None:
     _copy_panel(sch, spec, lanes, copied)
     _sum_channels(sch, lanes, part)
     for band in bands(spec):
-        _gather(sch, spec, layout, band, cycles, apart=apart)
+        gather(sch, spec, layout, band, cycles, apart=apart)
     if parts:
         *_, row, vector, lane = sch.get_loops(sch.decompose_reduction(product, around))
         _unroll(sch, (row, vector), lane)
@@ -330,7 +347,7 @@ def _sum_channels(sch: Schedule, lanes: int, part: SBlockRV) -> None:
     _unroll(sch, (row, vector), lane)
 
 
-def _gather(
+def gather(
     sch: Schedule, spec: ConvTranspose2dSpec, layout: TapLayout, band: Band, cycles: float, *, apart: bool
 ) -> None:
     """Sum the taps of each output of `band`, a row of one channel after the other."""

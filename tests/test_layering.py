@@ -43,10 +43,12 @@ MAY_IMPORT = {
     "dot_layout": "spec layout",
     "depthwise_layout": "spec layout",
     "tap_layout": "spec layout",
+    "tile_tap_layout": "spec tap_layout tile_layout",
     "compute_depthwise": "spec target layout compute depthwise_layout",
     "compute_dot": "spec target layout bfloat16 compute dot_layout",
     "compute_tiles": "spec target layout compute tile_layout",
     "compute_taps": "spec target layout compute tap_layout",
+    "compute_tile_taps": "spec target layout compute compute_taps compute_tiles tile_tap_layout",
     "compute_cuda": "spec target layout compute thread_layout",
     "tensor_layout": "phases spec layout",
     "tensor_intrinsics": "spec tensor_layout thread_layout",
@@ -57,9 +59,9 @@ MAY_IMPORT = {
     "schedule": "spec layout compute",
     "schedule_cuda": "thread_layout",
     "schedule_tensor": "spec compute thread_layout tensor_layout tensor_intrinsics compute_tensor",
-    "schedules": "spec processor target layout depthwise_layout dot_layout tile_layout tap_layout tensor_layout "
-    "thread_layout compute compute_tiles compute_taps compute_cuda compute_tensor cost cost_cuda cost_tensor schedule "
-    "schedule_cuda schedule_tensor",
+    "schedules": "spec processor target layout depthwise_layout dot_layout tile_layout tap_layout tile_tap_layout "
+    "tensor_layout thread_layout compute compute_tiles compute_taps compute_tile_taps compute_cuda compute_tensor cost "
+    "cost_cuda cost_tensor schedule schedule_cuda schedule_tensor",
     "records": "digests errors",
     "store": "errors records",
     "database": "errors gpu spec target machine threads records store",
@@ -71,8 +73,10 @@ MAY_IMPORT = {
     "lower_window": "layout compute shuffle statements target",
     "lower": "spec target layout bfloat16 compute statements stream outputs lower_products lower_window",
     "lower_dot": "dot_layout bfloat16 compute lower lower_products",
-    "lower_tiles": "spec compute compute_tiles statements lower tile_layout",
+    "lower_tiles": "spec compute compute_taps compute_tiles statements lower tile_layout",
     "lower_taps": "spec target compute compute_taps tap_layout shuffle statements stream lower lower_products",
+    "lower_tile_taps": "spec bfloat16 compute compute_taps compute_tiles compute_tile_taps tile_layout shuffle "
+    "statements lower lower_taps lower_tiles",
     "lower_prefetch": "thread_layout statements",
     "lower_cuda": "spec layout compute compute_cuda thread_layout statements lower lower_prefetch",
     "lower_tensor": "spec compute compute_tensor tensor_layout statements lower_cuda",
@@ -81,8 +85,9 @@ MAY_IMPORT = {
     "emulated_torch": "errors gpu emulator",
     "cuda_device_code": "errors target tensor_intrinsics cuda_toolkit emulator",
     "backends": "spec target layout depthwise_layout dot_layout thread_layout tensor_layout tile_layout tap_layout "
-    "compute compute_depthwise compute_dot compute_tiles compute_taps compute_cuda compute_tensor schedule "
-    "schedule_cuda lower lower_dot lower_tiles lower_taps lower_cuda lower_tensor cuda_toolkit cuda_device_code",
+    "tile_tap_layout compute compute_depthwise compute_dot compute_tiles compute_taps compute_tile_taps compute_cuda "
+    "compute_tensor schedule schedule_cuda lower lower_dot lower_tiles lower_taps lower_tile_taps lower_cuda "
+    "lower_tensor cuda_toolkit cuda_device_code",
     "batches": "statements",
     "entry": "statements",
     "cpu_code": "target",
@@ -160,9 +165,9 @@ MAY_IMPORT = {
 COMPILING = {
     *("compute", "compute_depthwise", "compute_dot", "compute_tiles", "compute_taps", "compute_cuda", "compute_tensor"),
     *("schedule", "schedule_cuda", "schedule_tensor", "schedules", "shuffle", "bfloat16", "statements", "stream"),
-    *("tensor_intrinsics", "space"),
+    *("compute_tile_taps", "tensor_intrinsics", "space"),
     *("tile_stores", "outputs", "lower", "lower_products", "lower_window", "lower_dot", "lower_tiles", "lower_cuda"),
-    *("lower_tensor", "lower_taps", "lower_prefetch"),
+    *("lower_tensor", "lower_taps", "lower_tile_taps", "lower_prefetch"),
     *("cuda_device_code", "cpu_code", "entry", "backends", "batches", "compiler", "emulate", "metaschedule", "generic"),
 }
 
