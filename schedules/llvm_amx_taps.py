@@ -116,12 +116,13 @@ def _cycles(spec: ConvTranspose2dSpec, layout: TileTapLayout, target: Target) ->
     weight_bytes = prod(layout.packed_shape(spec)) * DTYPE_BYTES[spec.dtype]
     if weight_bytes > target.cache_bytes // 2:
         weight_bytes *= spec.input_shape[0] * layout.panels(spec)
-    return (
+    cycles: float = (
         panels * (of_panel + shares * llvm_amx.CYCLES_PER_TASK)
         + weight_bytes / MISS_BYTES_PER_CYCLE
         + prod(spec.input_shape) * CYCLES_PER_INPUT[spec.input_axes] * shares
         + llvm_taps.gathering_cycles(spec, layout, target, COSTS)
     )
+    return cycles
 
 
 def _panels_of_task(spec: ConvTranspose2dSpec, layout: TileTapLayout) -> int:
