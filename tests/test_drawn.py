@@ -41,12 +41,13 @@ def test_outputs_pass_the_caches_where_their_schedules_can():
     assert chunked == copying == {"llvm_channels", "llvm_columns"}
 
 
-def test_what_is_drawn_for_a_tile_unit_is_lowered():
-    specs = [spec for _, spec in fuzzed_specs(1, range(60)) if choices(spec, AMX.for_dtype(spec.dtype), "llvm_amx")]
+@pytest.mark.parametrize("schedule", ["llvm_amx", "llvm_amx_taps"])
+def test_what_is_drawn_for_a_tile_unit_is_lowered(schedule):
+    specs = [spec for _, spec in fuzzed_specs(1, range(60)) if choices(spec, AMX.for_dtype(spec.dtype), schedule)]
     assert len(specs) > 5
     for spec in specs[:6]:
         target = AMX.for_dtype(spec.dtype)
-        assert lower_choice(spec, target, _drawn(choices(spec, target, "llvm_amx"), spec, target)).code
+        assert lower_choice(spec, target, _drawn(choices(spec, target, schedule), spec, target)).code
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks a process up in /proc")

@@ -67,7 +67,7 @@ def test_files_that_are_none_are_refused(tmp_path):
 
 
 def test_an_implementation_is_found_by_name():
-    with pytest.raises(RowsError, match=r"no implementation 'mine'; there are ours, ours/llvm_amx, ours/llvm_channels"):
+    with pytest.raises(RowsError, match=r"no implementation 'mine'; there are ours, ours/llvm_amx, ours/llvm_amx_taps"):
         replay(read_reproducer_of("mine"))
 
 

@@ -59,6 +59,7 @@ def test_spaces_are_the_files_of_schedules():
         "cuda_shared",
         "cuda_tensor",
         "llvm_amx",
+        "llvm_amx_taps",
         "llvm_channels",
         "llvm_columns",
         "llvm_depthwise",
