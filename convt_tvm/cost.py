@@ -80,9 +80,8 @@ STREAMED_ROWS = 4, 16
 """How many rows of a phase a task may take whose vectors go past the caches as they are."""
 TASKS, TASK_CYCLES = 16, 30_000
 """Tasks that threads share without waiting long for the last, and how many cycles of a core make one worthwhile."""
-FAR_IN_ORDER = 0.3
-"""The share of `Core.copied_far` where whole lines are copied one after the other, from channels_last to lanes along
-channels: tiles of two rows, which need a window, took 0.91 of the time of others for 128 to 64 channels, 3 x 3 taps."""
+IN_ORDER = "in order"
+"""In place of an input's axes: copied line by line, from channels_last to lanes along channels."""
 FIRST_CACHE_BYTES = 28 << 10
 """What the first cache has for inputs: 32 KiB, without what weights and sums take."""
 BY_CHUNK_CYCLES = 1.03
@@ -130,7 +129,7 @@ class Core:
         hold a copy of all of it.
     copied_near, copied_far
         Cycles for each input: what copies of chunks save that the first cache holds; and what a copy costs that the
-        second does not hold, by the axes of the input.
+        second does not hold, by the axes of the input, or `IN_ORDER`.
     outer
         How many times the estimate a layout with ``taps="outer"`` takes.
     taps
@@ -183,7 +182,7 @@ WIDE = Core(
     moved=0.5,
     copied_bytes=(512 << 10, 1 << 20),
     copied_near=1.0,
-    copied_far={"nchw": 3.5, "nhwc": 1.5},
+    copied_far={"nchw": 3.5, "nhwc": 1.5, IN_ORDER: 1.5},
     outer=1.15,
     taps=1.1,
 )
@@ -201,7 +200,10 @@ of the time that gathering does, kernelbench/75 0.76, seed/square 0.90, seed/rec
 Copies were fitted to 207 layers in NCHW and 72 in channels_last, with whole images copied and chunks. What they choose
 took 0.91 of the time (a geometric mean) for the 84 of 728 whose default they change: 64 inputs for each of 4 outputs on
 224 x 224, in 4 groups, 0.56, 64 to 3 channels on 256 x 256 0.61, one channel in a group 0.65 to 0.93; the worst two
-1.19 and 1.23. With 2 in channels_last four more would have taken chunks, and 1.02 to 1.14 of the time.
+1.19 and 1.23. With 2 in channels_last four more would have taken chunks, and 1.02 to 1.14 of the time. Copies in order
+were timed by themselves in 57 layers of 1 to 50 MB, whole, by chunk and left out: 1.5 for them, 1.0 to 1.9 in the
+middle. With 0.45, a third of what others cost, what was chosen took 1.030 times as long as the best of these three,
+with 1.5 1.023 (40 to 96 channels on 128 x 128, 3 x 1 taps 0.89 of the time).
 
 With taps in the outer loop layers of 512 to 2,048 channels on 8 x 8 took 0.72 to 0.87 of the time of what 1.3 for it
 chooses in NCHW (1.06 on 7 x 7), 0.8 to 1.13 in channels_last. With 1.0 pose/1 took 1.08 and 1.10 of it, 2,048 channels
@@ -233,7 +235,7 @@ PAIRED = Core(
     moved=0.5,
     copied_bytes=(2 << 20, 2 << 20),
     copied_near=0.0,
-    copied_far={"nchw": 2.5, "nhwc": 2.5},
+    copied_far={"nchw": 2.5, "nhwc": 2.5, IN_ORDER: 0.75},
     outer=1.15,
     taps=UNMEASURED,
 )
@@ -263,7 +265,7 @@ NARROW = Core(
     moved=1.2,
     copied_bytes=(2 << 20, 2 << 20),
     copied_near=0.0,
-    copied_far={"nchw": 2.5, "nhwc": 2.5},
+    copied_far={"nchw": 2.5, "nhwc": 2.5, IN_ORDER: 0.75},
     outer=1.0,
     taps=1.05,
 )
@@ -429,7 +431,7 @@ def copy_cycles(spec: ConvTranspose2dSpec, layout: Layout, target: Target, cycle
     if image_bytes(spec) < core.copied_bytes[1]:
         return cycles
     in_order = window_axes(spec, layout) == spec.input_axes == "nhwc"
-    return cycles + core.copied_far[spec.input_axes] * (FAR_IN_ORDER if in_order else 1.0)
+    return cycles + core.copied_far[IN_ORDER if in_order else spec.input_axes]
 
 
 def is_for_memory(spec: ConvTranspose2dSpec) -> bool:

@@ -185,6 +185,15 @@ def test_large_images_are_copied_by_chunk_where_that_was_measured(memory_format)
     assert not any(choice.layout.by_chunk for choice in choices(replace(spec, ci=4), V4, "llvm_columns"))
 
 
+def test_large_images_that_are_copied_in_order_are_copied_by_chunk():
+    spec = ConvTranspose2dSpec(
+        n=1, ci=40, ih=128, iw=128, co=96, kernel_size=(3, 1), padding=(1, 0), memory_format="channels_last"
+    )
+    layout = default_choice(spec, V4).layout
+    assert (layout.lanes, layout.by_chunk) == ("co", True)
+    assert not default_choice(replace(spec, ih=32), V4).layout.by_chunk
+
+
 def test_the_last_tile_of_a_row_costs_what_its_scalars_do():
     """48 of 64 columns, and then 16, would load eight scalars for eight sums; 32 and 32 do not."""
     spec = ConvTranspose2dSpec(n=1, ci=256, ih=32, iw=64, co=128, kernel_size=4, stride=2, padding=1)
