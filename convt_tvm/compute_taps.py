@@ -10,6 +10,7 @@ each position ``f = row*iw + column`` of the image, in tiles of ``R`` rows and `
 over the taps ``th``, ``tw`` that read inside the image. No product is of the border.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from tvm import ir, te, tirx
@@ -24,9 +25,9 @@ __all__ = [
     "PANEL",
     "PART",
     "PRODUCT",
+    "declare_gathered",
     "declare_tap_pack",
     "declare_tap_phases",
-    "gather_taps",
     "tap_layout_of",
     "weight_at",
 ]
@@ -39,12 +40,19 @@ Expr = Any
 
 def declare_tap_phases(spec: ConvTranspose2dSpec, layout: TapLayout, target: Target) -> tirx.PrimFunc:
     """The phase form of `spec` as a PrimFunc to schedule; parameters and bands as of `compute.declare_phases`."""
+    return declare_gathered(spec, layout, target, _multiply)
+
+
+def declare_gathered(
+    spec: ConvTranspose2dSpec, layout: TapLayout, target: Target, multiply: Callable[..., Any]
+) -> tirx.PrimFunc:
+    """The phase form that gathers taps of the sums over channels that ``multiply(spec, layout, data, packed)`` gives."""
     batch, spec = te.var("n") if spec.n is None else spec.n, spec.sized
     data, packed, bias = parameters(spec, layout, batch)
-    product = _multiply(spec, layout, data, packed)
+    product = multiply(spec, layout, data, packed)
 
     def accumulate(band: Band) -> Any:
-        return gather_taps(spec, layout, band, batch, product)
+        return _gather(spec, layout, band, batch, product)
 
     outputs = finish_bands(spec, layout, batch, bias, accumulate)
     return phase_function(spec, layout, target, [data.tensor, packed, bias], outputs)
@@ -80,7 +88,7 @@ def _multiply(spec: ConvTranspose2dSpec, layout: TapLayout, data: Source, packed
     return te.compute(shape, lambda *place: te.sum(sums[(*place, parts)], axis=[parts]), name=PRODUCT)
 
 
-def gather_taps(spec: ConvTranspose2dSpec, layout: TapLayout, band: Band, batch: Expr, product: Any) -> Any:
+def _gather(spec: ConvTranspose2dSpec, layout: TapLayout, band: Band, batch: Expr, product: Any) -> Any:
     """The sums of one band over taps."""
     column_phases = spec.axes[1].phases
     column_taps = [phase.taps for phase in column_phases]

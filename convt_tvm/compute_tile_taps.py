@@ -9,10 +9,9 @@ from typing import Any
 
 from tvm import ir, te, tirx
 
-from convt_tvm.compute import Source, create_function, finish_bands, parameters, phase_function
-from convt_tvm.compute_taps import PANEL, PRODUCT, gather_taps, weight_at
+from convt_tvm.compute import Source, create_function
+from convt_tvm.compute_taps import PANEL, PRODUCT, declare_gathered, weight_at
 from convt_tvm.compute_tiles import BITS
-from convt_tvm.layout import Band
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
 from convt_tvm.tile_tap_layout import TileTapLayout
@@ -24,15 +23,7 @@ Expr = Any
 
 def declare_tile_tap_phases(spec: ConvTranspose2dSpec, layout: TileTapLayout, target: Target) -> tirx.PrimFunc:
     """The phase form of `spec` as a PrimFunc to schedule; parameters and bands as of `compute.declare_phases`."""
-    batch, spec = te.var("n") if spec.n is None else spec.n, spec.sized
-    data, packed, bias = parameters(spec, layout, batch)
-    product = _multiply(spec, layout, data, packed)
-
-    def accumulate(band: Band) -> Any:
-        return gather_taps(spec, layout, band, batch, product)
-
-    outputs = finish_bands(spec, layout, batch, bias, accumulate)
-    return phase_function(spec, layout, target, [data.tensor, packed, bias], outputs)
+    return declare_gathered(spec, layout, target, _multiply)
 
 
 def _multiply(spec: ConvTranspose2dSpec, layout: TileTapLayout, data: Source, packed: Any) -> Any:
@@ -48,11 +39,7 @@ def _multiply(spec: ConvTranspose2dSpec, layout: TileTapLayout, data: Source, pa
         checks += [channel < channels] if channels < 2 * layout.pairs(spec) else []
         return tirx.if_then_else(tirx.all(*checks), value, tirx.const(0, BITS)) if checks else value
 
-    panel = te.compute(
-        (batch, spec.groups, layout.panels(spec), layout.pairs(spec), columns, 2),
-        read,
-        name=PANEL,
-    )
+    panel = te.compute((batch, spec.groups, layout.panels(spec), layout.pairs(spec), columns, 2), read, name=PANEL)
     extents = {"ks": layout.tiles.steps(spec), "kp": pairs, "j": 2}
     axes = [te.reduce_axis((0, extent), name=name) for name, extent in extents.items()]
     ks, kp, j = axes

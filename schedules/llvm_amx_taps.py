@@ -23,8 +23,8 @@ median of 5 to 9 rounds, answers checked, other work on the same machine):
     fsrcnn/x3, 56 to 1, 9 x 9 taps               0.136    0.286       0.310
     256 to 3 on 16 x 16, 5 x 5 taps              0.044    0.078       -
     256 to 128 on 512 x 1, 16 taps, stride 8     1.02     3.39        -
-    64 batches of 64 to 1 on 14 x 14, 5 x 5      0.16     0.43        -
-    8 batches of 192 to 12 on 8 x 8, 4 x 4       0.065    0.141       -
+    64 images, 64 to 1 on 14 x 14, 5 x 5 taps    0.16     0.43        -
+    8 images, 192 to 12 on 8 x 8, 4 x 4 taps     0.065    0.141       -
     ===========================================  =======  ==========  =========
 
 Of 62 layers that were timed so in bfloat16, 18 of them in channels_last, the cost rule takes it for 22; with it these
@@ -143,8 +143,7 @@ def space(sch: Schedule) -> None:
     n, g, m, f, ks, kp, j = sch.get_loops(product)
     tile, row = sch.split(m, [None, layout.weight_rows])
     panel, position = sch.split(f, [None, layout.positions])
-    task_panels = _panels_of_task(spec, layout)
-    panels, panel = sch.split(panel, [None, task_panels])
+    panels, panel = sch.split(panel, [None, _panels_of_task(spec, layout)])
     share, tile = sch.split(tile, [llvm_taps.row_shares(spec, layout), None])
     sch.reorder(n, g, panels, share, panel, tile, ks, row, position, kp, j)
     task = parallelize(sch, (n, g, panels, share)[not apart :], cycles, apart=apart)

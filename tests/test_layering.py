@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "compute_dot": "spec target layout bfloat16 compute dot_layout",
     "compute_tiles": "spec target layout compute tile_layout",
     "compute_taps": "spec target layout compute tap_layout",
-    "compute_tile_taps": "spec target layout compute compute_taps compute_tiles tile_tap_layout",
+    "compute_tile_taps": "spec target compute compute_taps compute_tiles tile_tap_layout",
     "compute_cuda": "spec target layout compute thread_layout",
     "tensor_layout": "phases spec layout",
     "tensor_intrinsics": "spec tensor_layout thread_layout",
