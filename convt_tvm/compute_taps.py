@@ -46,7 +46,7 @@ def declare_tap_phases(spec: ConvTranspose2dSpec, layout: TapLayout, target: Tar
 def declare_gathered(
     spec: ConvTranspose2dSpec, layout: TapLayout, target: Target, multiply: Callable[..., Any]
 ) -> tirx.PrimFunc:
-    """The phase form that gathers taps of the sums over channels that ``multiply(spec, layout, data, packed)`` gives."""
+    """The phase form that gathers taps of sums over channels, which ``multiply(spec, layout, data, packed)`` gives."""
     batch, spec = te.var("n") if spec.n is None else spec.n, spec.sized
     data, packed, bias = parameters(spec, layout, batch)
     product = multiply(spec, layout, data, packed)
