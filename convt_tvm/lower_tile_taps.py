@@ -101,21 +101,26 @@ def _transpose(loops: Sequence[Loop], store: Any, spec: ConvTranspose2dSpec) -> 
     pair, position, _ = loops
     load: Any = find_load(store.value, "input")
     image, row, first, channel = (at_start(index, loops) for index in load.indices)
-    pairs, along = int(pair.extent), tirx.Var("positions", "int32")
-    statements = list[Statement]()
-    for across in range(0, pairs, TILE_ROWS):
-        vectors = []
+    pairs, along, across = int(pair.extent), tirx.Var("positions", "int32"), tirx.Var("pairs", "int32")
+
+    def square(start: Expr, filled: int) -> Statement:
+        """So many pairs from one on, of as many positions as a vector has pairs."""
+        statements, vectors = list[Statement](), []
         for number in range(TILE_POSITIONS):
             at = tirx.min(first + along * TILE_POSITIONS + number, spec.ih * spec.iw - 1)
-            count = tirx.const(spec.ci // spec.groups - 2 * across, "int32")
-            bits = _first_bits(load, [image, row, at, channel + 2 * across], count)
+            bits = _first_bits(load, [image, row, at, channel + 2 * start], spec.ci // spec.groups - 2 * start)
             vectors.append(define(tirx.reinterpret(f"{PAIR}x{TILE_ROWS}", bits), TILE_ROWS, PAIR, statements))
         for number, column in enumerate(transpose(vectors, TILE_POSITIONS, PAIR, statements)):
-            if across + number < pairs:
-                to, values = along * TILE_POSITIONS, tirx.reinterpret(f"{BITS}x{_VECTOR}", column)
-                statements.append(_put(store, loops, tirx.const(across + number, "int32"), to, values))
+            if number < filled:
+                values = tirx.reinterpret(f"{BITS}x{_VECTOR}", column)
+                statements.append(_put(store, loops, start + number, along * TILE_POSITIONS, values))
+        return sequence(statements)
+
+    whole, rest = divmod(pairs, TILE_ROWS)
+    parts = [tirx.For(across, 0, whole, tirx.ForKind.SERIAL, square(across * TILE_ROWS, TILE_ROWS))] if whole else []
+    parts += [square(tirx.const(whole * TILE_ROWS, "int32"), rest)] if rest else []
     extent = int(position.extent) // TILE_POSITIONS
-    return tirx.For(along, 0, extent, tirx.ForKind.SERIAL, sequence(statements))
+    return tirx.For(along, 0, extent, tirx.ForKind.SERIAL, sequence(parts))
 
 
 def _first_bits(load: Any, place: Sequence[Expr], count: Expr) -> Expr:
