@@ -202,7 +202,9 @@ def batch_is_known(sch: Schedule) -> bool:
 
 
 def works_apart(sch: Schedule) -> bool:
-    """Whether images are worked on one at a time; see `images_apart`."""
+    """Whether images are worked on one at a time; see `images_apart`. Not where no window of theirs is copied."""
+    if find_window(sch) is None:
+        return False
     function = sch.mod["main"]
     of_any_batch = not batch_is_known(sch)
     cache_bytes = target_of(function).cache_bytes

@@ -56,6 +56,13 @@ def test_is_not_for_processors_with_a_tile_unit(workload):
     assert names.index("llvm_dot") > 0
 
 
+@pytest.mark.parametrize("n", [16, None])
+def test_images_whose_pairs_are_read_as_they_are_need_no_window_to_be_worked_on_apart(n):
+    spec = make(n=n, ci=256, ih=14, iw=14, co=256, kernel_size=2, padding=0, memory_format="channels_last")
+    for choice in dot_choices(spec)[:2]:
+        assert "window" not in lower_choice(spec, DOTS, choice).module["convt"].script()
+
+
 def test_pairs_are_transposed_with_a_channel_left_over_and_no_border():
     # Lowered on every machine: those without dot products would not see it fail.
     spec = make(ci=3, co=18, ih=6, iw=37, kernel_size=2, padding=0)
