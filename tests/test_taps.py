@@ -6,8 +6,8 @@ from math import prod
 import pytest
 import torch
 from machine_code import disassemble, innermost_loops
+from same_bits import different_answers
 
-from convt_tvm.check import bits
 from convt_tvm.compiler import build, build_artifact
 from convt_tvm.processor import host_architecture
 from convt_tvm.reference import error_bound, integer_inputs, normal_inputs, reference
@@ -16,7 +16,6 @@ from convt_tvm.space import choices, default_choice
 from convt_tvm.spec import CHANNELS_LAST, ConvTranspose2dSpec
 from convt_tvm.tap_layout import TapLayout, summed_channels
 from convt_tvm.target import Target
-from convt_tvm.threads import get_num_threads, set_num_threads
 
 HOST, V3, V4 = (Target.parse(name) for name in ("llvm", "llvm:x86-64-v3", "llvm:x86-64-v4"))
 NARROW = ConvTranspose2dSpec(
@@ -96,21 +95,7 @@ def test_answers_are_exact(spec):
 @here
 def test_bits_are_the_same_for_tiles_threads_and_batches():
     spec = replace(MANY_CHANNELS, n=9, ih=20, iw=13)
-    image, weight, bias = normal_inputs(spec, 0)
-    threads = get_num_threads()
-    seen = set()
-    try:
-        for choice in of_every_size(spec):
-            kernel, alone = build(spec, choice=choice), build(replace(spec, n=None), choice=choice)
-            for count in (1, 2):
-                set_num_threads(count)
-                output = kernel(image, kernel.pack(weight), bias)
-                seen.add(bits(output).numpy().tobytes())
-                one = alone(image[4:5].contiguous(), alone.pack(weight), bias)
-                assert torch.equal(bits(one[0]), bits(output[4]))
-    finally:
-        set_num_threads(threads)
-    assert len(seen) == 1
+    assert different_answers(spec, of_every_size(spec)) == 1
 
 
 @here

@@ -5,16 +5,15 @@ from math import prod
 
 import pytest
 import torch
+from same_bits import different_answers
 
 import convt_tvm as ct
-from convt_tvm.check import bits
 from convt_tvm.compiler import lower_choice
 from convt_tvm.processor import LEVELS, TILE_FEATURES, host_features
-from convt_tvm.reference import integer_inputs, normal_inputs, reference
+from convt_tvm.reference import integer_inputs, reference
 from convt_tvm.space import choices, default_choice
 from convt_tvm.spec import CHANNELS_LAST, ConvTranspose2dSpec
 from convt_tvm.target import Target
-from convt_tvm.threads import get_num_threads, set_num_threads
 from convt_tvm.tile_tap_layout import TileTapLayout
 
 HOST, TILES = Target.parse("llvm"), Target("llvm", "x86_64", (*LEVELS["x86-64-v4"], *TILE_FEATURES))
@@ -78,20 +77,7 @@ def test_nothing_beyond_the_image_counts(name):
 @here
 def test_bits_are_the_same_for_tiles_threads_and_batches():
     spec = replace(FEW, n=9, ci=200, ih=20, iw=13)
-    image, weight, bias = normal_inputs(spec, 0)
-    threads, seen = get_num_threads(), set()
-    try:
-        for choice in tile_choices(spec, HOST):
-            kernel, alone = ct.build(spec, choice=choice), ct.build(replace(spec, n=None), choice=choice)
-            for count in (1, 2):
-                set_num_threads(count)
-                output = kernel(image, kernel.pack(weight), bias)
-                seen.add(bits(output).numpy().tobytes())
-                one = alone(image[4:5].contiguous(), alone.pack(weight), bias)
-                assert torch.equal(bits(one[0]), bits(output[4]))
-    finally:
-        set_num_threads(threads)
-    assert len(seen) == 1
+    assert different_answers(spec, tile_choices(spec, HOST)) == 1
 
 
 def test_are_for_bfloat16_and_targets_that_say_so():
