@@ -26,9 +26,11 @@ Expr = Any
 
 def declare_dot_phases(spec: ConvTranspose2dSpec, layout: DotLayout, target: Target) -> tirx.PrimFunc:
     """The phase form of `spec` as a PrimFunc to schedule; parameters and blocks as of `compute.declare_phases`."""
-    batch, spec = te.var("n") if spec.n is None else spec.n, spec.sized
+    batch: Expr = te.var("n") if spec.n is None else spec.n
+    spec = spec.with_batch(layout.image_block) if spec.n is None else spec
     data, packed, bias = parameters(spec, layout, batch)
-    source = _Pairs(data.tensor, data.axes) if reads_pairs(spec, layout) else _window(spec, layout, data)
+    reads_them = reads_pairs(spec, layout)
+    source = _Pairs(data.tensor, data.axes, images=data.images) if reads_them else _window(spec, layout, data)
 
     def multiply(pair: Expr, place: Sequence[Expr]) -> Expr:
         *lead, ob = place
@@ -42,7 +44,7 @@ def declare_dot_phases(spec: ConvTranspose2dSpec, layout: DotLayout, target: Tar
     def accumulate(band: Band) -> Any:
         return sum_products(paired(spec), layout, band, source, multiply)
 
-    outputs = finish_bands(spec, layout, batch, bias, accumulate)
+    outputs = finish_bands(spec, layout, data.batch, bias, accumulate)
     return phase_function(spec, layout, target, [data.tensor, packed, bias], outputs)
 
 
@@ -84,7 +86,7 @@ def _window(spec: ConvTranspose2dSpec, layout: DotLayout, data: Source) -> Sourc
             return value
         return tirx.if_then_else(tirx.all(h >= top, h < bottom, w >= left, w < right), value, _bits(0))
 
-    window = te.compute((data.tensor.shape[0], extent.height, extent.width, spec.groups * pairs), read, name="window")
+    window = te.compute((data.batch, extent.height, extent.width, spec.groups * pairs), read, name="window")
     return Source(window, "nhwc", (extent.first_row, extent.first_column))
 
 

@@ -10,7 +10,7 @@ import convt_tvm as ct
 from convt_tvm.compiler import lower_choice
 from convt_tvm.compute_dot import declare_dot_phases
 from convt_tvm.dot_layout import DotLayout, paired
-from convt_tvm.fuzz import fuzzed_specs
+from convt_tvm.fuzz import MEMORY_FORMATS, fuzzed_specs
 from convt_tvm.processor import LEVELS, TILE_FEATURES
 from convt_tvm.reference import expect, integer_inputs, integer_reference, normal_inputs
 from convt_tvm.space import choices
@@ -21,7 +21,8 @@ from convt_tvm.workloads import resolve
 DOTS = Target("llvm", "x86_64", (*LEVELS["x86-64-v4"], "avx512bf16"))
 TILES = replace(DOTS, features=(*DOTS.features, *TILE_FEATURES))
 WITHOUT = Target.parse("llvm:x86-64-v4")
-here = pytest.mark.skipif(not Target.parse("llvm").multiplies_pairs, reason="this processor has no AVX-512 BF16")
+HOST = Target.parse("llvm")
+here = pytest.mark.skipif(not HOST.multiplies_pairs, reason="this processor has no AVX-512 BF16")
 
 
 def make(**changes):
@@ -69,6 +70,21 @@ def test_pairs_are_transposed_with_a_channel_left_over_and_no_border():
     assert lower_choice(spec, DOTS, dot_choices(spec)[0]).code
 
 
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
+@pytest.mark.parametrize("n", [5, 9, None])
+def test_tiles_of_several_images_may_be_more_than_are_left(n, memory_format):
+    # A single layer of few positions; windows are copied in NCHW, pairs read as they are in channels_last.
+    spec = make(n=n, ih=2, iw=2, kernel_size=2, padding=0, memory_format=memory_format)
+    several = [choice for choice in choices(spec.with_batch(n or 8), DOTS, "llvm_dot") if choice.layout.image_block > 1]
+    choice = next(each for each in several if n is None or n % each.layout.image_block)
+    assert lower_choice(spec, DOTS, choice).code
+    if set(DOTS.features) <= set(HOST.features):
+        kernel = ct.build(spec, DOTS, choice=choice)
+        for images in (n,) if n else range(10):
+            inputs = integer_inputs(sized := spec.with_batch(images), images)
+            assert torch.equal(kernel(*inputs).long(), integer_reference(sized, *inputs))
+
+
 def test_shapes_count_pairs():
     layout = dot_choices(make(ci=33))[0].layout
     assert isinstance(layout, DotLayout)
@@ -106,7 +122,7 @@ CASES = [
 @here
 @pytest.mark.parametrize("spec", CASES, ids=lambda spec: spec.name)
 def test_answers_are_exact(spec):
-    found = dot_choices(spec, Target.parse("llvm"))
+    found = dot_choices(spec, HOST)
     sized = spec.with_batch(3) if spec.n is None else spec
     inputs = integer_inputs(sized, 0)
     for choice in (found[0], found[len(found) // 2], found[-1]):
@@ -126,7 +142,7 @@ def test_answers_of_large_layers_are_exact(taps, gathers):
 @here
 @pytest.mark.parametrize(("number", "spec"), list(fuzzed_specs(5, range(6), dtypes=("bfloat16",))))
 def test_fuzzed_specs_are_exact_and_within_the_bound(number, spec):
-    found = dot_choices(spec, Target.parse("llvm"))
+    found = dot_choices(spec, HOST)
     if not found:
         pytest.skip("no tap reaches an output")
     choice, inputs = found[number % len(found)], integer_inputs(spec, number)

@@ -5,19 +5,29 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from convt_tvm.compiler import lower_choice
 from convt_tvm.dot_layout import DotLayout
-from convt_tvm.fuzz import fuzzed_specs
+from convt_tvm.fuzz import Domain, fuzzed_specs
 from convt_tvm.implementations import _drawn
 from convt_tvm.layout import Layout
-from convt_tvm.space import choices, spaces
+from convt_tvm.space import choices, default_choice, spaces
 from convt_tvm.target import Target
 
 AMX = Target.parse("llvm:x86_64+amx-bf16+avx512f+avx512bf16+avx512vl+avx512dq")
+PROCESSORS = {
+    "AVX": "llvm:x86_64+avx",
+    "AVX2": "llvm:x86-64-v3",
+    "AVX-512": "llvm:x86-64-v4",
+    "AVX-512 BF16": "llvm:x86_64+avx2+fma+avx512f+avx512bf16+avx512vl+avx512dq",
+    "AMX": AMX.name,
+    "NEON": "llvm:aarch64+neon",
+}
+"""None has to be what the tests run on: kernels are made for others as well."""
 
 
 @pytest.mark.no_cover
@@ -48,6 +58,16 @@ def test_what_is_drawn_for_a_tile_unit_is_lowered(schedule):
     for spec in specs[:6]:
         target = AMX.for_dtype(spec.dtype)
         assert lower_choice(spec, target, _drawn(choices(spec, target, schedule), spec, target)).code
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_what_would_run_on_another_processor_is_lowered(name):
+    target = Target.parse(PROCESSORS[name])
+    domain = Domain(n=9, ci=40, co=40, ih=3, iw=4, kernel_size=4, stride=3)
+    for number, spec in fuzzed_specs(3, range(9), dtypes=("float32", "bfloat16", "bfloat16", "float16"), domain=domain):
+        own = replace(spec, n=None) if number % 2 else spec
+        processor = target.for_dtype(spec.dtype)
+        assert lower_choice(own, processor, default_choice(own, processor)).code, own.name
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks a process up in /proc")
