@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -15,6 +15,7 @@ from convt_tvm.cli_options import (
     Dtype,
     Json,
     TargetName,
+    ThreadCounts,
     Threads,
     Workloads,
     choose,
@@ -22,12 +23,26 @@ from convt_tvm.cli_options import (
     print_json,
     require_cores,
     stop_if_interrupted,
+    thread_counts,
 )
 
 if TYPE_CHECKING:
     from convt_tvm.rows import Row
+    from convt_tvm.workloads import Workload
 
 __all__ = ["bench", "explain", "report"]
+
+
+class _Timing(NamedTuple):
+    """A workload to be timed with so many threads, by default torch's number."""
+
+    workload: "Workload"
+    threads: int | None
+
+    @property
+    def name(self) -> str:
+        """What progress shows."""
+        return self.workload.name
 
 
 def bench(
@@ -35,7 +50,7 @@ def bench(
     peers: Annotated[
         str, typer.Option("--peers", metavar="NAME,...", help="Of those listed above; all there are by default.")
     ] = "all",
-    threads: Threads = None,
+    threads: ThreadCounts = None,
     rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Samples of each.")] = 15,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Append the rows to it, as JSON lines.")
@@ -43,7 +58,12 @@ def bench(
     baseline: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Exit with 3 where these rows were faster, beside torch.")
     ] = None,
-    dtype: Dtype = None,
+    dtypes: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype", metavar="DTYPE,...", help="Each of float32, float16, bfloat16, float64; by default their own."
+        ),
+    ] = None,
     channels_last: ChannelsLast = False,
     target: TargetName = "llvm",
     cold: Annotated[
@@ -54,8 +74,9 @@ def bench(
     """Time kernels against torch, torch_channels_last, torch_compile, onnxruntime and openvino.
 
     All in one process, by turns, in reversed order each round, with constant weights and the same number of threads. An
-    answer that is wrong by float64 is never timed. A second copy of each kernel gives the noise floor. Exits with 1 if
-    one of our kernels failed. With --json, one line for each workload and implementation.
+    answer that is wrong by float64 is never timed. A second copy of each kernel gives the noise floor. Of several
+    numbers of threads, or types, each has a table, with our time beside that with one thread, or in float32. Exits with
+    1 if one of our kernels failed. With --json, one line for each workload and implementation.
 
     On a GPU the peers are torch's: cuDNN with its benchmark mode, NCHW and channels_last, and torch.compile with
     autotuning; float32 is IEEE's. Calls are captured in CUDA graphs and timed by the GPU.
@@ -63,18 +84,29 @@ def bench(
     from convt_tvm.json_lines import append_lines
     from convt_tvm.rows import OURS, latest_runs, read_rows, regressions
 
-    chosen, compiled_for = choose(workloads, target, dtype=dtype, channels_last=channels_last)
-    require_cores(threads)
+    names = [None] if dtypes is None else list(dict.fromkeys(dtypes.split(",")))
+    choices = [choose(workloads, target, dtype=name, channels_last=channels_last) for name in names]
+    compiled_for = choices[0][1]
+    if compiled_for.kind == "cuda" and threads is not None:
+        raise typer.BadParameter("--threads is for processors.")
+    counts = [None] if threads is None else thread_counts(threads)
+    # Those of one layer one after the other, as they are compared.
+    timings = [
+        _Timing(workload, count)
+        for same in zip(*(each for each, _ in choices), strict=True)
+        for workload in same
+        for count in counts
+    ]
     before = None if baseline is None else read_rows(baseline)
     from convt_tvm.peers import GPU_PEERS, PEERS
     from convt_tvm.place import Place
 
     place = Place.of(compiled_for, cold=cold)
     known = list(GPU_PEERS) if place.device == "cuda" else list(PEERS)
-    names = known if peers == "all" else list(dict.fromkeys(filter(None, peers.split(","))))
-    if unknown := [name for name in names if name not in known]:
+    rivals = known if peers == "all" else list(dict.fromkeys(filter(None, peers.split(","))))
+    if unknown := [name for name in rivals if name not in known]:
         raise typer.BadParameter(f"there is no peer {', '.join(unknown)}; there are {', '.join(known)}.")
-    if before is not None and "torch" not in names:
+    if before is not None and "torch" not in rivals:
         raise typer.BadParameter("--baseline compares ratios to torch, which has to be among the peers.")
 
     from convt_tvm.bench import bench as bench_workload
@@ -82,8 +114,10 @@ def bench(
     compiled_for.require_host()
     rows: list[Row] = []
 
-    def work(workload: Any) -> None:
-        found = bench_workload(workload, compiled_for, peers=names, threads=threads, place=place, rounds=rounds)
+    def work(timing: _Timing) -> None:
+        found = bench_workload(
+            timing.workload, compiled_for, peers=rivals, threads=timing.threads, place=place, rounds=rounds
+        )
         rows.extend(found)
         if output is not None:
             append_lines(output, found)
@@ -91,13 +125,13 @@ def bench(
             for row in found:
                 print_json(row.to_json())
 
-    finished = each(chosen, work, len(chosen), quiet=as_json and sys.stdout.isatty())
+    finished = each(timings, work, len(timings), quiet=as_json and sys.stdout.isatty())
     ours = [row for row in rows if row.implementation == OURS]
     if rows and not as_json:
         from convt_tvm.terminal import print_bench
 
         print_bench(latest_runs(rows))
-    stop_if_interrupted(finished, len(ours), len(chosen))
+    stop_if_interrupted(finished, len(ours), len(timings), "runs")
     if any(row.status != "ok" for row in rows if row.is_ours):
         raise typer.Exit(FAILED)
     if before is not None and (slower := regressions(before, rows)):
@@ -182,25 +216,30 @@ def _is_of_check(path: Path) -> bool:
         return '"findings"' in file.readline()
 
 
-def explain(workloads: Workloads, target: TargetName = "llvm", threads: Threads = None, as_json: Json = False) -> None:
+def explain(
+    workloads: Workloads,
+    target: TargetName = "llvm",
+    threads: Threads = None,
+    dtype: Dtype = None,
+    channels_last: ChannelsLast = False,
+    as_json: Json = False,
+) -> None:
     """Show which taps reach which outputs, what the machine allows, and which schedule would run and why.
 
-    Measures the machine's peak and bandwidth for each, half a second or so. With --json, one line a workload.
+    Measures this machine's peak and bandwidth for each, half a second or so. With --json, one line a workload.
     """
-    from convt_tvm.target import Target
-    from convt_tvm.workloads import resolve
-
-    chosen, compiled_for = resolve(workloads), Target.parse(target)
+    chosen, compiled_for = choose(workloads, target, dtype=dtype, channels_last=channels_last)
     require_cores(threads)
     import torch
 
+    from convt_tvm.bench import measure_target_limits
     from convt_tvm.explain import explain as explain_workload
-    from convt_tvm.roofline import measure_limits
+    from convt_tvm.target import Target
     from convt_tvm.terminal import print_explanation
 
-    count = threads or torch.get_num_threads()
+    here, count = Target.parse("llvm"), threads or torch.get_num_threads()
     for number, workload in enumerate(chosen):
-        limits = measure_limits(workload.spec.sized, workload.spec.accumulator_dtype, count)
+        limits = measure_target_limits(workload.spec.sized, here, count)
         found = explain_workload(workload, compiled_for, limits=limits)
         if as_json:
             print_json(found.to_json())

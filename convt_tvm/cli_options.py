@@ -21,6 +21,7 @@ __all__ = [
     "Json",
     "OptionalWorkloads",
     "TargetName",
+    "ThreadCounts",
     "Threads",
     "Workloads",
     "choose",
@@ -28,6 +29,7 @@ __all__ = [
     "print_json",
     "require_cores",
     "stop_if_interrupted",
+    "thread_counts",
 ]
 
 FAILED, USAGE, REGRESSED, INTERRUPTED = 1, 2, 3, 130
@@ -56,6 +58,10 @@ ChannelsLast: TypeAlias = Annotated[
 ]
 Threads: TypeAlias = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="For kernels and peers alike; by default torch's number.")
+]
+ThreadCounts: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--threads", metavar="N,...", help="One after the other; by default what there are."),
 ]
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
 
@@ -106,3 +112,16 @@ def require_cores(threads: int | None) -> None:
     cores = machine().cores
     if threads is not None and threads > cores:
         raise typer.BadParameter(f"{threads} threads are more than the {cores} cores that this process may run on.")
+
+
+def thread_counts(text: str, *, here: bool = True) -> list[int]:
+    """The numbers that ``--threads`` lists, each once; raises BadParameter for no list, or too many `here`."""
+    try:
+        counts = list(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        raise typer.BadParameter(f"--threads {text!r} is no list of numbers such as 1,2.")
+    if here:
+        require_cores(max(counts))
+    return counts

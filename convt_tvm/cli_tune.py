@@ -6,7 +6,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convt_tvm.cli_options import FAILED, INTERRUPTED, Json, OptionalWorkloads, TargetName, print_json, require_cores
+from convt_tvm.cli_options import (
+    FAILED,
+    INTERRUPTED,
+    ChannelsLast,
+    Dtype,
+    Json,
+    OptionalWorkloads,
+    TargetName,
+    ThreadCounts,
+    choose,
+    print_json,
+    thread_counts,
+)
 from convt_tvm.errors import ConvTError
 from convt_tvm.records import GENERIC, OWN
 
@@ -19,9 +31,9 @@ __all__ = ["report_sessions", "tune"]
 def tune(
     workloads: OptionalWorkloads = None,
     target: TargetName = "llvm",
-    threads: Annotated[
-        str | None, typer.Option(metavar="N,...", help="A session for each number; by default what kernels use here.")
-    ] = None,
+    threads: ThreadCounts = None,
+    dtype: Dtype = None,
+    channels_last: ChannelsLast = False,
     effort: Annotated[
         str, typer.Option(metavar="quick|normal|full", help="32, 64 or 512 trials in at most 5, 10 or 60 minutes.")
     ] = "normal",
@@ -60,12 +72,9 @@ def tune(
     if merge is not None:
         _merge(merge, where, as_json=as_json)
         return
-    from convt_tvm.target import Target
-    from convt_tvm.workloads import resolve
-
     if not workloads:
         raise typer.BadParameter("name at least one workload, for example dcgan/4, or all.")
-    chosen, compiled_for = resolve(workloads), Target.parse(target)
+    chosen, compiled_for = choose(workloads, target, dtype=dtype, channels_last=channels_last)
     if (rpc is None) != (not key):
         raise typer.BadParameter("--rpc and --key go together: the tracker's address and the key of its servers.")
     if compiled_for.kind == "cuda":
@@ -73,8 +82,9 @@ def tune(
             raise typer.BadParameter("--threads and --rpc are for processors; a GPU is tuned where it is.")
         compiled_for.require_host()
         threads = "1"
-    counts = _thread_counts(threads, here=rpc is None)
+    from convt_tvm.threads import get_num_threads
 
+    counts = [get_num_threads()] if threads is None else thread_counts(threads, here=rpc is None)
     from convt_tvm.terminal_tune import print_outcomes, session_progress
     from convt_tvm.tune import EFFORTS, Budget
     from convt_tvm.tune import tune as tune_workload
@@ -126,22 +136,6 @@ def tune(
         raise typer.Exit(INTERRUPTED)
     if failed:
         raise typer.Exit(FAILED)
-
-
-def _thread_counts(text: str | None, *, here: bool) -> list[int]:
-    if text is None:
-        from convt_tvm.threads import get_num_threads
-
-        return [get_num_threads()]
-    try:
-        counts = list(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError:
-        counts = []
-    if not counts or min(counts) < 1:
-        raise typer.BadParameter(f"--threads {text!r} is no list of numbers such as 1,2.")
-    if here:
-        require_cores(max(counts))
-    return counts
 
 
 def _merge(source: Path, into: Path, *, as_json: bool) -> None:

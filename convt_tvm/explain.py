@@ -130,7 +130,7 @@ def explain(workload: Workload, target: str | Target = "llvm", *, limits: Limits
     Parameters
     ----------
     limits
-        This machine's, for the workload's spec and its ``accumulator_dtype``.
+        This machine's, for the workload's spec.
 
     Raises
     ------

@@ -8,7 +8,20 @@ from typing import Any
 
 from convt_tvm.errors import RowsError
 from convt_tvm.pictures import COLOURS, new_figure
-from convt_tvm.rows import OURS, OURS_DEFAULT, OURS_LAST, PRECISIONS, TORCH, Row, Run, geometric_means, latest_runs
+from convt_tvm.rows import (
+    OURS,
+    OURS_DEFAULT,
+    OURS_LAST,
+    TORCH,
+    Row,
+    Run,
+    beside_others,
+    by_setting,
+    geometric_means,
+    latest_runs,
+    over_float32,
+    over_one_thread,
+)
 
 __all__ = ["plot", "to_markdown", "update_section"]
 
@@ -29,20 +42,12 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}"
 
 
-def _title(setting: tuple[str, int, bool, int]) -> str:
-    gpu, precision, cold, threads = setting
-    name = PRECISIONS[precision]
-    if gpu:
-        return f"{gpu}, {name}, {'cold' if cold else 'warm'} caches"
-    return f"{threads} thread{'' if threads == 1 else 's'}{'' if name == 'float32' else f', {name}'}"
-
-
-def _by_setting(rows: Sequence[Row]) -> dict[str, list[Run]]:
+def _tables(rows: Sequence[Row]) -> dict[str, list[Run]]:
+    """The last run of each workload, by the title of its table; raises RowsError where there is none."""
     runs = latest_runs(rows)
     if not runs:
         raise RowsError("there is no row of our kernels to report on; write some with `convt-tvm bench -o`.")
-    settings = sorted({run.ours.setting for run in runs})
-    return {_title(each): [run for run in runs if run.ours.setting == each] for each in settings}
+    return by_setting(runs)
 
 
 def _peer_names(runs: Sequence[Run]) -> list[str]:
@@ -72,8 +77,10 @@ def _peer_cell(run: Run, name: str) -> str:
     return f"**{text}**" if row is run.best_peer else text
 
 
-def _table(runs: Sequence[Run]) -> list[str]:
+def _table(runs: Sequence[Run], every: Sequence[Run]) -> list[str]:
     peers = _peer_names(runs)
+    beside = {"of 1 thread": over_one_thread, "of float32": over_float32}
+    beside = {title: over for title, over in beside.items() if any(over(run, every) is not None for run in runs)}
     more_of_ours = [name for name in (OURS_DEFAULT, OURS_LAST) if any(name in run.rows for run in runs)]
     header = [
         "workload",
@@ -86,6 +93,7 @@ def _table(runs: Sequence[Run]) -> list[str]:
         "noise",
         "of peak",
         "of bound",
+        *beside,
     ]
     lines = [f"| {' | '.join(header)} |", f"|---|---|{'---:|' * (len(header) - 2)}"]
     for run in runs:
@@ -101,6 +109,7 @@ def _table(runs: Sequence[Run]) -> list[str]:
             "-" if ours.noise_floor is None else f"{ours.noise_floor - 1:.1%}",
             _percent(ours.share_of_peak),
             _percent(ours.share_of_bound),
+            *(_digits(over(run, every)) for over in beside.values()),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -165,14 +174,15 @@ def to_markdown(rows: Sequence[Row]) -> str:
         if there are no rows of our kernels.
     """
     parts = []
-    for title, every in _by_setting(rows).items():
+    everything = latest_runs(rows)
+    for title, every in _tables(rows).items():
         runs = [run for run in every if not run.is_overhead]
         peaks = [run.ours.peak_gflops for run in runs if run.ours.peak_gflops is not None]
         unit = "microseconds" if every[0].ours.setting[0] else "milliseconds"
         parts.append(f"**{title}**, {unit} a call, median of {every[0].ours.rounds} rounds")
         if runs:
-            parts.append("\n".join(_table(runs)))
-            parts.append(_summary(runs))
+            parts.append("\n".join(_table(runs, everything)))
+            parts.append(" ".join(filter(None, (_summary(runs), beside_others(runs, everything)))))
         if peaks:
             least, most = _digits(min(peaks)), _digits(max(peaks))
             parts.append(f"Measured peak: {least if least == most else f'{least} to {most}'} GFLOP/s.")
@@ -186,6 +196,10 @@ def to_markdown(rows: Sequence[Row]) -> str:
         "*ours_default*: the cost rule's kernel, where tuning found the faster one that *ours* is. Weights are "
         "constant everywhere; all in one process, by turns."
     )
+    if any(over(run, everything) is not None for run in everything for over in (over_one_thread, over_float32)):
+        parts[-1] += (
+            " *of 1 thread*, *of float32*: our time over that of the same commit with one thread, or in float32."
+        )
     parts += _conditions(latest_runs(rows))
     return "\n\n".join(parts) + "\n"
 
@@ -202,7 +216,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     """
     panels = {
         title: [run for run in runs if run.over_best is not None and not run.is_overhead]
-        for title, runs in _by_setting(rows).items()
+        for title, runs in _tables(rows).items()
     }
     panels = {title: runs for title, runs in panels.items() if runs}
     if not panels:

@@ -31,7 +31,7 @@ from convt_tvm.measure import TimeCalls, interleaved
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.target import Target
 
-__all__ = ["Bound", "Limits", "Loop", "Loops", "bound", "measure", "measure_limits", "processor_loops"]
+__all__ = ["Bound", "Limits", "Loop", "Loops", "bound", "measure", "processor_loops"]
 
 ACCUMULATORS = 12
 STEPS = 100_000
@@ -163,20 +163,6 @@ def measure(loops: Loops, *, settle_secs: float = 0.005, time_calls: TimeCalls |
         time_calls=time_calls,
     )
     return loops.limits(samples, min)
-
-
-def measure_limits(spec: ConvTranspose2dSpec, dtype: str, threads: int) -> Limits:
-    """`measure` this processor; about half a second, and as long again for compiling the first time.
-
-    Sets TVM's thread pool to `threads` and leaves it so.
-
-    Parameters
-    ----------
-    dtype
-        As for `processor_loops`.
-    """
-    runtime.set_num_threads(threads)
-    return measure(processor_loops(spec, dtype, threads))
 
 
 def processor_loops(spec: ConvTranspose2dSpec, dtype: str, threads: int) -> Loops:

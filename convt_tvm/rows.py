@@ -1,7 +1,7 @@
 """Benchmark rows: what one implementation did with one workload, stored as a line of JSON."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import geometric_mean
@@ -21,8 +21,12 @@ __all__ = [
     "TORCH_LAST",
     "Row",
     "Run",
+    "beside_others",
+    "by_setting",
     "geometric_means",
     "latest_runs",
+    "over_float32",
+    "over_one_thread",
     "read_rows",
     "regressions",
 ]
@@ -35,6 +39,8 @@ OURS_LAST, TORCH_LAST = "ours_channels_last", "torch_channels_last"
 """The kernel for channels_last, and the peer that computes in that memory format."""
 OURS_DEFAULT = "ours_default"
 """The kernel with no search, where `OURS` is one that a tuning log names."""
+LONG_US = 2000
+"""Microseconds from which on a kernel shows whether threads share its work: starting them does not count then."""
 
 
 Status: TypeAlias = Literal["ok", "wrong", "rejected", "unavailable", "failed"]
@@ -132,6 +138,11 @@ class Row:
         precision = PRECISIONS.index(self.precision)
         return "" if gpu is None else str(gpu.get("name", "GPU")), precision, self.cold, self.threads
 
+    @property
+    def layer(self) -> str:
+        """The spec's name with float32 in place of its dtype."""
+        return "_".join("float32" if part in PRECISIONS else part for part in self.spec.split("_"))
+
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values; infinities and NaN, which JSON lacks, become None."""
         values = asdict(self) | {"samples_us": list(self.samples_us)}
@@ -218,6 +229,60 @@ def geometric_means(runs: Sequence[Run]) -> tuple[float | None, float | None]:
         geometric_mean(over_best) if over_best else None,
         geometric_mean(over_torch) if over_torch else None,
     )
+
+
+def _time_over(run: Run, runs: Iterable[Run], **changes: Any) -> float | None:
+    """Our time over that in the run with a setting changed so, of the same layer, processor and commit."""
+
+    def what(one: Row, **changes: Any) -> tuple[Any, ...]:
+        values = {"precision": one.precision, "threads": one.threads} | changes
+        return one.layer, one.machine.get("cpu"), one.commit, one.cold, one.setting[0], *values.values()
+
+    wanted = what(run.ours, **changes)
+    found = next((each.ours for each in runs if what(each.ours) == wanted and each.ours != run.ours), None)
+    if found is None or found.median_us is None or run.ours.median_us is None:
+        return None
+    return run.ours.median_us / found.median_us
+
+
+def over_one_thread(run: Run, runs: Iterable[Run]) -> float | None:
+    """Our time over that with one thread, where it is among `runs`: of the same layer, processor and commit."""
+    return _time_over(run, runs, threads=1)
+
+
+def over_float32(run: Run, runs: Iterable[Run]) -> float | None:
+    """Our time over that in float32, likewise."""
+    return _time_over(run, runs, precision="float32")
+
+
+def beside_others(runs: Sequence[Run], every: Sequence[Run]) -> str:
+    """How our times compare with those with one thread and in float32 among `every` run, in words; or nothing."""
+    computing = [run for run in runs if run.ours.bound_by == "compute" and not run.is_overhead]
+    shares = [(run, share) for run in computing if (share := over_one_thread(run, every)) is not None]
+    long = [share for run, share in shares if (run.ours.median_us or 0) >= LONG_US * share]
+    narrow = [share for run in computing if (share := over_float32(run, every)) is not None]
+    found = [f"{_range(long)} of the time with 1 thread ({LONG_US // 1000} ms and more)"] if long else []
+    found += [f"{_range(narrow)} of the time in float32"] if narrow else []
+    return f"Where computing is the bound ours take {' and '.join(found)}." if found else ""
+
+
+def _range(values: Sequence[float]) -> str:
+    least, most = f"{min(values):.2f}", f"{max(values):.2f}"
+    return least if least == most else f"{least} to {most}"
+
+
+def by_setting(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs that may stand in one table, by its title."""
+    settings = sorted({run.ours.setting for run in runs})
+    return {_title(each): [run for run in runs if run.ours.setting == each] for each in settings}
+
+
+def _title(setting: tuple[str, int, bool, int]) -> str:
+    gpu, precision, cold, threads = setting
+    name = PRECISIONS[precision]
+    if gpu:
+        return f"{gpu}, {name}, {'cold' if cold else 'warm'} caches"
+    return f"{threads} thread{'' if threads == 1 else 's'}{'' if name == 'float32' else f', {name}'}"
 
 
 def read_rows(path: Path) -> list[Row]:

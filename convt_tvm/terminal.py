@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +16,19 @@ from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from convt_tvm.rows import COPY, OURS_DEFAULT, OURS_LAST, TORCH, Row, Run, geometric_means
+from convt_tvm.rows import (
+    COPY,
+    OURS_DEFAULT,
+    OURS_LAST,
+    TORCH,
+    Row,
+    Run,
+    beside_others,
+    by_setting,
+    geometric_means,
+    over_float32,
+    over_one_thread,
+)
 
 if TYPE_CHECKING:
     from convt_tvm.check import CheckRow
@@ -250,7 +263,18 @@ def _our_column(name: str) -> Column:
 
 
 def print_bench(runs: Sequence[Run]) -> None:
-    """Print benchmark runs: a table, the reason of each missing time, and one line that sums it up."""
+    """Print benchmark runs: for each setting a table, the reason of each missing time, and a line that sums it up."""
+    tables = by_setting(runs)
+    for title, each in tables.items():
+        if len(tables) > 1:
+            stdout_console().print(f"[bold]{escape(title)}[/]\n", soft_wrap=True)
+        _print_setting(each, runs)
+        if len(tables) > 1:
+            print()
+
+
+def _print_setting(runs: Sequence[Run], every: Sequence[Run]) -> None:
+    """Print runs that may stand in one table, and compare them with others of `every` run."""
     console = stdout_console()
     peers = list(dict.fromkeys(name for run in runs for name in run.peers))
     columns = [
@@ -272,6 +296,11 @@ def print_bench(runs: Sequence[Run]) -> None:
         Column("noise", lambda run: _noise(run.ours), dropped=6, title="noise"),
         Column("of\npeak", lambda run: _percent(run.ours.share_of_peak), dropped=2, title="share of peak"),
         Column("of\nbound", lambda run: _percent(run.ours.share_of_bound), dropped=7, title="share of bound"),
+        *(
+            Column(header, partial(_share, over, every), dropped=8, title=title)
+            for header, title, over in _SHARES
+            if any(over(run, every) is not None for run in runs)
+        ),
     ]
     print_table(columns, runs, console)
     for run in runs:
@@ -284,6 +313,18 @@ def print_bench(runs: Sequence[Run]) -> None:
                     soft_wrap=True,
                 )
     console.print(escape(_bench_summary(runs)), soft_wrap=True)
+    if beside := beside_others(runs, every):
+        console.print(escape(beside), soft_wrap=True)
+
+
+_SHARES = (
+    ("of 1\nthread", "share of the time with 1 thread", over_one_thread),
+    ("of\nfloat32", "share of the time in float32", over_float32),
+)
+
+
+def _share(over: Callable[[Run, Sequence[Run]], float | None], every: Sequence[Run], run: Run) -> str:
+    return _number(over(run, every), "{:.2f}")
 
 
 def _noise(row: Row) -> str:

@@ -8,10 +8,11 @@ from rich.console import Console
 from test_rows import BASE, run_of
 
 from convt_tvm import bench as bench_module
-from convt_tvm import roofline, terminal
+from convt_tvm import terminal
 from convt_tvm.json_lines import append_lines
 from convt_tvm.roofline import Limits
 from convt_tvm.rows import COPY, OURS, read_rows
+from convt_tvm.target import Target
 from convt_tvm.workloads import resolve
 
 TINY = "n1_ci4_ih3_iw3_co2_k3x3_s2x2_p1x1_op1x1_d1x1_g1_bias_float32"
@@ -22,11 +23,11 @@ def limits(monkeypatch):
     """Makes limits without measuring; returns the requests."""
     asked = []
 
-    def measure(spec, dtype, threads):
-        asked.append((spec.name, dtype, threads))
-        return Limits(threads, dtype, 100e9, 10e9)
+    def measure(spec, target, threads):
+        asked.append((spec.name, target.name, threads))
+        return Limits(threads, spec.accumulator_dtype, 100e9, 10e9)
 
-    monkeypatch.setattr(roofline, "measure_limits", measure)
+    monkeypatch.setattr(bench_module, "measure_target_limits", measure)
     return asked
 
 
@@ -60,6 +61,9 @@ def benching(monkeypatch):
             "there is no peer cudnn; there are torch, torch_channels_last",
         ),
         (["bench", "dcgan/2", "--threads", "100000"], "100000 threads are more than"),
+        (["bench", "dcgan/2", "--threads", "1,two"], "--threads '1,two' is no list of numbers such as 1,2"),
+        (["bench", "dcgan/2", "--threads", "1", "--target", "cuda:sm_90"], "--threads is for processors"),
+        (["bench", "dcgan/2", "--dtype", "float32,int8"], "'int8' is not supported; use one of float32"),
         (["bench", "dcgan/2", "--rounds", "0"], "rounds"),
         (["bench", "dcgan/2", "--target", "tpu"], "target 'tpu'"),
         (["explain", "dcgan/9"], "dcgan/9"),
@@ -102,6 +106,37 @@ def test_bench_prints_a_table_and_appends_rows(run, benching, tmp_path):
     assert len(read_rows(path)) == 16
 
 
+def test_threads_and_types_have_tables_of_their_own_beside_each_other(run, benching, monkeypatch):
+    calls = benching()
+    monkeypatch.setattr("convt_tvm.cli_options.require_cores", lambda threads: None)
+
+    def slower(workload, target, *, threads, **options):
+        whole = 4000.0 if workload.spec.dtype == "float32" else 1000.0
+        calls.append((workload.name, workload.spec.dtype, threads))
+        rows = run_of({OURS: whole / threads**0.5, "torch": 9000.0}, spec=workload.spec.name, threads=threads)
+        return [replace(row, workload=workload.name, bound_by="compute") for row in rows]
+
+    monkeypatch.setattr(bench_module, "bench", slower)
+    code, out, err = run("bench", "dcgan/2", "dcgan/3", "--threads", "1,4", "--dtype", "float32,bfloat16")
+    assert (code, err) == (0, "")
+    settings = [("float32", 1), ("float32", 4), ("bfloat16", 1), ("bfloat16", 4)]
+    assert calls == [(name, *setting) for name in ("dcgan/2", "dcgan/3") for setting in settings]
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    titles = ["1 thread", "4 threads", "1 thread, bfloat16", "4 threads, bfloat16"]
+    assert [line for line in lines if line in titles] == titles
+    assert [line.split()[-2:] for line in lines if line.startswith("dcgan/3")] == [
+        ["-", "-"],
+        ["-", "0.50"],
+        ["-", "0.25"],
+        ["0.50", "0.25"],
+    ]
+    assert [line for line in lines if line.startswith("Where")] == [
+        "Where computing is the bound ours take 0.50 of the time with 1 thread (2 ms and more).",
+        "Where computing is the bound ours take 0.25 of the time in float32.",
+        "Where computing is the bound ours take 0.25 of the time in float32.",
+    ]
+
+
 def test_bench_prints_json_lines(run, benching):
     benching()
     code, out, err = run("bench", "dcgan/2", "--json")
@@ -128,7 +163,7 @@ def test_an_interrupt_keeps_what_is_finished(run, benching, tmp_path):
     benching({"dcgan/3": KeyboardInterrupt()})
     code, out, err = run("bench", "dcgan", "-o", tmp_path / "rows.jsonl")
     assert code == 130
-    assert "dcgan/2" in out and err == "interrupted: 2 of 5 workloads done\n"
+    assert "dcgan/2" in out and err == "interrupted: 2 of 5 runs done\n"
     assert len(read_rows(tmp_path / "rows.jsonl")) == 8
 
 
@@ -244,7 +279,7 @@ def test_report_of_nothing_is_one_error_line(run, tmp_path, content, message):
 def test_explain(run, limits, monkeypatch, tmp_path):
     monkeypatch.setenv("CONVT_TVM_TUNING_LOGS", str(tmp_path))
     code, out, err = run("explain", "dcgan/5", "--target", "llvm:x86-64-v3", "--threads", 1)
-    assert (code, err, limits) == (0, "", [(resolve(["dcgan/5"])[0].spec.name, "float32", 1)])
+    assert (code, err, limits) == (0, "", [(resolve(["dcgan/5"])[0].spec.name, Target.parse("llvm").name, 1)])
     assert re.search(r"^rows, stride 2 +32 outputs from 0: taps 1 3\n +32 outputs from 1: taps 0 2$", out, re.MULTILINE)
     assert "3,048,192 useful; the text-book form makes 12,582,912, 4.13 times as many: 9,534,720 by zeros" in out
     assert "0.0610 ms, bound by compute: 0.006096 GFLOP at 100 GFLOP/s" in out
@@ -258,6 +293,15 @@ def test_explain_names_phases_without_taps_and_cuts_long_lists(run, limits):
     assert code == 0
     assert "2 outputs from 1: no taps, the bias alone\n" in out
     assert re.search(r"^ +and 4 more$", out, re.MULTILINE)
+
+
+def test_explain_takes_other_types_and_memory_formats(run, limits):
+    code, out, _ = run(
+        "explain", "dcgan/5", "--dtype", "bfloat16", "--channels-last", "--target", "llvm:x86-64-v3", "--json"
+    )
+    found = json.loads(out)
+    assert (code, limits[0][0]) == (0, found["spec"])
+    assert found["spec"] == resolve(["dcgan/5"])[0].spec.name.replace("float32", "bfloat16_channels_last")
 
 
 def test_explain_prints_json_lines(run, limits):

@@ -87,6 +87,18 @@ def test_a_session_exits_with_0_and_tells_what_it_found(run, tuning, tmp_path):
     assert SPEC.name in out and "40" in out and "2.00x" in out
 
 
+def test_other_types_and_memory_formats_are_tuned(run, monkeypatch):
+    specs = []
+
+    def fake(workload, target, **options):
+        specs.append(workload.spec)
+        return NOTHING_TIMED
+
+    monkeypatch.setattr(tune_module, "tune", fake)
+    run("tune", SPEC.name, "--dtype", "bfloat16", "--channels-last", "--threads", "1")
+    assert specs == [replace(SPEC, dtype="bfloat16", memory_format="channels_last")]
+
+
 def test_json_has_a_line_a_session_and_nothing_else(run, tuning):
     tuning({OTHER: NOTHING_TIMED})
     code, out, _ = run("tune", SPEC.name, OTHER, "--threads", "1", "--trials", "20", "--json")
@@ -134,7 +146,7 @@ def test_an_interrupt_ends_all_with_what_was_found(run, tuning):
 
 def test_effort_budget_and_threads_reach_the_engine(run, tuning, monkeypatch):
     calls = tuning()
-    monkeypatch.setattr("convt_tvm.cli_tune.require_cores", lambda threads: None)
+    monkeypatch.setattr("convt_tvm.cli_options.require_cores", lambda threads: None)
     arguments = ["--effort", "quick", "--budget", "2", "--threads", "2,1,2", "--seed", "7", "--wait", "3"]
     assert run("tune", SPEC.name, *arguments)[0] == 0
     assert [call["threads"] for call in calls] == [2, 1]
