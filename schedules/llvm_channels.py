@@ -36,7 +36,9 @@ With ``column_chunk`` the parallel loop counts chunks of columns as well, before
 With ``gathers`` it ends with b, the rows of all phases of the chunk go to a buffer, and from there past the caches to
 the output, most of them beside the sums of the rows that follow.
 
-In channels_last sums leave as they are, vectors of channels, and the input itself is read where tiles are of one row
+In channels_last groups follow each other within a chunk of rows, for lines of memory hold several of them: 256 to 16
+channels in 4 groups on 224 x 224 took 0.7 of the time, 128 to 64 on 96 x 96 0.94 (Emerald Rapids, one core). Sums leave
+as they are, vectors of channels, and the input itself is read where tiles are of one row
 or none reaches beyond it, and what a tile reads side by side stays in the first cache
 (`convt_tvm.layout.reads_input`).
 
@@ -299,7 +301,8 @@ def tile(sch: Schedule, *, apart: bool) -> None:
         column_block, column = sch.split(qw, [None, layout.column_block])
         vector, lane = sch.split(ob, [None, layout.vector_lanes])
         phased = (row_block, ph) if layout.gathers else (ph, row_block)
-        sch.reorder(n, g, chunk, b, *phased, column_block, *images, row, vector, lane, column, pw)
+        around = (n, chunk, g, b) if spec.input_axes == "nhwc" and not layout.by_chunk else (n, g, chunk, b)
+        sch.reorder(*around, *phased, column_block, *images, row, vector, lane, column, pw)
         if reaches(spec, band) and layout.skips_columns(spec):
             sch.annotate(column_block, PEELS, True)
         outputs = layout.column_block * len(spec.axes[1].phases)
@@ -308,7 +311,7 @@ def tile(sch: Schedule, *, apart: bool) -> None:
         elif spec.output_axes == "nhwc":
             sch.reorder(column, pw, lane)
         inner = layout.taps == "inner" or not in_parts(sch, band)
-        order: tuple[Any, ...] = (n, g, chunk, b, ph, row_block)
+        order: tuple[Any, ...] = (*around, ph, row_block)
         order = order[:4] if layout.gathers else order if inner else order[:5]
         of_chunk = layout.by_chunk and reaches(spec, band)
         order = order[:3] if of_chunk else order

@@ -214,7 +214,10 @@ def _estimated(spec: ConvTranspose2dSpec, plain: Layout, tile: Tile, target: Tar
         copy = CYCLES_PER_INPUT[spec.input_axes]
         copy = copy if once else copy_cycles(spec, layout, target, copy)
         costs = Costs(copy + CYCLES_PER_RUN / run, _cycles_per_output(spec, layout, target), _missed(spec))
-        yield layout, core_cycles(spec, layout, tile, target, reuse=reuse, costs=costs)
+        cycles = core_cycles(spec, layout, tile, target, reuse=reuse, costs=costs)
+        blocks = layout.blocks(spec)
+        in_blocks = spec.output_axes == "nhwc" and blocks > 1 and spec.groups * blocks > 2
+        yield layout, cycles * (core_of(target).in_blocks if in_blocks else 1.0)
 
 
 def _missed(spec: ConvTranspose2dSpec) -> float:
