@@ -124,6 +124,10 @@ class Core:
         Cycles for each output that goes to NCHW in vectors.
     moved
         Cycles for each output that goes from vectors of columns to channels_last.
+    page_shared
+        Cycles for an input value in channels_last, and each other position of a tile in its page, where the input
+        itself is read from beyond the second cache and a position's channels fill several lines: prefetchers follow one
+        stream in a page of 4 KiB.
     copied_bytes
         Sizes of an image: from which on it may be copied chunk by chunk, and from which on the second cache does not
         hold a copy of all of it.
@@ -160,6 +164,7 @@ class Core:
     streamed: float
     stored: float
     moved: float
+    page_shared: float
     copied_bytes: tuple[int, int]
     copied_near: float
     copied_far: Mapping[str, float]
@@ -188,6 +193,7 @@ WIDE = Core(
     streamed=0.2,
     stored=0.7,
     moved=0.5,
+    page_shared=0.2,
     copied_bytes=(512 << 10, 1 << 20),
     copied_near=1.0,
     copied_far={"nchw": 3.5, "nhwc": 1.5, IN_ORDER: 1.5},
@@ -221,6 +227,11 @@ Lanes along columns took 1.15 times their estimate beside lanes along channels i
 channels, 0.93 in 20 others; with 1.1 for it 770 to 128 channels on 24 x 32 took 0.73 and 0.80 of the time in two
 series, five others 0.83 to 1.09.
 
+What a page shared costs was asked of 63 layers in channels_last, with tiles of one row and of several, and with copies.
+With 0.4 for it, from unet/up4 alone (6.6 ms with positions in 4 rows, 6.7 in 2, 7.3 in one), tiles of one row were
+given away: 64 to 16 channels on 128 x 256 took 1.12 of the time. With 0.2 the 37 of 498 layers whose default changes
+took 0.98 of it, a geometric mean, 0.73 to 1.09, and two of 8 and 10 channels in a group 1.15 and 1.3.
+
 With taps in the outer loop layers of 512 to 2,048 channels on 8 x 8 took 0.72 to 0.87 of the time of what 1.3 for it
 chooses in NCHW (1.06 on 7 x 7), 0.8 to 1.13 in channels_last. With 1.0 pose/1 took 1.08 and 1.10 of it, 2,048 channels
 on 7 x 7 1.11 and 1.2.
@@ -249,6 +260,7 @@ PAIRED = Core(
     streamed=0.0,
     stored=1.0,
     moved=0.5,
+    page_shared=0.4,
     copied_bytes=(2 << 20, 2 << 20),
     copied_near=0.0,
     copied_far={"nchw": 2.5, "nhwc": 2.5, IN_ORDER: 0.75},
@@ -281,6 +293,7 @@ NARROW = Core(
     streamed=0.2,
     stored=1.0,
     moved=1.2,
+    page_shared=0.4,
     copied_bytes=(2 << 20, 2 << 20),
     copied_near=0.0,
     copied_far={"nchw": 2.5, "nhwc": 2.5, IN_ORDER: 0.75},

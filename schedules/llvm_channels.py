@@ -170,14 +170,6 @@ each weight met 16 values and not 4), 64 of 1 x 1 0.16 (kernels of 4 and 7), 16 
 CYCLES_PER_INPUT = 1.0
 """For a copy, transposed or not. On an Emerald Rapids server dilated/k3d2 in NCHW, 32 channels by 11 columns, took 1.3
 cycles longer for an input and an output than in channels_last, where both stay as they are."""
-CYCLES_PER_PAGE_SHARED = 0.4
-"""For an input value, and each other position of a tile in its page, where the input itself is read from beyond the
-second cache and a position's channels fill several lines.
-
-Its prefetcher follows one stream in a page of 4 KiB on an x86 core. On an Emerald Rapids server unet/up4 in
-channels_last took 6.6 ms with positions in 4 rows, 6.7 in 2, and 7.3 in one; dilated/k3d2, whose image is in the second
-cache, 1.64 with 11 positions in one row and 1.69 with 6 in two.
-"""
 CYCLES_PER_OUTPUT = 0.2
 """In channels_last, where vectors leave as they are."""
 CYCLES_PER_RUN = 8.0
@@ -242,7 +234,7 @@ def _costs(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> Costs:
     streams = input_bytes > target.cache_bytes // 2 and column_bytes > 2 * CACHE_LINE_BYTES
     in_page = min(layout.column_block, -(-PAGE_BYTES // column_bytes)) if streams else 1
     return Costs(
-        CYCLES_PER_PAGE_SHARED * (in_page - 1)
+        core_of(target).page_shared * (in_page - 1)
         if reads_input(spec, layout)
         else copy_cycles(spec, layout, target, CYCLES_PER_INPUT),
         (core_of(target).stored if spec.output_axes == "nchw" else CYCLES_PER_OUTPUT)
