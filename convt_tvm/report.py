@@ -19,8 +19,7 @@ from convt_tvm.rows import (
     by_setting,
     geometric_means,
     latest_runs,
-    over_float32,
-    over_one_thread,
+    shares,
 )
 
 __all__ = ["plot", "to_markdown", "update_section"]
@@ -42,12 +41,12 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}"
 
 
-def _tables(rows: Sequence[Row]) -> dict[str, list[Run]]:
-    """The last run of each workload, by the title of its table; raises RowsError where there is none."""
+def _latest(rows: Sequence[Row]) -> list[Run]:
+    """The last run of each workload; raises RowsError where there is none."""
     runs = latest_runs(rows)
     if not runs:
         raise RowsError("there is no row of our kernels to report on; write some with `convt-tvm bench -o`.")
-    return by_setting(runs)
+    return runs
 
 
 def _peer_names(runs: Sequence[Run]) -> list[str]:
@@ -79,8 +78,7 @@ def _peer_cell(run: Run, name: str) -> str:
 
 def _table(runs: Sequence[Run], every: Sequence[Run]) -> list[str]:
     peers = _peer_names(runs)
-    beside = {"of 1 thread": over_one_thread, "of float32": over_float32}
-    beside = {title: over for title, over in beside.items() if any(over(run, every) is not None for run in runs)}
+    beside = shares(runs, every)
     more_of_ours = [name for name in (OURS_DEFAULT, OURS_LAST) if any(name in run.rows for run in runs)]
     header = [
         "workload",
@@ -109,7 +107,7 @@ def _table(runs: Sequence[Run], every: Sequence[Run]) -> list[str]:
             "-" if ours.noise_floor is None else f"{ours.noise_floor - 1:.1%}",
             _percent(ours.share_of_peak),
             _percent(ours.share_of_bound),
-            *(_digits(over(run, every)) for over in beside.values()),
+            *(_digits(share(run)) for share in beside.values()),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -174,8 +172,8 @@ def to_markdown(rows: Sequence[Row]) -> str:
         if there are no rows of our kernels.
     """
     parts = []
-    everything = latest_runs(rows)
-    for title, every in _tables(rows).items():
+    everything = _latest(rows)
+    for title, every in by_setting(everything).items():
         runs = [run for run in every if not run.is_overhead]
         peaks = [run.ours.peak_gflops for run in runs if run.ours.peak_gflops is not None]
         unit = "microseconds" if every[0].ours.setting[0] else "milliseconds"
@@ -196,11 +194,11 @@ def to_markdown(rows: Sequence[Row]) -> str:
         "*ours_default*: the cost rule's kernel, where tuning found the faster one that *ours* is. Weights are "
         "constant everywhere; all in one process, by turns."
     )
-    if any(over(run, everything) is not None for run in everything for over in (over_one_thread, over_float32)):
+    if shares(everything, everything):
         parts[-1] += (
             " *of 1 thread*, *of float32*: our time over that of the same commit with one thread, or in float32."
         )
-    parts += _conditions(latest_runs(rows))
+    parts += _conditions(everything)
     return "\n\n".join(parts) + "\n"
 
 
@@ -216,7 +214,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     """
     panels = {
         title: [run for run in runs if run.over_best is not None and not run.is_overhead]
-        for title, runs in _tables(rows).items()
+        for title, runs in by_setting(_latest(rows)).items()
     }
     panels = {title: runs for title, runs in panels.items() if runs}
     if not panels:

@@ -1,7 +1,7 @@
 """Benchmark rows: what one implementation did with one workload, stored as a line of JSON."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import geometric_mean
@@ -25,10 +25,9 @@ __all__ = [
     "by_setting",
     "geometric_means",
     "latest_runs",
-    "over_float32",
-    "over_one_thread",
     "read_rows",
     "regressions",
+    "shares",
 ]
 
 PRECISIONS = ("float32", "tf32", "float16", "bfloat16", "float64")
@@ -39,10 +38,13 @@ OURS_LAST, TORCH_LAST = "ours_channels_last", "torch_channels_last"
 """The kernel for channels_last, and the peer that computes in that memory format."""
 OURS_DEFAULT = "ours_default"
 """The kernel with no search, where `OURS` is one that a tuning log names."""
+_OF_ONE_THREAD, _OF_FLOAT32 = "of 1 thread", "of float32"
 LONG_US = 2000
 """Microseconds from which on a kernel shows whether threads share its work: starting them does not count then."""
 
 
+Setting: TypeAlias = tuple[str, int, bool, int]
+"""See `Row.setting`."""
 Status: TypeAlias = Literal["ok", "wrong", "rejected", "unavailable", "failed"]
 
 
@@ -132,7 +134,7 @@ class Row:
         return next((name for name in PRECISIONS[2:] if name in self.spec.split("_")), "float32")
 
     @property
-    def setting(self) -> tuple[str, int, bool, int]:
+    def setting(self) -> Setting:
         """What rows have in common that may stand in one table: GPU, place in `PRECISIONS`, caches and threads."""
         gpu = self.machine.get("gpu")
         precision = PRECISIONS.index(self.precision)
@@ -231,36 +233,43 @@ def geometric_means(runs: Sequence[Run]) -> tuple[float | None, float | None]:
     )
 
 
-def _time_over(run: Run, runs: Iterable[Run], **changes: Any) -> float | None:
-    """Our time over that in the run with a setting changed so, of the same layer, processor and commit."""
+def shares(runs: Sequence[Run], every: Iterable[Run]) -> dict[str, Callable[[Run], float | None]]:
+    """What gives our time over that with one thread, and over that in float32, by what tables call it.
 
-    def what(one: Row, **changes: Any) -> tuple[Any, ...]:
-        values = {"precision": one.precision, "threads": one.threads} | changes
-        return one.layer, one.machine.get("cpu"), one.commit, one.cold, one.setting[0], *values.values()
+    That is in a run among `every` of the same layer, processor and commit; None where there is none. Left out is what
+    none of `runs` has.
+    """
+    known = {(_place(run.ours), run.ours.setting): run.ours.median_us for run in every}
 
-    wanted = what(run.ours, **changes)
-    found = next((each.ours for each in runs if what(each.ours) == wanted and each.ours != run.ours), None)
-    if found is None or found.median_us is None or run.ours.median_us is None:
-        return None
-    return run.ours.median_us / found.median_us
+    def over(run: Run, setting: Setting) -> float | None:
+        ours, other = run.ours.median_us, known.get((_place(run.ours), setting))
+        return None if ours is None or other is None or setting == run.ours.setting else ours / other
+
+    def over_one_thread(run: Run) -> float | None:
+        gpu, precision, cold, _ = run.ours.setting
+        return over(run, (gpu, precision, cold, 1))
+
+    def over_float32(run: Run) -> float | None:
+        gpu, _, cold, threads = run.ours.setting
+        return over(run, (gpu, PRECISIONS.index("float32"), cold, threads))
+
+    found = {_OF_ONE_THREAD: over_one_thread, _OF_FLOAT32: over_float32}
+    return {title: share for title, share in found.items() if any(share(run) is not None for run in runs)}
 
 
-def over_one_thread(run: Run, runs: Iterable[Run]) -> float | None:
-    """Our time over that with one thread, where it is among `runs`: of the same layer, processor and commit."""
-    return _time_over(run, runs, threads=1)
-
-
-def over_float32(run: Run, runs: Iterable[Run]) -> float | None:
-    """Our time over that in float32, likewise."""
-    return _time_over(run, runs, precision="float32")
+def _place(row: Row) -> tuple[str, Any, str | None]:
+    return row.layer, row.machine.get("cpu"), row.commit
 
 
 def beside_others(runs: Sequence[Run], every: Sequence[Run]) -> str:
     """How our times compare with those with one thread and in float32 among `every` run, in words; or nothing."""
     computing = [run for run in runs if run.ours.bound_by == "compute" and not run.is_overhead]
-    shares = [(run, share) for run in computing if (share := over_one_thread(run, every)) is not None]
-    long = [share for run, share in shares if (run.ours.median_us or 0) >= LONG_US * share]
-    narrow = [share for run in computing if (share := over_float32(run, every)) is not None]
+    known = {
+        title: [(run, over) for run in computing if (over := share(run)) is not None]
+        for title, share in shares(computing, every).items()
+    }
+    long = [over for run, over in known.get(_OF_ONE_THREAD, ()) if (run.ours.median_us or 0) >= LONG_US * over]
+    narrow = [over for _, over in known.get(_OF_FLOAT32, ())]
     found = [f"{_range(long)} of the time with 1 thread ({LONG_US // 1000} ms and more)"] if long else []
     found += [f"{_range(narrow)} of the time in float32"] if narrow else []
     return f"Where computing is the bound ours take {' and '.join(found)}." if found else ""
@@ -277,7 +286,7 @@ def by_setting(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return {_title(each): [run for run in runs if run.ours.setting == each] for each in settings}
 
 
-def _title(setting: tuple[str, int, bool, int]) -> str:
+def _title(setting: Setting) -> str:
     gpu, precision, cold, threads = setting
     name = PRECISIONS[precision]
     if gpu:

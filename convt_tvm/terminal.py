@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,8 +25,7 @@ from convt_tvm.rows import (
     beside_others,
     by_setting,
     geometric_means,
-    over_float32,
-    over_one_thread,
+    shares,
 )
 
 if TYPE_CHECKING:
@@ -296,11 +294,7 @@ def _print_setting(runs: Sequence[Run], every: Sequence[Run]) -> None:
         Column("noise", lambda run: _noise(run.ours), dropped=6, title="noise"),
         Column("of\npeak", lambda run: _percent(run.ours.share_of_peak), dropped=2, title="share of peak"),
         Column("of\nbound", lambda run: _percent(run.ours.share_of_bound), dropped=7, title="share of bound"),
-        *(
-            Column(header, partial(_share, over, every), dropped=8, title=title)
-            for header, title, over in _SHARES
-            if any(over(run, every) is not None for run in runs)
-        ),
+        *(_share_column(title, share) for title, share in shares(runs, every).items()),
     ]
     print_table(columns, runs, console)
     for run in runs:
@@ -317,14 +311,9 @@ def _print_setting(runs: Sequence[Run], every: Sequence[Run]) -> None:
         console.print(escape(beside), soft_wrap=True)
 
 
-_SHARES = (
-    ("of 1\nthread", "share of the time with 1 thread", over_one_thread),
-    ("of\nfloat32", "share of the time in float32", over_float32),
-)
-
-
-def _share(over: Callable[[Run, Sequence[Run]], float | None], every: Sequence[Run], run: Run) -> str:
-    return _number(over(run, every), "{:.2f}")
+def _share_column(title: str, share: Callable[[Run], float | None]) -> Column:
+    header = "\n".join(title.rsplit(" ", 1))
+    return Column(header, lambda run: _number(share(run), "{:.2f}"), dropped=8, title=f"time {title}")
 
 
 def _noise(row: Row) -> str:
