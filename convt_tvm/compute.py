@@ -191,14 +191,19 @@ def has_surplus_images(layout: Layout, batch: Expr) -> bool:
     return int(batch) % layout.image_block > 0 if is_known(batch) else layout.image_block > 1
 
 
-def parameters(spec: ConvTranspose2dSpec, layout: Layout, batch: Expr) -> tuple[Source, Any, Any]:
-    """The placeholders ``input``, for so many images, its axes in the order of its memory, ``packed`` and ``bias``."""
+def parameters(spec: ConvTranspose2dSpec, layout: Layout) -> tuple[ConvTranspose2dSpec, Source, Any, Any]:
+    """The spec that schedules see; and ``input``, its axes in the order of its memory, ``packed`` and ``bias``.
+
+    These are placeholders. For any batch size, a variable then, the spec is that of one tile's images.
+    """
+    batch: Expr = te.var("n") if spec.n is None else spec.n
+    spec = spec.with_batch(layout.image_block) if spec.n is None else spec
     axes, sizes = spec.input_axes, {"n": batch, "c": spec.ci, "h": spec.ih, "w": spec.iw}
     tensor = te.placeholder([sizes[axis] for axis in axes], spec.dtype, name="input")
     whole = tirx.ceildiv(batch, layout.image_block) * layout.image_block
     data = Source(tensor, axes, images=whole if has_surplus_images(layout, batch) else None)
     packed = te.placeholder(layout.packed_shape(spec), layout.packed_dtype(spec), name="packed")
-    return data, packed, te.placeholder(spec.bias_shape, spec.dtype, name="bias")
+    return spec, data, packed, te.placeholder(spec.bias_shape, spec.dtype, name="bias")
 
 
 def phase_function(
@@ -219,9 +224,7 @@ def declare_phases(spec: ConvTranspose2dSpec, layout: Layout, target: Target) ->
     ``band<k>``. With a layout that `Layout.skips_rows` a schedule has to leave out row taps that would read the border
     (`SKIPS_ROWS`): there is nothing to read.
     """
-    batch: Expr = te.var("n") if spec.n is None else spec.n
-    spec = spec.with_batch(layout.image_block) if spec.n is None else spec
-    data, packed, bias = parameters(spec, layout, batch)
+    spec, data, packed, bias = parameters(spec, layout)
     # One window is copied for all bands, or none; tasks of a layout `by_chunk` copy what they read, those of each band.
     shared = None if layout.by_chunk else data if reads_input(spec, layout) else copied_window(spec, layout, data)
 

@@ -41,7 +41,7 @@ def declare_thread_phases(spec: ConvTranspose2dSpec, layout: ThreadLayout, targe
     Parameters are ``input``, ``packed``, ``bias`` where the spec has one, and ``band0``, ``band1``, ... with the axes
     of `_finish`. Blocks are named ``window<k>``, ``acc<k>``, ``parts<k>`` and ``band<k>``.
     """
-    source, packed, bias = parameters(spec, layout, spec.n)
+    _, source, packed, bias = parameters(spec, layout)
     data = source.tensor
     outputs = []
     for band in bands(spec):

@@ -42,8 +42,7 @@ def declare_depthwise_phases(spec: ConvTranspose2dSpec, layout: DepthwiseLayout,
 
     Its spec, as far as schedules are concerned, is that of `joined` groups.
     """
-    batch, spec = te.var("n") if spec.n is None else spec.n, spec.sized
-    data, packed, bias = parameters(spec, layout, batch)
+    spec, data, packed, bias = parameters(spec, layout)
     source = data if reads_input(spec, layout) else copied_window(spec, layout, data)
     places, one = _Places(source.tensor, source.axes, source.origin), joined(spec)
 
@@ -53,7 +52,7 @@ def declare_depthwise_phases(spec: ConvTranspose2dSpec, layout: DepthwiseLayout,
     def accumulate(band: Band) -> Any:
         return sum_products(one, layout, band, places, multiply)
 
-    outputs = finish_bands(one, layout, batch, bias, accumulate)
+    outputs = finish_bands(one, layout, data.batch, bias, accumulate)
     return phase_function(one, layout, target, [data.tensor, packed, bias], outputs)
 
 

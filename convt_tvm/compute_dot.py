@@ -26,9 +26,7 @@ Expr = Any
 
 def declare_dot_phases(spec: ConvTranspose2dSpec, layout: DotLayout, target: Target) -> tirx.PrimFunc:
     """The phase form of `spec` as a PrimFunc to schedule; parameters and blocks as of `compute.declare_phases`."""
-    batch: Expr = te.var("n") if spec.n is None else spec.n
-    spec = spec.with_batch(layout.image_block) if spec.n is None else spec
-    data, packed, bias = parameters(spec, layout, batch)
+    spec, data, packed, bias = parameters(spec, layout)
     reads_them = reads_pairs(spec, layout)
     source = _Pairs(data.tensor, data.axes, images=data.images) if reads_them else _window(spec, layout, data)
 

@@ -47,14 +47,13 @@ def declare_gathered(
     spec: ConvTranspose2dSpec, layout: TapLayout, target: Target, multiply: Callable[..., Any]
 ) -> tirx.PrimFunc:
     """The phase form that gathers taps of sums over channels, which ``multiply(spec, layout, data, packed)`` gives."""
-    batch, spec = te.var("n") if spec.n is None else spec.n, spec.sized
-    data, packed, bias = parameters(spec, layout, batch)
+    spec, data, packed, bias = parameters(spec, layout)
     product = multiply(spec, layout, data, packed)
 
     def accumulate(band: Band) -> Any:
-        return _gather(spec, layout, band, batch, product)
+        return _gather(spec, layout, band, data.batch, product)
 
-    outputs = finish_bands(spec, layout, batch, bias, accumulate)
+    outputs = finish_bands(spec, layout, data.batch, bias, accumulate)
     return phase_function(spec, layout, target, [data.tensor, packed, bias], outputs)
 
 

@@ -42,7 +42,7 @@ def declare_tensor_phases(spec: ConvTranspose2dSpec, layout: TensorLayout, targe
     as integers, as many in each as are loaded at once. Blocks are named ``fetch``, ``gather``, ``window``, ``taps``,
     ``inputs``, ``weights``, ``acc`` and ``band``.
     """
-    _, packed, bias = parameters(spec, layout, spec.n)
+    _, _, packed, bias = parameters(spec, layout)
     # CUDA makes a 16-bit zero by a conversion in assembly, which compilers keep in a branch of its own: integers.
     *lead, width = spec.input_shape
     word = f"uint{8 * DTYPE_BYTES[spec.dtype] * layout.loaded}"

@@ -45,16 +45,15 @@ Image = Callable[[Expr, Expr, Expr, Expr, Expr], Expr]
 
 def declare_tile_phases(spec: ConvTranspose2dSpec, layout: TileLayout, target: Target) -> tirx.PrimFunc:
     """The phase form of `spec` as a PrimFunc to schedule; parameters and blocks as of `compute.declare_phases`."""
-    batch, spec = te.var("n") if spec.n is None else spec.n, spec.sized
-    data, packed, bias = parameters(spec, layout, batch)
+    spec, data, packed, bias = parameters(spec, layout)
     image = None
     outputs = []
     for band in bands(spec):
         sums = None
         if reaches(spec, band):
             image = _image(spec, layout, data) if image is None else image
-            sums = _sums_of(spec, layout, band, _accumulate(spec, layout, band, batch, image, packed))
-        outputs.append(finish(spec, layout, band, batch, sums, bias))
+            sums = _sums_of(spec, layout, band, _accumulate(spec, layout, band, data.batch, image, packed))
+        outputs.append(finish(spec, layout, band, data.batch, sums, bias))
     return phase_function(spec, layout, target, [data.tensor, packed, bias], outputs)
 
 
