@@ -4,7 +4,7 @@ import importlib.util
 import math
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +24,7 @@ from convt_tvm.processor import TILE_FEATURES
 from convt_tvm.reference import Inputs, empty_output, error_bound, in_format, normal_inputs, reference
 from convt_tvm.roofline import Limits, Loops, bound, measure, processor_loops
 from convt_tvm.roofline_torch import multiply_matrices, torch_loops
-from convt_tvm.rows import COPY, OURS, OURS_DEFAULT, OURS_LAST, TORCH_LAST, Row
+from convt_tvm.rows import COPY, OURS, OURS_DEFAULT, OURS_LAST, OURS_ONE_THREAD, TORCH_LAST, Row
 from convt_tvm.runtime import Kernel
 from convt_tvm.spec import CHANNELS_LAST, ConvTranspose2dSpec
 from convt_tvm.target import Target
@@ -190,8 +190,8 @@ def bench(
 ) -> list[Row]:
     """Time the kernel of a workload, a second copy of it, and peers; on one image where any batch size goes.
 
-    Where tuning found that kernel, the default is timed too; and beside torch in channels_last a kernel of ours for
-    that memory format, if it can be built here.
+    Where tuning found that kernel, the default is timed too; with several threads what there is for one, on one; and
+    beside torch in channels_last a kernel of ours for that memory format, if it can be built here.
 
     Weights are constant: packed, frozen or laid out beforehand. Every contender's answer is compared with float64, and
     those that are wrong are not timed. The others take turns, in reversed order each round, each running untimed for a
@@ -223,8 +223,8 @@ def bench(
     Returns
     -------
     list of Row
-        Ours, its copy, perhaps ours without tuning and in channels_last, and the peers in the order given. What went
-        wrong is in a row's ``status`` and ``reason``.
+        Ours, its copy, perhaps ours without tuning, with one thread and in channels_last, and the peers in the order
+        given. What went wrong is in a row's ``status`` and ``reason``.
 
     Raises
     ------
@@ -273,6 +273,9 @@ def bench(
             return False
         return bool(kernels[0].manifest.tuning.get("result", {}).get("tuned", False))
 
+    def around(name: str) -> AbstractContextManager[None]:
+        return thread_count(1) if name == OURS_ONE_THREAD else nullcontext()
+
     samples: dict[str, list[float]] = {}
     limits: Limits | None = None
     with (
@@ -286,6 +289,9 @@ def bench(
         if OURS in contenders:
             if tuned and (artifact is None or default is not None):
                 enter_ours((OURS_DEFAULT,), workload.spec, default, tuned=False)
+            if threads > 1 and artifact is None:
+                with around(OURS_ONE_THREAD):
+                    enter_ours((OURS_ONE_THREAD,), workload.spec)
             if TORCH_LAST in peers and artifact is None and resolved.keeps_channels_last and not spec.is_channels_last:
                 enter_ours((OURS_LAST,), replace(workload.spec, memory_format=CHANNELS_LAST))
             for name in peers:
@@ -300,6 +306,7 @@ def bench(
                     settle_secs=settle_secs,
                     min_sample_secs=min_sample_secs,
                     time_calls=place.time_calls(),
+                    around=around,
                 )
                 limits = loops.limits(samples)
             except Exception as error:  # recorded in every row: an unfinished round compares nothing

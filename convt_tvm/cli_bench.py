@@ -75,8 +75,9 @@ def bench(
 
     All in one process, by turns, in reversed order each round, with constant weights and the same number of threads. An
     answer that is wrong by float64 is never timed. A second copy of each kernel gives the noise floor. Of several
-    numbers of threads, or types, each has a table, with our time beside that with one thread, or in float32. Exits with
-    1 if one of our kernels failed. With --json, one line for each workload and implementation.
+    numbers of threads, or types, each has a table; with more than one thread our time stands beside that with one, and
+    in other types beside that in float32. Exits with 1 if one of our kernels failed. With --json, one line for each
+    workload and implementation.
 
     On a GPU the peers are torch's: cuDNN with its benchmark mode, NCHW and channels_last, and torch.compile with
     autotuning; float32 is IEEE's. Calls are captured in CUDA graphs and timed by the GPU.

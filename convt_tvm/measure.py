@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from statistics import median
 from time import perf_counter
 from typing import TypeAlias
@@ -22,6 +23,7 @@ def interleaved(
     settle_secs: float = 0.005,
     clock: Callable[[], float] = perf_counter,
     time_calls: TimeCalls | None = None,
+    around: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> dict[str, list[float]]:
     """Microseconds per call of each function: `rounds` raw samples each, taken by turns.
 
@@ -44,6 +46,8 @@ def interleaved(
         Seconds, for tests.
     time_calls
         Takes the time instead, of what a device still computes when the call has returned.
+    around
+        What each sample of the function so named is taken in, with the calls before it.
 
     Raises
     ------
@@ -69,28 +73,30 @@ def interleaved(
         while clock() - start < settle_secs:
             function()
 
-    def loop_length(function: Callable[[], object]) -> int:
-        settle(function)
-        calls = 1
-        while (elapsed := run(function, calls)) < min_sample_secs and calls < _LONGEST_LOOP:
-            # Past a tenth of the goal the estimate is good enough to be the last one.
-            sure = elapsed > min_sample_secs / 10
-            wanted = int(calls * min_sample_secs / elapsed) + 1 if sure else calls * 10
-            calls = min(wanted, _LONGEST_LOOP)
-            if sure:
-                break
-        return calls
+    def loop_length(name: str) -> int:
+        with around(name):
+            settle(functions[name])
+            calls = 1
+            while (elapsed := run(functions[name], calls)) < min_sample_secs and calls < _LONGEST_LOOP:
+                # Past a tenth of the goal the estimate is good enough to be the last one.
+                sure = elapsed > min_sample_secs / 10
+                wanted = int(calls * min_sample_secs / elapsed) + 1 if sure else calls * 10
+                calls = min(wanted, _LONGEST_LOOP)
+                if sure:
+                    break
+            return calls
 
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        loops = {name: loop_length(function) for name, function in functions.items()}
+        loops = {name: loop_length(name) for name in functions}
         samples: dict[str, list[float]] = {name: [] for name in functions}
         order = list(functions)
         for _ in range(rounds):
             for name in order:
-                settle(functions[name])
-                samples[name].append(run(functions[name], loops[name]) / loops[name] * 1e6)
+                with around(name):
+                    settle(functions[name])
+                    samples[name].append(run(functions[name], loops[name]) / loops[name] * 1e6)
             order.reverse()
         return samples
     finally:

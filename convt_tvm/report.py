@@ -196,7 +196,8 @@ def to_markdown(rows: Sequence[Row]) -> str:
     )
     if shares(everything, everything):
         parts[-1] += (
-            " *of 1 thread*, *of float32*: our time over that of the same commit with one thread, or in float32."
+            " *of 1 thread*: our time over that with one thread, by turns as well. *of float32*: over that of the same "
+            "commit in float32."
         )
     parts += _conditions(everything)
     return "\n\n".join(parts) + "\n"

@@ -16,6 +16,7 @@ __all__ = [
     "OURS",
     "OURS_DEFAULT",
     "OURS_LAST",
+    "OURS_ONE_THREAD",
     "PRECISIONS",
     "TORCH",
     "TORCH_LAST",
@@ -38,6 +39,8 @@ OURS_LAST, TORCH_LAST = "ours_channels_last", "torch_channels_last"
 """The kernel for channels_last, and the peer that computes in that memory format."""
 OURS_DEFAULT = "ours_default"
 """The kernel with no search, where `OURS` is one that a tuning log names."""
+OURS_ONE_THREAD = "ours_1_thread"
+"""What `OURS` would be with one thread, run with one: by turns with it, where that has several."""
 _OF_ONE_THREAD, _OF_FLOAT32 = "of 1 thread", "of float32"
 LONG_US = 2000
 """Microseconds from which on a kernel shows whether threads share its work: starting them does not count then."""
@@ -57,7 +60,7 @@ class Row:
     workload, spec
         The workload's name and its spec's canonical name.
     implementation
-        `OURS`, `COPY`, `OURS_LAST`, `OURS_DEFAULT`, or a name of `convt_tvm.peers.PEERS`.
+        `OURS`, `COPY`, `OURS_LAST`, `OURS_DEFAULT`, `OURS_ONE_THREAD`, or a name of `convt_tvm.peers.PEERS`.
     status
         ``ok``; ``wrong`` if an answer was outside its tolerance, ``rejected`` if the implementation refuses the spec,
         ``unavailable`` if it is not installed, ``failed`` if it raised while running. Only ``ok`` rows have times.
@@ -124,7 +127,7 @@ class Row:
     @property
     def is_ours(self) -> bool:
         """Whether this is a kernel of ours."""
-        return self.implementation in (OURS, COPY, OURS_LAST, OURS_DEFAULT)
+        return self.implementation in (OURS, COPY, OURS_LAST, OURS_DEFAULT, OURS_ONE_THREAD)
 
     @property
     def precision(self) -> str:
@@ -212,6 +215,12 @@ class Run:
         return self.speedup(self.rows.get(TORCH))
 
     @property
+    def over_one_thread(self) -> float | None:
+        """Our time over that with one thread; None where there is no other."""
+        alone = self.rows.get(OURS_ONE_THREAD)
+        return None if alone is None or not alone.samples_us else ratio(self.ours.samples_us, alone.samples_us)
+
+    @property
     def by_default(self) -> Self:
         """The same run with the kernel that there is without tuning in the place of ours."""
         default = self.rows.get(OURS_DEFAULT)
@@ -236,24 +245,21 @@ def geometric_means(runs: Sequence[Run]) -> tuple[float | None, float | None]:
 def shares(runs: Sequence[Run], every: Iterable[Run]) -> dict[str, Callable[[Run], float | None]]:
     """What gives our time over that with one thread, and over that in float32, by what tables call it.
 
-    That is in a run among `every` of the same layer, processor and commit; None where there is none. Left out is what
-    none of `runs` has.
+    The first was timed in the same run (`Run.over_one_thread`), float32 in a run among `every` of the same layer,
+    processor and commit; None where there is none. Left out is what none of `runs` has.
     """
     known = {(_place(run.ours), run.ours.setting): run.ours.median_us for run in every}
 
-    def over(run: Run, setting: Setting) -> float | None:
-        ours, other = run.ours.median_us, known.get((_place(run.ours), setting))
-        return None if ours is None or other is None or setting == run.ours.setting else ours / other
-
-    def over_one_thread(run: Run) -> float | None:
-        gpu, precision, cold, _ = run.ours.setting
-        return over(run, (gpu, precision, cold, 1))
-
     def over_float32(run: Run) -> float | None:
         gpu, _, cold, threads = run.ours.setting
-        return over(run, (gpu, PRECISIONS.index("float32"), cold, threads))
+        wide = gpu, PRECISIONS.index("float32"), cold, threads
+        ours, other = run.ours.median_us, known.get((_place(run.ours), wide))
+        return None if ours is None or other is None or wide == run.ours.setting else ours / other
 
-    found = {_OF_ONE_THREAD: over_one_thread, _OF_FLOAT32: over_float32}
+    found: dict[str, Callable[[Run], float | None]] = {
+        _OF_ONE_THREAD: lambda run: run.over_one_thread,
+        _OF_FLOAT32: over_float32,
+    }
     return {title: share for title, share in found.items() if any(share(run) is not None for run in runs)}
 
 

@@ -13,11 +13,12 @@ from convt_tvm import bench as bench_module
 from convt_tvm import roofline, runtime
 from convt_tvm.bench import Tolerance, bench, current_commit
 from convt_tvm.check import torch_eager
+from convt_tvm.machine import machine
 from convt_tvm.measure import noise_floor
 from convt_tvm.peers import PEERS
 from convt_tvm.reference import normal_inputs
 from convt_tvm.roofline import Loop, Loops
-from convt_tvm.rows import COPY, OURS, OURS_DEFAULT, OURS_LAST, Row
+from convt_tvm.rows import COPY, OURS, OURS_DEFAULT, OURS_LAST, OURS_ONE_THREAD, Row
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
 from convt_tvm.workloads import Workload
@@ -146,6 +147,36 @@ def test_beside_torch_in_channels_last_is_ours():
     assert list(found) == [OURS, COPY, OURS_LAST, "torch_channels_last"]
     assert {(row.status, row.reason, row.spec) for row in rows} == {("ok", "", SPEC.name)}
     assert found[OURS_LAST].median_us > 0
+
+
+@pytest.mark.skipif(machine().cores < 2, reason="needs two cores")
+def test_beside_ours_with_several_threads_is_what_one_would_run(tmp_path, monkeypatch):
+    """By turns: with a table of another time each, the machine's other tenants would be compared as well."""
+    load, contender, built, ran = bench_module._load_twice, bench_module._contender, [], []
+
+    def load_twice(*arguments, **options):
+        built.append((runtime.get_num_threads(), torch.get_num_threads()))
+        return load(*arguments, **options)
+
+    def watched(kernel, inputs):
+        run = contender(kernel, inputs)
+
+        def watch():
+            ran.append(runtime.get_num_threads())
+            return run()
+
+        return watch
+
+    monkeypatch.setattr(bench_module, "_load_twice", load_twice)
+    monkeypatch.setattr(bench_module, "_contender", watched)
+    rows = bench(WORKLOAD, peers=["torch"], **FAST | {"threads": 2})
+    assert [row.implementation for row in rows] == [OURS, COPY, OURS_ONE_THREAD, "torch"]
+    assert {(row.status, row.threads, len(row.samples_us)) for row in rows} == {("ok", 2, 2)}
+    # A tuning log is asked for what is best with so many.
+    assert built == [(2, 2), (1, 1)]
+    turns = [threads for threads, before in zip(ran, [None, *ran], strict=False) if threads != before]
+    # Checked, its loop found, and timed: in the second round it comes before the others.
+    assert turns == [2, 1, 2, 1, 2, 1, 2]
 
 
 def test_beside_a_tuned_kernel_is_the_default(tmp_path, monkeypatch):
@@ -278,7 +309,7 @@ def test_several_threads_settle_longer(monkeypatch):
     """Spinning workers of the contender before would otherwise take the CPUs of the next."""
     seen = []
 
-    def interleaved(functions, *, rounds, settle_secs, min_sample_secs, time_calls):
+    def interleaved(functions, *, rounds, settle_secs, **options):
         seen.append(settle_secs)
         return {name: [1.0] * rounds for name in functions}
 

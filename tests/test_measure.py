@@ -1,4 +1,5 @@
 import gc
+from contextlib import contextmanager
 
 import pytest
 
@@ -88,6 +89,23 @@ def test_each_sample_is_preceded_by_untimed_calls():
 
     samples = interleaved({"f": machine.function("f", secs), "other": other}, rounds=3, clock=machine.clock)
     assert samples["f"] == pytest.approx([1000.0] * 3)
+
+
+def test_each_sample_and_the_calls_before_it_are_taken_in_what_is_asked_for():
+    machine = Machine()
+    functions = {name: machine.function(name, 1.0) for name in "ab"}
+
+    @contextmanager
+    def around(name):
+        machine.calls.append(f"<{name}")
+        try:
+            yield
+        finally:
+            machine.calls.append(">")
+
+    interleaved(functions, rounds=2, clock=machine.clock, around=around)
+    finding_loops, samples = ["<a", "a", ">", "<b", "b", ">"], ["<a", "a", ">", "<b", "b", ">", "<b", "b", ">"]
+    assert turns(machine.calls) == [*finding_loops, *samples, "<a", "a", ">"]
 
 
 def test_the_median_ignores_an_outlier():

@@ -6,7 +6,7 @@ from test_rows import run_of
 
 from convt_tvm.errors import RowsError
 from convt_tvm.report import plot, to_markdown, update_section
-from convt_tvm.rows import OURS, OURS_DEFAULT
+from convt_tvm.rows import OURS, OURS_DEFAULT, OURS_ONE_THREAD
 
 
 def two_workloads():
@@ -73,19 +73,21 @@ def test_thread_counts_have_tables_of_their_own_and_every_commit_is_named():
 
 def test_times_stand_beside_those_with_one_thread_and_in_float32_of_the_same_commit():
     spec, bound = "n1_ci8_bias_{}_channels_last", {"bound_by": "compute"}
-    one = run_of({OURS: 5000.0, "torch": 9e3}, spec=spec.format("float32"), **bound)
-    two = run_of({OURS: 2600.0, "torch": 9e3}, spec=spec.format("float32"), threads=2, **bound)
+    one = run_of({OURS: 4000.0, "torch": 9e3}, spec=spec.format("float32"), **bound)
+    # The machine was slower than when one thread had a table of its own.
+    beside = {OURS: 2600.0, OURS_ONE_THREAD: 5000.0, "torch": 9e3}
+    two = run_of(beside, spec=spec.format("float32"), threads=2, **bound)
     narrow = run_of({OURS: 2000.0, "torch": 9e3}, spec=spec.format("bfloat16"), **bound)
     text = to_markdown([*one, *two, *narrow])
     assert "noise | of peak | of bound | of 1 thread |\n" in text and "| - | - | 0.520 |\n" in text
-    assert "noise | of peak | of bound | of float32 |\n" in text and "| - | - | 0.400 |\n" in text
+    assert "noise | of peak | of bound | of float32 |\n" in text and "| - | - | 0.500 |\n" in text
     assert "Where computing is the bound ours take 0.52 of the time with 1 thread (2 ms and more)." in text
-    assert "Where computing is the bound ours take 0.40 of the time in float32." in text
-    assert "*of 1 thread*, *of float32*: our time over that of the same commit" in text
-    others = {"commit": "def"}, {"spec": spec.format("float32").replace("_channels_last", "")}
-    for changes in others:
-        assert "of 1 thread" not in to_markdown([*one, *(replace(row, **changes) for row in two)])
-    short = [replace(row, median_us=row.median_us and row.median_us / 3) for row in (*one, *two)]
+    assert "Where computing is the bound ours take 0.50 of the time in float32." in text
+    assert "*of 1 thread*: our time over that with one thread" in text
+    assert "of 1 thread" not in to_markdown([*one, *(row for row in two if row.implementation != OURS_ONE_THREAD)])
+    for changes in {"commit": "def"}, {"spec": spec.format("bfloat16").replace("_channels_last", "")}:
+        assert "of float32" not in to_markdown([*one, *(replace(row, **changes) for row in narrow)])
+    short = [replace(row, median_us=row.median_us and row.median_us / 3) for row in two]
     assert "of 1 thread |" in to_markdown(short) and "Where computing" not in to_markdown(short)
 
 

@@ -10,6 +10,7 @@ from convt_tvm.rows import (
     OURS,
     OURS_DEFAULT,
     OURS_LAST,
+    OURS_ONE_THREAD,
     TORCH_LAST,
     Row,
     geometric_means,
@@ -119,6 +120,16 @@ def test_the_default_kernel_is_ours_and_can_stand_in():
     assert (run.by_default.over_best, run.by_default.is_behind) == (pytest.approx(15 / 16), True)
     (run,) = latest_runs(run_of({OURS: 10.0, "torch": 15.0}))
     assert run.by_default is run
+
+
+def test_ours_with_one_thread_is_no_peer_and_is_compared_in_each_round():
+    ours, alone = run_of({OURS: 10.0, OURS_ONE_THREAD: 20.0})
+    ours, alone = replace(ours, samples_us=(5, 5, 10, 10, 10)), replace(alone, samples_us=(10, 10, 20, 20, 9))
+    (run,) = latest_runs([ours, alone])
+    assert (run.peers, run.over_one_thread) == ({}, pytest.approx(0.5))
+    for beside in {}, {OURS_ONE_THREAD: None}:
+        (run,) = latest_runs(run_of({OURS: 10.0, **beside}))
+        assert run.over_one_thread is None
 
 
 @pytest.mark.parametrize(("peer", "behind"), [(9.9, False), (9.7, True)])
