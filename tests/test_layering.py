@@ -1,6 +1,7 @@
 """Imports point one way, and only the compiling half of the package imports the compiler."""
 
 import ast
+import functools
 import subprocess
 import sys
 from importlib.util import resolve_name
@@ -190,6 +191,7 @@ def row_of(module):
     return parts[1] if len(parts) > 1 else "__init__"
 
 
+@functools.cache
 def imports_of(source, module):
     """Triples (imported module, line, whether it is imported as soon as `module` is)."""
     found = []
