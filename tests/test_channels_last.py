@@ -39,7 +39,7 @@ SPECS = {
     "one input channel": last(ci=1),
     "nothing but the bias in two of three rows": last(kernel_size=1, stride=3, padding=0),
     "the input itself is read": last(ci=16, co=32, kernel_size=2, padding=0),
-    "many phases": last(kernel_size=5, stride=5, iw=17, padding=0),
+    "many phases": last(kernel_size=9, stride=9, iw=17, padding=0),
 }
 
 

@@ -548,7 +548,7 @@ def test_any_batch_size_passes_the_caches_where_it_outgrows_them(monkeypatch, tm
     numbers=st.tuples(st.integers(0, 999), st.integers(0, 999)),
     batch=st.integers(1, 3),
 )
-@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.settings(max_examples=60, deadline=None)
 @pytest.mark.no_cover
 def test_every_schedule_batch_size_and_memory_format_gives_the_same_bits(spec, numbers, batch):
     """Of one unit, that is; also those that go past the caches, which otherwise larger outputs do."""
