@@ -41,7 +41,6 @@ OURS_DEFAULT = "ours_default"
 """The kernel with no search, where `OURS` is one that a tuning log names."""
 OURS_ONE_THREAD = "ours_1_thread"
 """What `OURS` would be with one thread, run with one: by turns with it, where that has several."""
-_OF_ONE_THREAD, _OF_FLOAT32 = "of 1 thread", "of float32"
 LONG_US = 2000
 """Microseconds from which on a kernel shows whether threads share its work: starting them does not count then."""
 
@@ -67,8 +66,8 @@ class Row:
     reason
         Why the status is not ``ok``; otherwise empty.
     threads, rounds, target, date
-        How it was run: size of every thread pool, samples taken, what our kernel was compiled for, when (UTC; the same
-        for all rows of a run).
+        How it was run: size of every thread pool (but for `OURS_ONE_THREAD`), samples taken, what our kernel was
+        compiled for, when (UTC; the same for all rows of a run).
     error_over_bound
         Largest ratio of an output's distance from float64 to its own `convt_tvm.reference.error_bound`.
     median_us, mad_us
@@ -248,34 +247,36 @@ def shares(runs: Sequence[Run], every: Iterable[Run]) -> dict[str, Callable[[Run
     The first was timed in the same run (`Run.over_one_thread`), float32 in a run among `every` of the same layer,
     processor and commit; None where there is none. Left out is what none of `runs` has.
     """
-    known = {(_place(run.ours), run.ours.setting): run.ours.median_us for run in every}
-
-    def over_float32(run: Run) -> float | None:
-        gpu, _, cold, threads = run.ours.setting
-        wide = gpu, PRECISIONS.index("float32"), cold, threads
-        ours, other = run.ours.median_us, known.get((_place(run.ours), wide))
-        return None if ours is None or other is None or wide == run.ours.setting else ours / other
-
     found: dict[str, Callable[[Run], float | None]] = {
-        _OF_ONE_THREAD: lambda run: run.over_one_thread,
-        _OF_FLOAT32: over_float32,
+        "of 1 thread": lambda run: run.over_one_thread,
+        "of float32": _over_float32(every),
     }
     return {title: share for title, share in found.items() if any(share(run) is not None for run in runs)}
 
 
-def _place(row: Row) -> tuple[str, Any, str | None]:
-    return row.layer, row.machine.get("cpu"), row.commit
+def _over_float32(every: Iterable[Run]) -> Callable[[Run], float | None]:
+    """What gives our time over that in float32; see `shares`."""
+
+    def place(row: Row) -> tuple[str, Any, str | None]:
+        return row.layer, row.machine.get("cpu"), row.commit
+
+    known = {(place(run.ours), run.ours.setting): run.ours.median_us for run in every}
+
+    def over(run: Run) -> float | None:
+        gpu, _, cold, threads = run.ours.setting
+        wide = gpu, PRECISIONS.index("float32"), cold, threads
+        ours, other = run.ours.median_us, known.get((place(run.ours), wide))
+        return None if ours is None or other is None or wide == run.ours.setting else ours / other
+
+    return over
 
 
 def beside_others(runs: Sequence[Run], every: Sequence[Run]) -> str:
     """How our times compare with those with one thread and in float32 among `every` run, in words; or nothing."""
     computing = [run for run in runs if run.ours.bound_by == "compute" and not run.is_overhead]
-    known = {
-        title: [(run, over) for run in computing if (over := share(run)) is not None]
-        for title, share in shares(computing, every).items()
-    }
-    long = [over for run, over in known.get(_OF_ONE_THREAD, ()) if (run.ours.median_us or 0) >= LONG_US * over]
-    narrow = [over for _, over in known.get(_OF_FLOAT32, ())]
+    alone = [(run.ours.median_us or 0, over) for run in computing if (over := run.over_one_thread) is not None]
+    long = [over for ours, over in alone if ours >= LONG_US * over]
+    narrow = [over for over in map(_over_float32(every), computing) if over is not None]
     found = [f"{_range(long)} of the time with 1 thread ({LONG_US // 1000} ms and more)"] if long else []
     found += [f"{_range(narrow)} of the time in float32"] if narrow else []
     return f"Where computing is the bound ours take {' and '.join(found)}." if found else ""

@@ -150,7 +150,7 @@ def test_beside_torch_in_channels_last_is_ours():
 
 
 @pytest.mark.skipif(machine().cores < 2, reason="needs two cores")
-def test_beside_ours_with_several_threads_is_what_one_would_run(tmp_path, monkeypatch):
+def test_beside_ours_with_several_threads_is_what_one_would_run(monkeypatch):
     """By turns: with a table of another time each, the machine's other tenants would be compared as well."""
     load, contender, built, ran = bench_module._load_twice, bench_module._contender, [], []
 

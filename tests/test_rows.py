@@ -123,7 +123,7 @@ def test_the_default_kernel_is_ours_and_can_stand_in():
 
 
 def test_ours_with_one_thread_is_no_peer_and_is_compared_in_each_round():
-    ours, alone = run_of({OURS: 10.0, OURS_ONE_THREAD: 20.0})
+    ours, alone = run_of({OURS: 10.0, OURS_ONE_THREAD: 10.0})
     ours, alone = replace(ours, samples_us=(5, 5, 10, 10, 10)), replace(alone, samples_us=(10, 10, 20, 20, 9))
     (run,) = latest_runs([ours, alone])
     assert (run.peers, run.over_one_thread) == ({}, pytest.approx(0.5))
