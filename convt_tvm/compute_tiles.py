@@ -5,7 +5,8 @@ For each row band, with ``f = q + (base(ph) - th*step)*pitch + base(pw) - tw*ste
     acc[n, g, b, ph, chunk, pw, ob, p] += window[n, g, ks*K + kp, f, j] * packed[g*B + b, ..., ks, ob, kp, j]
 
 over ``th``, ``tw``, ``ks``, ``kp``, ``j``: the input channel ``2*(ks*K + kp) + j`` in steps of ``K`` pairs, as tiles
-multiply them, and ``q = chunk*chunk_rows*pitch + p``. With lanes along channels
+multiply them, and ``q = chunk*chunk_rows*pitch + p``, or where ``chunk`` counts ``C`` chunks of columns in each of rows
+``q = chunk/C*chunk_rows*pitch + chunk%C*chunk_columns + p``. With lanes along channels
 
     acc[n, g, b, ph, chunk, pw, p, ob] += window[n, f, g, ks, kp, j] * packed[g*B + b, ..., ks, kp, ob, j]
 
@@ -107,7 +108,6 @@ def _accumulate(
     row_base = [(phase.base - origin.first_row) * pitch for phase in band.phases]
     row_tap = [phase.first_tap for phase in band.phases]
     column_base = [phase.base - origin.first_column if phase.taps else 0 for phase in column_phases]
-    chunk = layout.chunk(band)
 
     extents = {"th": band.taps, "tw": max(column_taps), "ks": layout.steps(spec), "kp": pairs, "j": 2}
     axes = [te.reduce_axis((0, extent), name=name) for name, extent in extents.items()]
@@ -115,7 +115,7 @@ def _accumulate(
 
     def total(n: Expr, g: Expr, b: Expr, ph: Expr, c: Expr, pw: Expr, *of_tile: Expr) -> Expr:
         p, ob = of_tile if layout.by_positions else reversed(of_tile)
-        place = c * (chunk * pitch) + p
+        place = _first_of_chunk(spec, layout, band, c) + p
         place += lookup(row_base, ph) - th * (step_h * pitch) + lookup(column_base, pw) - tw * step_w
         row, column = lookup(row_tap, ph) + th * band.phases[0].tap_step, lookup(column_start, pw) + tw
         value = image(n, g, ks * pairs + kp, place, j).astype(spec.accumulator_dtype)
@@ -126,21 +126,31 @@ def _accumulate(
             product = tirx.if_then_else(tw < lookup(column_taps, pw), product, tirx.const(0, spec.accumulator_dtype))
         return te.sum(product, axis=axes)
 
-    lead = (batch, spec.groups, blocks, len(band.phases), layout.rows(band) // chunk, len(column_phases))
+    lead = (batch, spec.groups, blocks, len(band.phases), layout.chunks(spec, band), len(column_phases))
     tile = layout.chunk_tiles(spec, band) * layout.positions, layout.co_block
     return te.compute((*lead, *(tile if layout.by_positions else reversed(tile))), total, name=f"acc{band.index}")
+
+
+def _first_of_chunk(spec: ConvTranspose2dSpec, layout: TileLayout, band: Band, c: Expr) -> Expr:
+    """The first position of chunk `c`."""
+    of_rows, in_row = layout.chunk(band) * layout.pitch(spec), layout.column_chunks(spec)
+    if in_row == 1:
+        return c * of_rows
+    return tirx.indexdiv(c, in_row) * of_rows + tirx.indexmod(c, in_row) * layout.column_chunk
 
 
 def _sums_of(spec: ConvTranspose2dSpec, layout: TileLayout, band: Band, acc: Any) -> Sums:
     """What gives the sum for each output."""
     chunk, pitch = layout.chunk(band), layout.pitch(spec)
+    in_row, columns = layout.column_chunks(spec), layout.chunk_columns(spec)
 
     def sums(n: Expr, g: Expr, b: Expr, ob: Expr, ph: Expr, qh: Expr, qw: Expr, pw: Expr) -> Expr:
         # A zero that TVM cannot see through: a schedule then sums all positions of a chunk, which whole tiles divide.
         unknown = tirx.bitwise_and(qh, 0)
-        place = tirx.indexmod(qh, chunk) * pitch + qw + unknown
+        place = tirx.indexmod(qh, chunk) * pitch + tirx.indexmod(qw, columns) + unknown
         of_tile = (place, ob) if layout.by_positions else (ob, place)
-        return acc[(n, g, b, ph, tirx.indexdiv(qh, chunk), pw, *of_tile)]
+        c = tirx.indexdiv(qh, chunk) * in_row + tirx.indexdiv(qw, columns)
+        return acc[(n, g, b, ph, c, pw, *of_tile)]
 
     return sums
 

@@ -15,6 +15,7 @@ from convt_tvm.layout import Layout
 from convt_tvm.peers import PEERS, Refusal, prepare
 from convt_tvm.spec import CONTIGUOUS, ConvTranspose2dSpec
 from convt_tvm.target import Target
+from convt_tvm.tile_layout import TileLayout
 
 if TYPE_CHECKING:
     from convt_tvm.space import Choice
@@ -131,13 +132,15 @@ def _drawn(found: Sequence["Choice"], spec: ConvTranspose2dSpec, target: Target)
     """One of the choices, the same for a spec every time.
 
     Half of those whose outputs can go past the caches do, and half of the others take chunks of columns or copy by
-    chunk, as only images far larger than a case's would be worth it. Tile units and GPUs have layouts of their own,
-    which cannot.
+    chunk, as only images far larger than a case's would be worth it. Of layouts for tile units those whose chunks have
+    one row take chunks of columns, half of them; those for GPUs cannot.
     """
     from convt_tvm.cost import past_caches
 
     rest, number = divmod(crc32(spec.name.encode()), len(found))
     choice, layout = found[number], found[number].layout
+    if type(layout) is TileLayout and layout.row_chunk == 1 and rest % 2:
+        return replace(choice, layout=_in_columns(layout, spec, rest // 2))
     if layout.taps != "inner" or type(layout) not in (Layout, DotLayout):
         return choice
     if rest % 2:
@@ -147,9 +150,14 @@ def _drawn(found: Sequence["Choice"], spec: ConvTranspose2dSpec, target: Target)
         if rest // 4 % 2:
             rows = layout.row_block * (1 + rest // 8 % 4)
             return replace(choice, layout=replace(layout, by_chunk=True, row_chunk=rows, column_chunk=0))
-        tiles = 1 + rest // 8 % (layout.columns(spec) // layout.column_block)
-        return replace(choice, layout=replace(layout, column_chunk=tiles * layout.column_block))
+        return replace(choice, layout=_in_columns(layout, spec, rest // 8))
     return choice
+
+
+def _in_columns(layout: Layout, spec: ConvTranspose2dSpec, number: int) -> Layout:
+    """`layout` in chunks of columns, of one of the sizes there are."""
+    tiles = 1 + number % (replace(layout, column_chunk=0).columns(spec) // layout.column_block)
+    return replace(layout, column_chunk=tiles * layout.column_block)
 
 
 def _native(spec: ConvTranspose2dSpec) -> Operator:

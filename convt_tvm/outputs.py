@@ -104,7 +104,7 @@ class Outputs:
         """What replaces `loops`, directly around the store `node` to a band."""
         spec, layout = self.spec, self.layout
         n, g, b, ob, ph, qh, qw, pw = self._indices(node)
-        channels, phases, columns = spec.co // spec.groups, len(spec.axes[1].phases), layout.columns(spec)
+        channels, phases, columns = spec.co // spec.groups, len(spec.axes[1].phases), int(node.buffer.shape[-2])
         stride_w = spec.stride[1]
         channel, row = b * layout.co_block + ob, self._row(band, ph, qh)
         rows = [] if layout.rows(band) == band.rows else [Clip(qh, 0, band.rows)]
@@ -194,9 +194,11 @@ class Outputs:
         size = layout.column_block
         body = tile(size * phases, at_end=False)
         if columns != whole or self._carried is not None:
-            # Where the last tile begins, and the outputs that are left for it.
-            last = columns - size
+            # Where the last tile with an output begins, and the outputs that are left for it.
+            last = (spec.axes[1].widest - 1) // size * size
             narrower = tile(spec.ow - last * stride_w, at_end=True)
+            if last + size < columns:
+                narrower = tirx.IfThenElse(first_column == last, narrower, None)
             body = tirx.IfThenElse(first_column < last, body, narrower) if last else narrower
         return nest(loops[:outside], body, rows if by_channels or self._is_nhwc else [*filled, *rows])
 

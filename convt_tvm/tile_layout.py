@@ -76,7 +76,7 @@ class TileLayout(Layout):
 
     def window(self, spec: ConvTranspose2dSpec) -> Window:
         """What the taps read for the columns of the output."""
-        return Window.of(spec, replace(self, column_block=1))
+        return Window.of(spec, replace(self, column_block=1, column_chunk=0))
 
     def pitch(self, spec: ConvTranspose2dSpec) -> int:
         """Values from one row of the image to the next: the border to the right of one is that to the left of the next.
@@ -87,9 +87,22 @@ class TileLayout(Layout):
         left, right = window.columns_inside
         return max(1, right, window.width - left)
 
+    def columns(self, spec: ConvTranspose2dSpec) -> int:
+        """Number of columns computed in each column phase: whole chunks."""
+        whole = self.column_chunk or self.column_block
+        return -(-spec.axes[1].widest // whole) * whole
+
+    def chunk_columns(self, spec: ConvTranspose2dSpec) -> int:
+        """Columns in a chunk of columns; all where there are no such chunks."""
+        return self.column_chunk or self.columns(spec)
+
+    def chunks(self, spec: ConvTranspose2dSpec, band: Band) -> int:
+        """Chunks in each row phase of `band`: of rows, times those of columns."""
+        return self.rows(band) // self.chunk(band) * self.column_chunks(spec)
+
     def chunk_positions(self, spec: ConvTranspose2dSpec, band: Band) -> int:
         """Positions in a chunk of `band`, as far as its last row is stored."""
-        return (self.chunk(band) - 1) * self.pitch(spec) + self.columns(spec)
+        return (self.chunk(band) - 1) * self.pitch(spec) + self.chunk_columns(spec)
 
     def chunk_tiles(self, spec: ConvTranspose2dSpec, band: Band) -> int:
         """Tiles of ``positions`` for these."""
@@ -113,7 +126,8 @@ class TileLayout(Layout):
         def end(band: Band) -> int:
             """The place behind the last one that is read."""
             first_row = self.rows(band) - self.chunk(band) + max(phase.base for phase in band.phases)
-            return first_row * spec.iw + max(self.positions, self.chunk_positions(spec, band)) + last_column
+            first = first_row * spec.iw + self.columns(spec) - self.chunk_columns(spec)
+            return first + max(self.positions, self.chunk_positions(spec, band)) + last_column
 
         inside = window.is_inside and (window.height, window.width) == (spec.ih, spec.iw)
         return whole and inside and max(map(end, bands(spec))) <= spec.ih * spec.iw

@@ -14,10 +14,12 @@ to
       for pw:                                 unrolled
         for p / positions:
           for th, tw, ks:                     one step of input channels
-            for ob, p % positions, kp, j:     2 x 2 tile products, or 1 x 4, from 4 or 5 tiles read
+            for ob, p % positions, kp, j:     3 x 1 tile products, or 2 x 2, or 1 x 4, from 4 or 5 tiles read
           for ob, p % positions:              sums to memory
       for ob, rows of the chunk, qw / column_block:
         for qw % column_block, pw:            interleaved in registers
+
+With ``column_chunk`` the parallel loop counts chunks of columns as well, after those of rows, which have one row each.
 
 In channels_last sums have a row for each position and a column for each channel instead, ``p`` before ``ob``: what the
 unit reads of the image is then as it lies in memory, and what is stored too. Where there is no border the input
@@ -62,16 +64,26 @@ What limits it:
   nothing hides that: fsrcnn/x3 (one output channel) took 0.70 ms where float32 takes 0.45, and goes the other way now.
 - Stores: when this was measured 5 instructions turned 16 sums into bfloat16; with ``vcvtneps2bf16`` one does.
 - Weights, for few positions: dcgan/2 reads 4 MB, pose/1 17 MB.
+- Long rows. Before there were chunks of columns, or tasks of one row for images of more than 64, such images were not
+  for this schedule: 32 to 32 channels with 3 x 3 taps on 384 x 768 took 42 ms, now 15 to 19, and in channels_last 39,
+  now 9 (PyTorch's 7: it copies no window of 19 MB); 64 to 64 on 512 x 512 154, now 28 (PyTorch's 47).
+- Tiles of positions. As products alone 2 x 2, 2 x 1, 1 x 4 and 1 x 1 are equal, 16 cycles each with all operands in the
+  first cache. With what is around them, of 205 layers in either memory format, one tile of positions took 0.5 to 0.95
+  of the time of the best of several in 112, and 1.05 to 1.6 in 40 (weights of 2 MB and more, or NCHW in a quiet hour).
+  What the costs below choose took 1.02 times as long as the best in channels_last and 1.04 in NCHW (geometric means),
+  what was chosen before, when each tile of positions was reckoned with 150 cycles, 1.19 and 1.20.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
 from math import prod
 
 from tvm.s_tir import Schedule
 
 from convt_tvm.compute import IN_VECTORS, spec_of, target_of
 from convt_tvm.compute_tiles import ENDS_AT, IN_TILES, tile_layout_of
-from convt_tvm.cost import MISS_BYTES_PER_CYCLE, band_cycles, block_sizes, lane_counts
+from convt_tvm.cost import MISS_BYTES_PER_CYCLE, TASKS, band_cycles, block_sizes, lane_counts
 from convt_tvm.layout import Layout, bands, reaches
 from convt_tvm.schedule import find_window, parallelize
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
@@ -81,11 +93,12 @@ from convt_tvm.tile_layout import REGISTERS, TILE_POSITIONS, TILE_ROWS, TileLayo
 NAME = "llvm_amx"
 TARGET_KIND = "llvm"
 
-MAX_CHANNEL_TILES = 2
+MAX_CHANNEL_TILES = 3
 MAX_POSITION_TILES = 4
 MAX_SUMS_SHARE = 4
 """The part of the second cache that the sums of a chunk may take: a quarter."""
-MAX_CHUNKS = 64
+MIN_TILES = 4
+"""Of positions, that a chunk of columns has at least, if its sums are few enough."""
 MAX_COLUMNS = 8
 """Places of a row that are stored together in channels_last."""
 MAX_INTERLEAVED = 512
@@ -97,8 +110,10 @@ CYCLES_PER_IMAGE = 32
 CYCLES_PER_PLACES = 16
 """For reading a tile: of weights, whose rows are whole cache lines, of an image in pairs, whose rows lie in two each,
 and of one in NHWC."""
-CYCLES_PER_SUMS = 150
-"""For each tile of positions: the last products finish, sums are stored and set to zero."""
+CYCLES_PER_SUMS = 20
+"""For each tile of sums, to be stored and set to zero."""
+MORE_POSITIONS = 0.2
+"""What share longer all sums take for each tile of positions in registers beyond one."""
 CYCLES_PER_TASK = 500
 CYCLES_PER_INPUT, CYCLES_PER_OUTPUT = {"ow": 0.5, "co": 0.3}, {"ow": 1.0, "co": 0.5}
 """For making a pair or copying a place, and for storing, by what lanes run along."""
@@ -116,41 +131,60 @@ def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout,
     if "amx-bf16" not in target.features:
         return
     height, width = (axis.widest for axis in spec.axes)
-    phases, counts = len(spec.axes[1].phases), lane_counts(spec, target)
+    counts = lane_counts(spec, target)
     by_positions = spec.output_axes == "nhwc"
     if not by_positions and spec.input_axes == "nhwc":
         # One output channel: making pairs of NHWC takes longer than all sums (fsrcnn/x3 1.9 ms, in float32 0.4).
         return
     channels = spec.co // spec.groups
-    block = -(-channels // -(-channels // (MAX_CHANNEL_TILES * TILE_ROWS)))
-    tiles = -(-block // TILE_ROWS)
-    if by_positions:
-        # Whole vectors of channels; three for 33 to 48, where blocks of two would be half empty.
-        tiles = 3 if -(-channels // TILE_ROWS) == 3 else tiles
-        co_block, lanes = tiles * TILE_ROWS, TILE_ROWS
-        whole = max(size for size in range(1, MAX_COLUMNS + 1) if width % size == 0)
-        columns = [whole if 2 * whole > min(width, MAX_COLUMNS) else -(-width // -(-width // MAX_COLUMNS))]
-    else:
-        co_block, lanes = block + block % tiles, min((count for count in counts if count >= width), default=counts[0])
-        columns = [vectors * lanes for vectors in range(1, min(2, -(-width // lanes)) + 1)]
-    for column_block in columns:
-        for count in range(1, MAX_POSITION_TILES + 1):
+    for tiles in range(1, min(MAX_CHANNEL_TILES, -(-channels // TILE_ROWS)) + 1):
+        if by_positions:
+            # Whole vectors of channels.
+            co_block, lanes = tiles * TILE_ROWS, TILE_ROWS
+            whole = max(size for size in range(1, MAX_COLUMNS + 1) if width % size == 0)
+            columns = [whole if 2 * whole > min(width, MAX_COLUMNS) else -(-width // -(-width // MAX_COLUMNS))]
+        else:
+            block = -(-channels // -(-channels // (tiles * TILE_ROWS)))
+            if -(-block // TILE_ROWS) < tiles:
+                continue
+            co_block, lanes = -(-block // tiles) * tiles, min((c for c in counts if c >= width), default=counts[0])
+            columns = [vectors * lanes for vectors in range(1, min(2, -(-width // lanes)) + 1)]
+        for column_block, count in product(columns, range(1, MAX_POSITION_TILES + 1)):
             if tiles * (count + 1) + min(2, count) > REGISTERS:
                 continue
+            plain = TileLayout(
+                lanes="co" if by_positions else "ow",
+                co_block=co_block,
+                row_block=1,
+                column_block=column_block,
+                vector_lanes=lanes,
+                row_chunk=1,
+                positions=count * TILE_POSITIONS,
+            )
             for chunk in block_sizes(height, height):
-                layout = TileLayout(
-                    lanes="co" if by_positions else "ow",
-                    co_block=co_block,
-                    row_block=1,
-                    column_block=column_block,
-                    vector_lanes=lanes,
-                    row_chunk=chunk,
-                    positions=count * TILE_POSITIONS,
-                )
-                summed = max(layout.chunk_tiles(spec, band) for band in bands(spec)) * layout.positions
-                sums_bytes = phases * co_block * summed * DTYPE_BYTES["float32"]
-                if -(-height // chunk) <= MAX_CHUNKS and sums_bytes <= target.cache_bytes // MAX_SUMS_SHARE:
+                layout = replace(plain, row_chunk=chunk) if chunk > 1 else _in_column_chunks(spec, plain, target)
+                if _sums_bytes(spec, layout) <= target.cache_bytes // MAX_SUMS_SHARE:
                     yield layout, _cycles(spec, layout, target)
+
+
+def _sums_bytes(spec: ConvTranspose2dSpec, layout: TileLayout) -> int:
+    """Size of the sums of a task."""
+    summed = max(layout.chunk_tiles(spec, band) for band in bands(spec)) * layout.positions
+    return len(spec.axes[1].phases) * layout.co_block * summed * DTYPE_BYTES["float32"]
+
+
+def _in_column_chunks(spec: ConvTranspose2dSpec, layout: TileLayout, target: Target) -> TileLayout:
+    """`layout`, whose tasks have one row, with long rows in chunks of columns.
+
+    So that the sums of a task are few enough, and that there are tasks to share where rows are few.
+    """
+    tiles = -(-spec.axes[1].widest // layout.column_block)
+    tasks = spec.input_shape[0] * spec.groups * layout.blocks(spec)
+    tasks *= sum(len(band.phases) * layout.rows(band) for band in bands(spec))
+    fewest = -(-_sums_bytes(spec, layout) // (target.cache_bytes // MAX_SUMS_SHARE))
+    shared = min(-(-TASKS // tasks), spec.axes[1].widest // (MIN_TILES * layout.positions))
+    count = min(tiles, max(fewest, shared))
+    return layout if count < 2 else replace(layout, column_chunk=-(-tiles // count) * layout.column_block)
 
 
 def _cycles(spec: ConvTranspose2dSpec, layout: TileLayout, target: Target) -> float:
@@ -158,16 +192,18 @@ def _cycles(spec: ConvTranspose2dSpec, layout: TileLayout, target: Target) -> fl
     lead = spec.input_shape[0] * spec.groups * layout.blocks(spec)
     column_taps = spec.axes[1].all_taps
     column_phases = len(spec.axes[1].phases)
-    products = layout.channel_tiles * layout.position_tiles * CYCLES_PER_PRODUCT
+    registers = layout.channel_tiles * layout.position_tiles
+    products, more = registers * CYCLES_PER_PRODUCT, 1 + MORE_POSITIONS * (layout.position_tiles - 1)
     reads = layout.channel_tiles * CYCLES_PER_WEIGHTS
     reads += layout.position_tiles * (CYCLES_PER_PLACES if layout.by_positions else CYCLES_PER_IMAGE)
     total, chunks = 0.0, 1
     for band in bands(spec):
-        chunks = layout.rows(band) // layout.chunk(band)
+        chunks = layout.chunks(spec, band)
         tasks = lead * len(band.phases) * chunks
         tiles = tasks * layout.chunk_tiles(spec, band)
         steps = tiles * band.taps * column_taps * layout.steps(spec)
-        total += steps * max(products, reads) + tiles * column_phases * CYCLES_PER_SUMS + tasks * CYCLES_PER_TASK
+        sums = steps * max(products, reads) + tiles * column_phases * registers * CYCLES_PER_SUMS
+        total += more * sums + tasks * CYCLES_PER_TASK
     weight_bytes = prod(layout.packed_shape(spec)) * DTYPE_BYTES[spec.dtype]
     if weight_bytes > target.cache_bytes // 2:
         weight_bytes *= spec.input_shape[0] * chunks
@@ -188,9 +224,10 @@ def space(sch: Schedule) -> None:
     for band in bands(spec):
         output = sch.get_sblock(f"band{band.index}")
         n, g, b, ob, ph, qh, qw, pw = sch.get_loops(output)
-        column_block, column = sch.split(qw, [None, layout.column_block])
+        of_chunk = layout.chunk_columns(spec) // layout.column_block
+        columns, column_block, column = sch.split(qw, [None, of_chunk, layout.column_block])
         chunk, row = sch.split(qh, [None, layout.chunk(band)])
-        order = (n, g, chunk, b, ph)
+        order = (n, g, chunk, columns, b, ph)
         if layout.by_positions:
             vector, lane = sch.split(ob, [None, layout.vector_lanes])
             sch.reorder(*order, row, column_block, vector, lane, column, pw)

@@ -67,11 +67,15 @@ def test_a_row_shares_its_border_with_the_next():
     window = layout.window(make())
     # Columns -1 to 7 are read, and -1 of one row is 7 of the row before.
     assert (window.first_column, window.width, layout.pitch(make())) == (-1, 9, 8)
-    assert layout.packed_shape(make()) == (2, 4, 4, 2, layout.co_block * 20)
+    # 40 channels in three tiles of 14.
+    assert layout.packed_shape(make()) == (1, 4, 4, 2, 42 * 20)
     assert layout.packed_dtype(make()) == "bfloat16"
 
 
 READ_AS_IT_IS = make(ci=64, ih=4, iw=16, kernel_size=2, padding=0, memory_format="channels_last")
+
+ONE_ROW = make(ih=1, iw=1001, kernel_size=(1, 4), stride=(1, 2), padding=(0, 1))
+READ_IN_CHUNKS = replace(READ_AS_IT_IS, ih=1, iw=1024)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +88,9 @@ READ_AS_IT_IS = make(ci=64, ih=4, iw=16, kernel_size=2, padding=0, memory_format
         replace(READ_AS_IT_IS, padding=1),
         replace(READ_AS_IT_IS, ih=5, padding=(1, 0)),
         replace(READ_AS_IT_IS, ih=5, iw=10),
+        ONE_ROW,
+        replace(ONE_ROW, memory_format="channels_last"),
+        READ_IN_CHUNKS,
     ],
 )
 def test_tiles_read_nothing_outside_the_window(spec):
@@ -92,10 +99,10 @@ def test_tiles_read_nothing_outside_the_window(spec):
         first = layout.window(spec)
         size = spec.ih * spec.iw if layout.reads_input(spec) else layout.image_rows(spec) * pitch
         for band in bands(spec):
-            last = layout.rows(band) - layout.chunk(band)
-            end = last * pitch + layout.chunk_tiles(spec, band) * layout.positions
+            last = (layout.rows(band) - layout.chunk(band)) * pitch + layout.columns(spec) - layout.chunk_columns(spec)
+            end = last + layout.chunk_tiles(spec, band) * layout.positions
             if layout.reads_input(spec):
-                end = last * pitch + max(layout.positions, layout.chunk_positions(spec, band))
+                end = last + max(layout.positions, layout.chunk_positions(spec, band))
             for row in band.phases:
                 for column in spec.axes[1].phases:
                     if row.taps and column.taps:
@@ -111,7 +118,22 @@ def test_tiles_read_nothing_outside_the_window(spec):
                         assert max(reads) + end <= size
 
 
-@pytest.mark.parametrize("spec", [make(), make(memory_format="channels_last"), READ_AS_IT_IS])
+def test_long_rows_are_shared_in_chunks_of_columns():
+    """So many that all threads have some, and that the sums of each stay in a quarter of the second cache."""
+    for spec in (ONE_ROW, replace(ONE_ROW, memory_format="channels_last"), READ_IN_CHUNKS):
+        found = tile_choices(spec)
+        assert all(choice.layout.column_chunks(spec) * choice.layout.blocks(spec) >= 3 for choice in found)
+    assert all(choice.layout.reads_input(READ_IN_CHUNKS) for choice in tile_choices(READ_IN_CHUNKS))
+    for ih in (1, 2, 300):
+        spec = make(ih=ih, iw=40_000)
+        band = bands(spec)[0]
+        for layout in (choice.layout for choice in tile_choices(spec)):
+            sums = 2 * layout.co_block * layout.chunk_tiles(spec, band) * layout.positions
+            assert 0 < 4 * sums <= TILES.cache_bytes // 4
+    assert not any(choice.layout.column_chunk for choice in tile_choices(make(ih=64, iw=100)))
+
+
+@pytest.mark.parametrize("spec", [make(), make(memory_format="channels_last"), READ_AS_IT_IS, ONE_ROW])
 def test_sums_are_tile_products(spec):
     text = str(lower_choice(spec, TILES, tile_choices(spec)[0]).module["convt"])
     names = ("ldtilecfg", "tilezero", "tileloadd64", "tdpbf16ps", "tilestored64", "tilerelease")
@@ -166,6 +188,10 @@ def test_refusal_says_why(monkeypatch, code, why):
         make(n=2, ci=12, co=70, groups=2, stride=(3, 2), dilation=(2, 1), bias=False, memory_format="channels_last"),
         replace(READ_AS_IT_IS, n=2, groups=2),
         replace(READ_AS_IT_IS, n=2, ih=5, iw=10),  # a last tile that begins earlier
+        replace(ONE_ROW, n=None),
+        replace(ONE_ROW, n=2, ci=12, groups=2, memory_format="channels_last"),
+        replace(ONE_ROW, n=2, ih=2, kernel_size=3, output_padding=(0, 1)),  # two rows, in several bands
+        replace(READ_IN_CHUNKS, n=2, iw=1000),
     ],
     ids=lambda spec: spec.name,
 )
