@@ -176,14 +176,16 @@ def _sums_bytes(spec: ConvTranspose2dSpec, layout: TileLayout) -> int:
 def _in_column_chunks(spec: ConvTranspose2dSpec, layout: TileLayout, target: Target) -> TileLayout:
     """`layout`, whose tasks have one row, with long rows in chunks of columns.
 
-    So that the sums of a task are few enough, and that there are tasks to share where rows are few.
+    So that the sums of a task are few enough, and that there are tasks to share where rows are few. Of equal chunks none
+    reaches beyond the image.
     """
     tiles = -(-spec.axes[1].widest // layout.column_block)
     tasks = spec.input_shape[0] * spec.groups * layout.blocks(spec)
     tasks *= sum(len(band.phases) * layout.rows(band) for band in bands(spec))
     fewest = -(-_sums_bytes(spec, layout) // (target.cache_bytes // MAX_SUMS_SHARE))
     shared = min(-(-TASKS // tasks), spec.axes[1].widest // (MIN_TILES * layout.positions))
-    count = min(tiles, max(fewest, shared))
+    least = min(tiles, max(fewest, shared, 1))
+    count = next((count for count in range(least, 2 * least) if tiles % count == 0), least)
     return layout if count < 2 else replace(layout, column_chunk=-(-tiles // count) * layout.column_block)
 
 
