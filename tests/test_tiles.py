@@ -91,6 +91,7 @@ READ_IN_CHUNKS = replace(READ_AS_IT_IS, ih=1, iw=1024)
         ONE_ROW,
         replace(ONE_ROW, memory_format="channels_last"),
         READ_IN_CHUNKS,
+        replace(READ_IN_CHUNKS, iw=1021),  # whose last chunk is not full
     ],
 )
 def test_tiles_read_nothing_outside_the_window(spec):
