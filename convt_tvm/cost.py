@@ -19,17 +19,19 @@ workload on one core, and for nothing else.
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 from typing import TypeVar
 
 from convt_tvm.layout import (
     CACHE_LINE_BYTES,
     PAST_CACHES_BYTES,
+    Band,
     Layout,
     bands,
     met_taps,
     partial_sum,
-    reaches,
+    reached_bands,
     reads_input,
     sums_in_parts,
     window_axes,
@@ -416,7 +418,7 @@ def in_column_chunks(spec: ConvTranspose2dSpec, layout: AnyLayout, target: Targe
     """
     if layout.row_chunk > layout.row_block or layout.image_block > 1:
         return layout
-    reached = [band for band in bands(spec) if reaches(spec, band)]
+    reached = reached_bands(spec)
     passes = layout.blocks(spec) * sum(len(band.phases) for band in reached)
     tasks = spec.input_shape[0] * spec.groups * layout.blocks(spec)
     tasks *= sum(len(band.phases) * layout.rows(band) // layout.row_block for band in reached)
@@ -434,7 +436,7 @@ def by_chunk(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> Itera
     In chunks of rows of a group that half the second cache holds, and the first, but not of more than leave enough for
     threads to share.
     """
-    reached = [band for band in bands(spec) if reaches(spec, band)]
+    reached = reached_bands(spec)
     if image_bytes(spec) < core_of(target).copied_bytes[0] or not reached or reads_input(spec, layout):
         return
     rows, beside = max(layout.rows(band) for band in reached), max(band.rows_beside for band in reached)
@@ -457,7 +459,7 @@ def copy_cycles(spec: ConvTranspose2dSpec, layout: Layout, target: Target, cycle
     """
     core = core_of(target)
     if layout.by_chunk:
-        reached = [band for band in bands(spec) if reaches(spec, band)]
+        reached = reached_bands(spec)
         held = max((layout.chunk(band) + band.rows_beside) * _row_bytes(spec) for band in reached)
         copied = cycles * sum(1 + band.rows_beside / layout.row_chunk for band in reached)
         return copied - (core.copied_near if held <= FIRST_CACHE_BYTES else 0.0)
@@ -616,14 +618,20 @@ def _wait_per_output(spec: ConvTranspose2dSpec, layout: Layout, target: Target) 
 
 def _parts(spec: ConvTranspose2dSpec, layout: Layout) -> float:
     """How often partial sums are added to the sums of a tile, in one column phase."""
-    tiles = 0.0
-    for band in bands(spec):
-        if reaches(spec, band) and sums_in_parts(spec, band):
-            products = prod(met_taps(spec, band)) * (spec.ci // spec.groups)
-            parts = products / prod(partial_sum(spec, band))
-            tiles += parts * len(band.phases) * (layout.rows(band) // layout.row_block)
+    tiles = sum(parts * (layout.rows(band) // layout.row_block) for band, parts in _parts_of_bands(spec))
     columns = layout.columns(spec) // layout.column_block * len(spec.axes[1].phases)
     return layout.image_tiles(spec) * spec.groups * layout.blocks(spec) * tiles * columns
+
+
+@lru_cache(maxsize=64)
+def _parts_of_bands(spec: ConvTranspose2dSpec) -> tuple[tuple[Band, float], ...]:
+    """Bands whose sums have several parts, and how many in a row of each phase together."""
+    found = []
+    for band in reached_bands(spec):
+        if sums_in_parts(spec, band):
+            products = prod(met_taps(spec, band)) * (spec.ci // spec.groups)
+            found.append((band, products / prod(partial_sum(spec, band)) * len(band.phases)))
+    return tuple(found)
 
 
 def block_sizes(extent: int, limit: int) -> Iterable[int]:

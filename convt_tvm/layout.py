@@ -376,6 +376,12 @@ def reaches(spec: ConvTranspose2dSpec, band: Band) -> bool:
     return _meet_image(band.phases, spec.ih) and _meet_image(spec.axes[1].phases, spec.iw)
 
 
+@lru_cache(maxsize=64)
+def reached_bands(spec: ConvTranspose2dSpec) -> tuple[Band, ...]:
+    """Those of `bands` whose outputs a tap reaches."""
+    return tuple(band for band in bands(spec) if reaches(spec, band))
+
+
 def _meet_image(phases: Iterable[Phase], input_size: int) -> bool:
     """Whether a tap of any position of `phases` reads the image and not the border alone."""
     reads = ((phase.base - tap * phase.input_step, phase.count) for phase in phases for tap in range(phase.taps))

@@ -65,7 +65,7 @@ class Axis:
     output_padding: int
     dilation: int
 
-    @property
+    @cached_property
     def output_size(self) -> int:
         """Number of outputs: ``(input-1)*stride - 2*padding + dilation*(kernel-1) + output_padding + 1``."""
         return (

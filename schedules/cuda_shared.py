@@ -40,7 +40,7 @@ from tvm.s_tir import Schedule
 from convt_tvm.compute import spec_of
 from convt_tvm.compute_cuda import thread_layout_of
 from convt_tvm.cost_cuda import grid_cycles, thread_layouts
-from convt_tvm.layout import Layout, bands, reaches
+from convt_tvm.layout import Layout, bands, reached_bands, reaches
 from convt_tvm.schedule_cuda import bind_band, bind_parts, fetch, order_sums
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
@@ -52,7 +52,7 @@ TARGET_KIND = "cuda"
 
 def applies(spec: ConvTranspose2dSpec) -> bool:
     """Where some tap reaches the output; `layouts` is empty where no stage fits shared memory."""
-    return any(reaches(spec, band) for band in bands(spec))
+    return bool(reached_bands(spec))
 
 
 def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout, float]]:

@@ -86,7 +86,7 @@ from tvm.s_tir import Schedule
 from convt_tvm.compute import IN_VECTORS, spec_of, target_of
 from convt_tvm.compute_tiles import ENDS_AT, IN_TILES, tile_layout_of
 from convt_tvm.cost import MISS_BYTES_PER_CYCLE, TASKS, band_cycles, block_sizes, lane_counts
-from convt_tvm.layout import Layout, bands, reaches
+from convt_tvm.layout import Layout, bands, reached_bands, reaches
 from convt_tvm.schedule import find_window, parallelize
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
 from convt_tvm.target import Target
@@ -125,7 +125,7 @@ CYCLES_PER_RUN = 8.0
 
 def applies(spec: ConvTranspose2dSpec) -> bool:
     """Specs in bfloat16 that have any product."""
-    return spec.dtype == "bfloat16" and any(reaches(spec, band) for band in bands(spec))
+    return spec.dtype == "bfloat16" and bool(reached_bands(spec))
 
 
 def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout, float]]:

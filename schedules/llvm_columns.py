@@ -131,7 +131,7 @@ from convt_tvm.cost import (
     phase_blocks,
     row_chunks,
 )
-from convt_tvm.layout import PAGE_BYTES, Layout, bands, reaches, sums_taps_first
+from convt_tvm.layout import PAGE_BYTES, Layout, bands, reached_bands, reaches, sums_taps_first
 from convt_tvm.schedule import (
     accumulate,
     chunk_columns,
@@ -252,7 +252,7 @@ def copies_by_chunk(spec: ConvTranspose2dSpec, layout: Layout) -> bool:
     """
     if layout.column_chunk or (layout.passes_caches and len(bands(spec)) > 1):
         return False
-    reached = [band for band in bands(spec) if reaches(spec, band)]
+    reached = reached_bands(spec)
     if len(reached) != 1 or spec.groups != 1:
         return False
     band = reached[0]

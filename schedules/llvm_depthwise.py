@@ -17,7 +17,7 @@ from tvm.s_tir import Schedule
 
 from convt_tvm.cost import FMA_LATENCY, MISS_BYTES_PER_CYCLE, block_sizes, in_column_chunks, lane_counts
 from convt_tvm.depthwise_layout import DepthwiseLayout, joined
-from convt_tvm.layout import Layout, bands, is_depthwise, reaches, reads_input
+from convt_tvm.layout import Layout, bands, is_depthwise, reached_bands, reads_input
 from convt_tvm.schedule import find_window, parallelize
 from convt_tvm.schedules import llvm_channels
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
@@ -34,7 +34,7 @@ MAX_SHARE = 2
 
 def applies(spec: ConvTranspose2dSpec) -> bool:
     """Depthwise specs in channels_last that have any product."""
-    return is_depthwise(spec) and spec.output_axes == "nhwc" and any(reaches(spec, band) for band in bands(spec))
+    return is_depthwise(spec) and spec.output_axes == "nhwc" and bool(reached_bands(spec))
 
 
 def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout, float]]:

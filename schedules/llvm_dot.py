@@ -52,7 +52,7 @@ from math import gcd, prod
 from tvm.s_tir import Schedule
 
 from convt_tvm.dot_layout import DotLayout, paired, reads_pairs
-from convt_tvm.layout import CACHE_LINE_BYTES, Layout, bands, reaches
+from convt_tvm.layout import CACHE_LINE_BYTES, Layout, reached_bands
 from convt_tvm.processor import TILE_FEATURES
 from convt_tvm.schedules import llvm_channels
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
@@ -71,7 +71,7 @@ often, 3.7 G/s, and does twice as many. With it no layout comes before those in 
 
 def applies(spec: ConvTranspose2dSpec) -> bool:
     """Specs in bfloat16 that have any product."""
-    return spec.dtype == "bfloat16" and any(reaches(spec, band) for band in bands(spec))
+    return spec.dtype == "bfloat16" and bool(reached_bands(spec))
 
 
 def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout, float]]:

@@ -75,7 +75,7 @@ from tvm.s_tir import Schedule
 from convt_tvm.compute import IN_VECTORS, SUMS, spec_of, target_of
 from convt_tvm.compute_taps import PANEL, PART, PRODUCT, tap_layout_of
 from convt_tvm.cost import NARROW, NOT_HIDDEN, Tile, band_cycles, core_of, image_bytes, is_for_memory, lane_counts
-from convt_tvm.layout import MANY_IMAGES, PAST_CACHES_BYTES, Band, Layout, bands, reaches
+from convt_tvm.layout import MANY_IMAGES, PAST_CACHES_BYTES, Band, Layout, bands, reached_bands, reaches
 from convt_tvm.schedule import batch_is_known, join_images, parallelize
 from convt_tvm.schedules import llvm_columns
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
@@ -179,7 +179,7 @@ WIDE_COSTS = Costs(
 def applies(spec: ConvTranspose2dSpec) -> bool:
     """Specs that have any product, and outputs for the caches; in channels_last of channels that fill squares."""
     fills = spec.input_axes == "nchw" or spec.ci // spec.groups % MIN_SQUARE == 0
-    return fills and any(reaches(spec, band) for band in bands(spec)) and not is_for_memory(spec)
+    return fills and bool(reached_bands(spec)) and not is_for_memory(spec)
 
 
 def layouts(spec: ConvTranspose2dSpec, target: Target) -> Iterator[tuple[Layout, float]]:
@@ -260,7 +260,7 @@ def _cycles(spec: ConvTranspose2dSpec, layout: TapLayout, tile: Tile, target: Ta
 
 def gathering_cycles(spec: ConvTranspose2dSpec, layout: TapLayout, target: Target, costs: Costs) -> float:
     """Estimated cycles in which sums over channels become those over taps, and are stored."""
-    reached = [band for band in bands(spec) if reaches(spec, band)]
+    reached = reached_bands(spec)
     taps = sum(band.row_steps(layout, spec.ih) for band in reached) * spec.axes[1].all_taps
     rows = sum(len(band.phases) * band.rows for band in reached)
     vectors, columns = (layout.columns(spec) // size for size in (layout.vector_lanes, layout.column_block))
