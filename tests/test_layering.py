@@ -135,7 +135,7 @@ MAY_IMPORT = {
     "explain": "spec workloads target records space compiler roofline",
     "pictures": "errors",
     "report": "errors rows pictures",
-    "implementations": "errors spec target layout dot_layout cost space compiler check emulate peers",
+    "implementations": "errors spec target layout dot_layout tile_layout cost space compiler check emulate peers",
     "examine": "errors spec reference check distributions errormap findings rounding special determinism "
     "implementations peers target machine workloads",
     "check_plots": "errors findings rounding pictures",
