@@ -134,8 +134,6 @@ def _accumulate(
 def _first_of_chunk(spec: ConvTranspose2dSpec, layout: TileLayout, band: Band, c: Expr) -> Expr:
     """The first position of chunk `c`."""
     of_rows, in_row = layout.chunk(band) * layout.pitch(spec), layout.column_chunks(spec)
-    if in_row == 1:
-        return c * of_rows
     return tirx.indexdiv(c, in_row) * of_rows + tirx.indexmod(c, in_row) * layout.column_chunk
 
 
