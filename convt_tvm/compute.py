@@ -30,6 +30,7 @@ in `ConvTranspose2dSpec.accumulator_dtype`; each output element is summed by one
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from tvm import ir, te, tirx
@@ -75,6 +76,7 @@ __all__ = [
     "lookup",
     "parameters",
     "phase_function",
+    "phase_value",
     "spec_of",
     "sum_products",
     "target_of",
@@ -162,6 +164,20 @@ def lookup(values: Sequence[int], index: Expr) -> Expr:
         return tirx.const(values[0], "int32")
     change = next(i for i in range(len(values) - 1, 0, -1) if values[i] != values[i - 1])
     return tirx.Select(index >= change, tirx.const(values[change], "int32"), lookup(values[:change], index))
+
+
+def phase_value(values: Sequence[int], index: Expr) -> Expr:
+    """``values[index]`` on processors: as `lookup`, but three and more that are equally far apart are a product.
+
+    TVM simplifies the selects of each index in which they are again and again: those of 32 phases took it two seconds,
+    those of 4 half of one. Kernels for GPUs keep them, for what was tuned for GPUs is code with selects.
+    """
+    steps = [after - before for before, after in pairwise(values)]
+    first = next((i for i in range(len(steps) - 1, 0, -1) if steps[i - 1] != steps[-1]), 0)
+    if len(values) - first < 3 or not steps[-1]:
+        return lookup(values, index)
+    product = index * steps[-1] + (values[first] - first * steps[-1])
+    return tirx.Select(index >= first, product, phase_value(values[:first], index)) if first else product
 
 
 def create_function(arguments: list[Any]) -> tirx.PrimFunc:
@@ -284,11 +300,11 @@ def sum_products(
     def product(place: Sequence[Expr], th: Expr, ic: Expr, step: Expr) -> Expr:
         n, g, b, ph, qh = place[:5]
         pw, qw, ob = place[5:] if layout.lanes == "co" else (*place[6:], place[5])
-        taps, tw = lookup(column_taps, pw), step - lookup(delays, pw)
-        channel, row = g * in_channels + ic, qh + lookup(row_base, ph) - th * step_h
-        column = qw + lookup(column_base, pw) - tw * step_w
+        taps, tw = phase_value(column_taps, pw), step - phase_value(delays, pw)
+        channel, row = g * in_channels + ic, qh + phase_value(row_base, ph) - th * step_h
+        column = qw + phase_value(column_base, pw) - tw * step_w
         value = source.at(n, channel, row, column)
-        weight = g * blocks + b, lookup(row_tap, ph) + th * tap_step, lookup(column_start, pw) + tw, ic, ob
+        weight = g * blocks + b, phase_value(row_tap, ph) + th * tap_step, phase_value(column_start, pw) + tw, ic, ob
         checks = [tw >= 0] if max(delays) else []
         checks += [tw < taps] if min(column_taps) < column_steps else []
         if layout.skips_columns(spec):

@@ -15,7 +15,7 @@ from typing import Any
 
 from tvm import ir, te, tirx
 
-from convt_tvm.compute import SUMS, Source, create_function, finish_bands, lookup, parameters, phase_function
+from convt_tvm.compute import SUMS, Source, create_function, finish_bands, parameters, phase_function, phase_value
 from convt_tvm.layout import Band
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.tap_layout import TapLayout, summed_channels
@@ -101,12 +101,12 @@ def _gather(spec: ConvTranspose2dSpec, layout: TapLayout, band: Band, batch: Exp
     kernel_height, kernel_width = spec.kernel_size
 
     def total(n: Expr, g: Expr, b: Expr, ph: Expr, qh: Expr, ob: Expr, pw: Expr, qw: Expr) -> Expr:
-        row = qh + lookup(row_base, ph) - th * step_h
-        column = qw + lookup(column_base, pw) - tw * step_w
-        kh, kw = lookup(row_tap, ph) + th * tap_step_h, lookup(column_tap, pw) + tw * tap_step_w
+        row = qh + phase_value(row_base, ph) - th * step_h
+        column = qw + phase_value(column_base, pw) - tw * step_w
+        kh, kw = phase_value(row_tap, ph) + th * tap_step_h, phase_value(column_tap, pw) + tw * tap_step_w
         m = ((b * layout.co_block + ob) * kernel_height + kh) * kernel_width + kw
         checks = [row >= 0, row < spec.ih, column >= 0, column < spec.iw]
-        checks += [tw < lookup(column_taps, pw)] if min(column_taps) < max(column_taps) else []
+        checks += [tw < phase_value(column_taps, pw)] if min(column_taps) < max(column_taps) else []
         value = product[n, g, m, row * spec.iw + column]
         return te.sum(tirx.if_then_else(tirx.all(*checks), value, tirx.const(0, spec.accumulator_dtype)), axis=[th, tw])
 

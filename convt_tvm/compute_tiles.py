@@ -18,7 +18,7 @@ from typing import Any
 
 from tvm import ir, te, tirx
 
-from convt_tvm.compute import Source, Sums, create_function, finish, lookup, parameters, phase_function
+from convt_tvm.compute import Source, Sums, create_function, finish, parameters, phase_function, phase_value
 from convt_tvm.layout import Band, bands, column_starts, reaches
 from convt_tvm.spec import ConvTranspose2dSpec
 from convt_tvm.target import Target
@@ -116,14 +116,16 @@ def _accumulate(
     def total(n: Expr, g: Expr, b: Expr, ph: Expr, c: Expr, pw: Expr, *of_tile: Expr) -> Expr:
         p, ob = of_tile if layout.by_positions else reversed(of_tile)
         place = _first_of_chunk(spec, layout, band, c) + p
-        place += lookup(row_base, ph) - th * (step_h * pitch) + lookup(column_base, pw) - tw * step_w
-        row, column = lookup(row_tap, ph) + th * band.phases[0].tap_step, lookup(column_start, pw) + tw
+        place += phase_value(row_base, ph) - th * (step_h * pitch) + phase_value(column_base, pw) - tw * step_w
+        row, column = phase_value(row_tap, ph) + th * band.phases[0].tap_step, phase_value(column_start, pw) + tw
         value = image(n, g, ks * pairs + kp, place, j).astype(spec.accumulator_dtype)
         pair = kp * layout.co_block + ob if layout.by_positions else ob * pairs + kp
         weight = packed[g * blocks + b, row, column, ks, pair * 2 + j].astype(spec.accumulator_dtype)
         product = value * weight
         if min(column_taps) != max(column_taps):
-            product = tirx.if_then_else(tw < lookup(column_taps, pw), product, tirx.const(0, spec.accumulator_dtype))
+            product = tirx.if_then_else(
+                tw < phase_value(column_taps, pw), product, tirx.const(0, spec.accumulator_dtype)
+            )
         return te.sum(product, axis=axes)
 
     lead = (batch, spec.groups, blocks, len(band.phases), layout.chunks(spec, band), len(column_phases))

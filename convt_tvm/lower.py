@@ -26,7 +26,7 @@ from convt_tvm.compute import (
     SUMS,
     VECTORS,
     layout_of,
-    lookup,
+    phase_value,
     spec_of,
     target_of,
 )
@@ -422,7 +422,7 @@ def lower_pack(function: tirx.PrimFunc, *, orders_columns: bool = True) -> tvm.I
 
     def store(loops: Sequence[Loop], node: Any) -> Any:
         block, kh, kw, ic, ob = node.indices
-        return nest(loops, tirx.BufferStore(packed, node.value, [block, kh, lookup(places, kw), ic, ob]))
+        return nest(loops, tirx.BufferStore(packed, node.value, [block, kh, phase_value(places, kw), ic, ob]))
 
     function = flatten_blocks(function)
     return _assemble(function, "pack", [function.params[0]], packed, _rewrite(function.body, Rules({"ordered": store})))

@@ -14,7 +14,7 @@ import tvm
 from tvm import DataType, tirx
 
 from convt_tvm.bfloat16 import LANES, narrow
-from convt_tvm.compute import IN_VECTORS, has_surplus_images, is_known, lookup
+from convt_tvm.compute import IN_VECTORS, has_surplus_images, is_known, phase_value
 from convt_tvm.layout import CACHE_LINE_BYTES, PAST_CACHES_BYTES, Band, Layout, bands, partial_sum, reaches
 from convt_tvm.shuffle import ramp, vector_dtype
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
@@ -255,7 +255,7 @@ class Outputs:
 
     def _row(self, band: Band, ph: Expr, qh: Expr) -> Expr:
         """The output row of position `qh` in phase `ph` of `band`."""
-        return qh * self.spec.stride[0] + lookup([phase.residue for phase in band.phases], ph)
+        return qh * self.spec.stride[0] + phase_value([phase.residue for phase in band.phases], ph)
 
     def ahead(self, band: Band, loops: Sequence[Loop], node: Any) -> list[Any]:
         """What to do before the sums of a tile that `node`, in `loops`, stores, and beside them.

@@ -122,18 +122,26 @@ def test_bands_hold_every_row_once_and_are_at_most_six():
             assert len(found) <= 6
 
 
-@pytest.mark.parametrize("values", [(3,), (2, 2, 2), (0, 1), (1, 1, 0, 0, 5), (4, 3, 2, 1, 0)])
-def test_lookup_selects_each_value(values):
+@pytest.mark.parametrize(
+    "values", [(3,), (2, 2, 2), (0, 1), (1, 1, 0, 0, 5), (4, 3, 2, 1, 0), (7, 1, 4, 9, 0, 3, 6, 9), (2, 5, 8, 1)]
+)
+@pytest.mark.parametrize("select", [compute.lookup, compute.phase_value])
+def test_each_value_is_selected(select, values):
     index = tvm.tirx.Var("index", "int32")
-    chosen = compute.lookup(values, index)
-    function = tvm.te.create_prim_func(
-        [tvm.te.compute((len(values),), lambda i: compute.lookup(values, i), name="out")]
-    )
+    function = tvm.te.create_prim_func([tvm.te.compute((len(values),), lambda i: select(values, i), name="out")])
     out = torch.zeros(len(values), dtype=torch.int32)
     tvm.compile(function, target=TARGET.to_tvm())["main"](out)
     assert out.tolist() == list(values)
     if len(set(values)) == 1:
-        assert isinstance(chosen, tvm.tirx.IntImm)
+        assert isinstance(select(values, index), tvm.tirx.IntImm)
+
+
+def test_many_phases_are_no_chain_of_selects():
+    """Each of which TVM simplifies wherever a phase's rows, columns or weights are named."""
+    index = tvm.tirx.Var("index", "int32")
+    assert str(compute.phase_value(range(32), index)) == "index"
+    places = kernel_columns(ConvTranspose2dSpec(n=1, ci=1, ih=2, iw=2, co=1, kernel_size=64, stride=32))
+    assert str(compute.phase_value(places, index)).count("Select") == 1
 
 
 def test_parameters_may_start_at_any_address():
