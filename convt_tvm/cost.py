@@ -118,6 +118,10 @@ class Core:
         Bytes that come from beyond the second cache in a cycle, and of vectors of weights.
     read_again, read_again_in_order
         The same of what is in the last cache, since it was read before (`_weight_cycles`).
+    last_cache
+        Size of weights from which on the last cache does not keep them from one reading of all to the next.
+    read_far, read_far_in_order
+        The same of these, each time.
     output_wait, output_hidden, gathered, streamed
         Cycles for each output that goes to memory by way of the caches, less a share of the cycles in which it is
         summed; for one that is gathered and goes past them; and, of the cycles in which one is summed, the share for
@@ -160,6 +164,9 @@ class Core:
     read_in_order: float
     read_again: float
     read_again_in_order: float
+    last_cache: int
+    read_far: float
+    read_far_in_order: float
     output_wait: float
     output_hidden: float
     gathered: float
@@ -189,6 +196,9 @@ WIDE = Core(
     read_in_order=MISS_BYTES_PER_CYCLE_IN_ORDER,
     read_again=MISS_BYTES_PER_CYCLE,
     read_again_in_order=MISS_BYTES_PER_CYCLE_IN_ORDER,
+    last_cache=48 << 20,
+    read_far=4.2,
+    read_far_in_order=5,
     output_wait=0.85,
     output_hidden=0.4,
     gathered=0.25,
@@ -234,6 +244,12 @@ With 0.4 for it, from unet/up4 alone (6.6 ms with positions in 4 rows, 6.7 in 2,
 given away: 64 to 16 channels on 128 x 256 took 1.12 of the time. With 0.2 the 37 of 498 layers whose default changes
 took 0.98 of it, a geometric mean, 0.73 to 1.09, and two of 8 and 10 channels in a group 1.15 and 1.3.
 
+Data of up to 33 MB were read at 23 GB/s, of 67 MB and more, which the last cache does not keep, at 11: 2,048 to 512
+channels on 8 x 6 (67 MB of weights) took 24 ms in chunks of 2 rows, as long as it takes to read all weights four times
+so, and 14 in one of 8; 1,024 to 1,536 on 8 x 8 69 and 29. With 5 bytes a cycle for vectors of weights 27 of 708 layers
+and formats in float32 and float64, all with 50 MB of weights and more, took 0.83 of the time (a geometric mean, 0.62 to
+1.1), with 4.2 30 took 0.84, with 6 23 0.87.
+
 With taps in the outer loop layers of 512 to 2,048 channels on 8 x 8 took 0.72 to 0.87 of the time of what 1.3 for it
 chooses in NCHW (1.06 on 7 x 7), 0.8 to 1.13 in channels_last. With 1.0 pose/1 took 1.08 and 1.10 of it, 2,048 channels
 on 7 x 7 1.11 and 1.2.
@@ -256,6 +272,9 @@ PAIRED = Core(
     read_in_order=MISS_BYTES_PER_CYCLE_IN_ORDER,
     read_again=MISS_BYTES_PER_CYCLE,
     read_again_in_order=MISS_BYTES_PER_CYCLE_IN_ORDER,
+    last_cache=PAST_CACHES_BYTES,
+    read_far=MISS_BYTES_PER_CYCLE,
+    read_far_in_order=MISS_BYTES_PER_CYCLE_IN_ORDER,
     output_wait=0.5,
     output_hidden=0.0,
     gathered=0.0,
@@ -289,6 +308,9 @@ NARROW = Core(
     read_in_order=7,
     read_again=24,
     read_again_in_order=20,
+    last_cache=PAST_CACHES_BYTES,
+    read_far=5,
+    read_far_in_order=7,
     output_wait=1.6,
     output_hidden=0.4,
     gathered=0.5,
@@ -526,10 +548,14 @@ def _weight_cycles(
 
     All weights are read for each chunk of rows, if they are more than the second cache holds; a block's slice, or one
     tap of it, by each tile of a chunk, and anew if it does not fit. It is in the last cache then. So are all weights,
-    from chunk to chunk and from call to call, if they are fewer than `PAST_CACHES_BYTES`.
+    from chunk to chunk and from call to call, if they are less than `Core.last_cache`.
     """
     core = core_of(target)
-    read, again = (core.read_in_order, core.read_again_in_order) if in_order else (core.read, core.read_again)
+    read, again, far = (
+        (core.read_in_order, core.read_again_in_order, core.read_far_in_order)
+        if in_order
+        else (core.read, core.read_again, core.read_far)
+    )
     # One at a time, weights come more slowly from the second cache: chunks of more rows, which read them less often,
     # took 0.95 of the time for dilated/k3d2 on two threads.
     held = target.held_weight_bytes if in_order else target.cache_bytes // 2
@@ -543,7 +569,7 @@ def _weight_cycles(
         return weights / read, 0.0, tiles * (rows // chunk)
     chunks = layout.column_chunks(spec)
     passes, tiles = layout.image_tiles(spec) * (rows // chunk) * chunks, max(1, tiles // chunks)
-    first = passes * weights / (again if weights < PAST_CACHES_BYTES else read)
+    first = passes * weights / (again if weights < core.last_cache else far)
     stays = layout.slice_bytes(spec) <= held
     return first, 0.0 if stays else passes * (tiles - 1) * weights / again, tiles
 

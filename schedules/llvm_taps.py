@@ -75,7 +75,7 @@ from tvm.s_tir import Schedule
 from convt_tvm.compute import IN_VECTORS, SUMS, spec_of, target_of
 from convt_tvm.compute_taps import PANEL, PART, PRODUCT, tap_layout_of
 from convt_tvm.cost import NARROW, NOT_HIDDEN, Tile, band_cycles, core_of, image_bytes, is_for_memory, lane_counts
-from convt_tvm.layout import MANY_IMAGES, PAST_CACHES_BYTES, Band, Layout, bands, reached_bands, reaches
+from convt_tvm.layout import MANY_IMAGES, Band, Layout, bands, reached_bands, reaches
 from convt_tvm.schedule import batch_is_known, join_images, parallelize
 from convt_tvm.schedules import llvm_columns
 from convt_tvm.spec import DTYPE_BYTES, ConvTranspose2dSpec
@@ -290,7 +290,7 @@ def _weight_cycles(spec: ConvTranspose2dSpec, layout: TapLayout, target: Target)
     if weights <= target.held_weight_bytes:
         return weights / core.read
     times = spec.input_shape[0] * layout.panels(spec)
-    return times * weights / (core.read_again if weights < PAST_CACHES_BYTES else core.read)
+    return times * weights / (core.read_again if weights < core.last_cache else core.read_far)
 
 
 def space(sch: Schedule) -> None:

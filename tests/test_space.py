@@ -354,6 +354,15 @@ def test_taps_of_a_block_come_from_memory_once_where_all_rows_follow():
     assert cycles[1] > 1.2 * cycles[8]
 
 
+@pytest.mark.parametrize("memory_format", ["contiguous_format", "channels_last"])
+def test_weights_that_no_cache_keeps_are_read_once(memory_format):
+    """67 MB of them: all rows are one chunk, where each of several chunks would read them all."""
+    sizes = {"kernel_size": 4, "stride": 2, "padding": 1, "memory_format": memory_format}
+    spec = ConvTranspose2dSpec(n=1, ci=2048, ih=8, iw=6, co=512, **sizes)
+    layout = default_choice(spec, V4).layout
+    assert [layout.chunk(band) for band in bands(spec)] == [8]
+
+
 def test_the_last_tile_sums_no_vector_without_an_output():
     plain = along("ow", WIDE)[0]
     layout = replace(plain.layout, co_block=3, row_block=1, column_block=16, vector_lanes=4, row_chunk=1, phases=1)
