@@ -98,6 +98,18 @@ GATHERED_SHARES = 32, 8, 4
 
 
 @dataclass(frozen=True, slots=True)
+class Reads:
+    """Bytes that come from beyond the second cache in a cycle.
+
+    The first time; again, from the last cache; and of weights that it does not keep (`Core.last_cache`), each time.
+    """
+
+    first: float
+    again: float
+    far: float
+
+
+@dataclass(frozen=True, slots=True)
 class Core:
     """What sets the cores of some processors apart.
 
@@ -114,14 +126,10 @@ class Core:
         Cycles for adding a vector of partial sums to one of sums that is loaded from the stack and stored there.
     streams
         Bytes that are read from the second cache in a cycle, beside multiply-adds (48 when a core does nothing else).
-    read, read_in_order
-        Bytes that come from beyond the second cache in a cycle, and of vectors of weights.
-    read_again, read_again_in_order
-        The same of what is in the last cache, since it was read before (`_weight_cycles`).
+    reads, reads_in_order
+        How fast data come from beyond the second cache, and vectors of weights.
     last_cache
         Size of weights from which on the last cache does not keep them from one reading of all to the next.
-    read_far, read_far_in_order
-        The same of these, each time.
     output_wait, output_hidden, gathered, streamed
         Cycles for each output that goes to memory by way of the caches, less a share of the cycles in which it is
         summed; for one that is gathered and goes past them; and, of the cycles in which one is summed, the share for
@@ -160,13 +168,9 @@ class Core:
     any_load: float
     add_in_memory: float
     streams: float
-    read: float
-    read_in_order: float
-    read_again: float
-    read_again_in_order: float
+    reads: Reads
+    reads_in_order: Reads
     last_cache: int
-    read_far: float
-    read_far_in_order: float
     output_wait: float
     output_hidden: float
     gathered: float
@@ -182,6 +186,11 @@ class Core:
     outer: float
     taps: float
 
+    def reread(self, weights: int, *, in_order: bool = False) -> float:
+        """Bytes that come in a cycle of so many bytes of weights, which were all read before."""
+        reads = self.reads_in_order if in_order else self.reads
+        return reads.again if weights < self.last_cache else reads.far
+
 
 WIDE = Core(
     fma_bytes=128,
@@ -192,13 +201,9 @@ WIDE = Core(
     any_load=0.15,
     add_in_memory=2,
     streams=28,
-    read=MISS_BYTES_PER_CYCLE,
-    read_in_order=MISS_BYTES_PER_CYCLE_IN_ORDER,
-    read_again=MISS_BYTES_PER_CYCLE,
-    read_again_in_order=MISS_BYTES_PER_CYCLE_IN_ORDER,
+    reads=Reads(first=MISS_BYTES_PER_CYCLE, again=MISS_BYTES_PER_CYCLE, far=4.2),
+    reads_in_order=Reads(first=MISS_BYTES_PER_CYCLE_IN_ORDER, again=MISS_BYTES_PER_CYCLE_IN_ORDER, far=5),
     last_cache=48 << 20,
-    read_far=4.2,
-    read_far_in_order=5,
     output_wait=0.85,
     output_hidden=0.4,
     gathered=0.25,
@@ -268,13 +273,11 @@ PAIRED = Core(
     any_load=0.0,
     add_in_memory=3,
     streams=32,
-    read=MISS_BYTES_PER_CYCLE,
-    read_in_order=MISS_BYTES_PER_CYCLE_IN_ORDER,
-    read_again=MISS_BYTES_PER_CYCLE,
-    read_again_in_order=MISS_BYTES_PER_CYCLE_IN_ORDER,
+    reads=Reads(first=MISS_BYTES_PER_CYCLE, again=MISS_BYTES_PER_CYCLE, far=MISS_BYTES_PER_CYCLE),
+    reads_in_order=Reads(
+        first=MISS_BYTES_PER_CYCLE_IN_ORDER, again=MISS_BYTES_PER_CYCLE_IN_ORDER, far=MISS_BYTES_PER_CYCLE_IN_ORDER
+    ),
     last_cache=PAST_CACHES_BYTES,
-    read_far=MISS_BYTES_PER_CYCLE,
-    read_far_in_order=MISS_BYTES_PER_CYCLE_IN_ORDER,
     output_wait=0.5,
     output_hidden=0.0,
     gathered=0.0,
@@ -304,13 +307,9 @@ NARROW = Core(
     any_load=0.15,
     add_in_memory=2,
     streams=28,
-    read=5,
-    read_in_order=7,
-    read_again=24,
-    read_again_in_order=20,
+    reads=Reads(first=5, again=24, far=5),
+    reads_in_order=Reads(first=7, again=20, far=7),
     last_cache=PAST_CACHES_BYTES,
-    read_far=5,
-    read_far_in_order=7,
     output_wait=1.6,
     output_hidden=0.4,
     gathered=0.5,
@@ -536,9 +535,9 @@ def _image_cycles(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> 
     once = spec.input_shape[0] * image
     of_chunk = image // spec.groups * min(layout.row_chunk, rows) // max(1, rows) // layout.column_chunks(spec)
     if of_chunk <= target.cache_bytes // 2:
-        return once / core.read
+        return once / core.reads.first
     times = layout.blocks(spec) * sum(len(band.phases) for band in bands(spec))
-    return once / core.read + (times - 1) * once / core.read_again
+    return once / core.reads.first + (times - 1) * once / core.reads.again
 
 
 def _weight_cycles(
@@ -551,11 +550,7 @@ def _weight_cycles(
     from chunk to chunk and from call to call, if they are less than `Core.last_cache`.
     """
     core = core_of(target)
-    read, again, far = (
-        (core.read_in_order, core.read_again_in_order, core.read_far_in_order)
-        if in_order
-        else (core.read, core.read_again, core.read_far)
-    )
+    reads = core.reads_in_order if in_order else core.reads
     # One at a time, weights come more slowly from the second cache: chunks of more rows, which read them less often,
     # took 0.95 of the time for dilated/k3d2 on two threads.
     held = target.held_weight_bytes if in_order else target.cache_bytes // 2
@@ -566,12 +561,12 @@ def _weight_cycles(
     # A tap is met by as many rows as the image has (1 in dcgan/1, whose tiles of one row share no weights).
     tiles = min(chunk // layout.row_block, spec.ih) * min(layout.columns(spec) // layout.column_block, spec.iw)
     if weights <= held:
-        return weights / read, 0.0, tiles * (rows // chunk)
+        return weights / reads.first, 0.0, tiles * (rows // chunk)
     chunks = layout.column_chunks(spec)
     passes, tiles = layout.image_tiles(spec) * (rows // chunk) * chunks, max(1, tiles // chunks)
-    first = passes * weights / (again if weights < core.last_cache else far)
+    first = passes * weights / core.reread(weights, in_order=in_order)
     stays = layout.slice_bytes(spec) <= held
-    return first, 0.0 if stays else passes * (tiles - 1) * weights / again, tiles
+    return first, 0.0 if stays else passes * (tiles - 1) * weights / reads.again, tiles
 
 
 def _weight_bytes(spec: ConvTranspose2dSpec) -> int:

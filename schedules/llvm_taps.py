@@ -253,7 +253,7 @@ def _cycles(spec: ConvTranspose2dSpec, layout: TapLayout, tile: Tile, target: Ta
     return core.taps * (
         max(sums, waits)
         + costs.not_hidden * min(sums, waits)
-        + prod(spec.input_shape) * (copied * row_shares(spec, layout) + DTYPE_BYTES[spec.dtype] / core.read)
+        + prod(spec.input_shape) * (copied * row_shares(spec, layout) + DTYPE_BYTES[spec.dtype] / core.reads.first)
         + gathering_cycles(spec, layout, target, costs)
     )
 
@@ -288,9 +288,9 @@ def _weight_cycles(spec: ConvTranspose2dSpec, layout: TapLayout, target: Target)
     """Cycles in which weights come from beyond the second cache: for each panel, if it does not hold them."""
     core, weights = core_of(target), prod(layout.packed_shape(spec)) * DTYPE_BYTES[spec.accumulator_dtype]
     if weights <= target.held_weight_bytes:
-        return weights / core.read
+        return weights / core.reads.first
     times = spec.input_shape[0] * layout.panels(spec)
-    return times * weights / (core.read_again if weights < core.last_cache else core.read_far)
+    return times * weights / core.reread(weights)
 
 
 def space(sch: Schedule) -> None:
