@@ -43,7 +43,7 @@ from convt_tvm.layout import (
     sums_taps_first,
     window_axes,
 )
-from convt_tvm.lower_products import multiply_vectors, weights_pass
+from convt_tvm.lower_products import asks_for_weights, multiply_vectors
 from convt_tvm.lower_window import fill_window
 from convt_tvm.outputs import Outputs, last_band
 from convt_tvm.spec import ConvTranspose2dSpec, Pair
@@ -397,7 +397,7 @@ def lower_kernel(function: tirx.PrimFunc, *, asks_ahead: bool = True) -> tvm.IRM
     if not layout.unrolls_phases(spec):
         body = rewrite(body, _guard_sum)
     if layout.taps != "plain":
-        asks_weights = asks_ahead and layout.lanes == "co" and weights_pass(spec, layout, target)
+        asks_weights = asks_ahead and layout.lanes == "co" and asks_for_weights(spec, layout, target)
         in_step = any(column_delays(spec, layout))
         in_turn = int(in_step) if target.has_few_registers and (in_step or layout.phases == 1) else None
         body = multiply_vectors(body, spec.accumulator_dtype, asks_ahead=asks_weights, in_turn=in_turn)

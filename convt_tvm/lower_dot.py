@@ -10,7 +10,7 @@ from convt_tvm.bfloat16 import PAIR, add_products, pair_at
 from convt_tvm.compute import layout_of, spec_of, target_of
 from convt_tvm.dot_layout import reads_pairs
 from convt_tvm.lower import lower_kernel
-from convt_tvm.lower_products import multiply_from_one_address, weights_pass
+from convt_tvm.lower_products import asks_for_weights, multiply_from_one_address
 
 __all__ = ["lower_dot_kernel"]
 
@@ -31,6 +31,6 @@ def lower_dot_kernel(function: tirx.PrimFunc) -> tvm.IRModule:
         pairs = tirx.reinterpret(f"{PAIR}x{lanes}", weights(2 * lanes))
         return add_products(sums, pairs, tirx.Broadcast(pair, lanes), lanes)
 
-    asks_ahead = weights_pass(spec, layout, target)
+    asks_ahead = asks_for_weights(spec, layout, target)
     body = multiply_from_one_address(kernel.body, dtype, read, add, asks_ahead=asks_ahead)
     return tvm.IRModule({"convt": kernel.with_body(body)})

@@ -1,11 +1,13 @@
 """Kernels whose input and output are channels_last in memory."""
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from machine_code import disassemble
 
 from convt_tvm import build, load
 from convt_tvm.check import bits
@@ -15,6 +17,7 @@ from convt_tvm.errors import BuildError
 from convt_tvm.functional import conv_transpose2d
 from convt_tvm.layout import reads_input
 from convt_tvm.plan import find_plan
+from convt_tvm.processor import host_architecture
 from convt_tvm.reference import integer_inputs, normal_inputs, reference
 from convt_tvm.space import choices, default_choice
 from convt_tvm.spec import ConvTranspose2dSpec
@@ -241,3 +244,15 @@ def test_columns_are_transposed_and_a_block_that_is_not_full_overwrites_no_neigh
         build_artifact(spec, HOST, tmp_path / str(block), choice=choice)
         assert torch.equal(load(tmp_path / str(block))(*inputs).double(), reference(spec, *inputs)), choice.layout
         assert "T.Shuffle" in lower_choice(spec, target, choice).module.script(), choice.layout
+
+
+@pytest.mark.skipif(host_architecture() != "x86_64", reason="reads x86 code")
+@pytest.mark.parametrize("co", [64, 33])
+def test_rows_of_the_bias_alone_are_not_scattered(co, tmp_path):
+    """A vector holds channels of one place, which are side by side in memory; not the places of a channel."""
+    spec = last(ci=32, ih=8, iw=16, co=co, stride=5, dilation=2)
+    for choice in (choices(spec, V4, name)[0] for name in ("llvm_channels", "llvm_columns")):
+        build_artifact(spec, V4, tmp_path / choice.space.name, choice=choice)
+        code = disassemble(tmp_path / choice.space.name / "kernel.so")
+        functions = re.findall(r"<(\w+)>:\n(.*?)(?=\n\n)", code, re.DOTALL)
+        assert [name for name, body in functions if "vscatter" in body and "pack" not in name] == []

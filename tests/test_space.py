@@ -28,6 +28,7 @@ from convt_tvm.tile_layout import TileLayout
 from convt_tvm.workloads import resolve
 
 V2, V3, V4 = (Target.parse(f"llvm:x86-64-v{level}") for level in (2, 3, 4))
+ZEN4 = Target(V4.kind, V4.arch, (*V4.features, "avx512bf16"))
 
 HOST = Target.parse("llvm")
 FORMATS = [CONTIGUOUS, CHANNELS_LAST]
@@ -361,6 +362,15 @@ def test_weights_that_no_cache_keeps_are_read_once(memory_format):
     spec = ConvTranspose2dSpec(n=1, ci=2048, ih=8, iw=6, co=512, **sizes)
     layout = default_choice(spec, V4).layout
     assert [layout.chunk(band) for band in bands(spec)] == [8]
+
+
+def test_tiles_keep_the_sums_of_all_column_phases_in_registers_where_the_stack_is_slow():
+    """Two phases with 12 products for each sum; a tile of more positions takes as many loads, but what it puts by."""
+    sizes = {"kernel_size": 2, "stride": 2, "output_padding": 1, "memory_format": "channels_last"}
+    spec = ConvTranspose2dSpec(n=8, ci=12, ih=80, iw=80, co=12, **sizes)
+    here, others = (default_choice(spec, target).layout for target in (ZEN4, V4))
+    sums, more = (2 * layout.row_block * layout.column_block for layout in (here, others))
+    assert sums < ZEN4.vector_registers < more
 
 
 def test_the_last_tile_sums_no_vector_without_an_output():

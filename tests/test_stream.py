@@ -156,3 +156,11 @@ def test_weights_from_beyond_the_second_cache_are_asked_for(name, dtype, lines):
     text = lower_choice(spec, target, next(c for c in found if c.layout.co_block == 16)).module.script()
     asked = re.findall(r"llvm\.prefetch.*, 0, 3, 1\)", text)
     assert len(asked) == lines
+
+
+@pytest.mark.parametrize(("features", "asks"), [((), True), (("avx512bf16",), False)])
+def test_weights_in_the_last_cache_that_meet_one_value_each_are_not_asked_for_on_zen_4(features, asks):
+    v4, spec = Target.parse("llvm:x86-64-v4"), resolve(["dcgan/1"])[0].spec
+    target = Target(v4.kind, v4.arch, (*v4.features, *features))
+    text = lower_choice(spec, target, choices(spec, target, "llvm_channels")[0]).module.script()
+    assert bool(re.search(r"llvm\.prefetch.*, 0, 3, 1\)", text)) == asks
