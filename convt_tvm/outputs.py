@@ -129,8 +129,8 @@ class Outputs:
                 around.sort(key=lambda loop: depends_on(ob, loop.loop_var))
                 if _counts_by_one(ob, around[-1].loop_var):
                     left = channels - channel if filled else None
-                    put = partial(write, column=column)
-                    return nest(around[:-1], self._fill_place(around[-1], node.value, ob, put, left), rows)
+                    place = self._fill_place(around[-1], node.value, ob, partial(write, column=column), left)
+                    return nest(around[:-1], place, rows)
             return nest(around, write(node.value, ob, column), [*filled, *rows])
 
         # Columns in which every phase lies inside the output, and phases of the one column that may follow them.
