@@ -38,21 +38,23 @@ under way to hide the latency of an addition.
 What limits it on one core of a Zen 4 server (115 GFLOP/s; shares of samples by ``perf``, share of that peak after the
 name; answers checked):
 
-- Surplus columns: seed/square (61 %) computes 101 columns as 112, fcn8s/up8 (75 %) 29 as 32; since last tiles sum no
+- Surplus columns: seed/square (73 %) computes 101 columns as 112, fcn8s/up8 (83 %) 29 as 32; since last tiles sum no
   more vectors than have an output, whatever the tile (on an Emerald Rapids server 0.91 of the time for seed/rect, 0.93
   for seed/square). One vector of columns, and 8 to 12 channels to hide an addition's latency, took the place of two
-  vectors by 11 to 14 channels, at 0.93 to 1.03 of the time where rows are whole vectors (unet/up1 95 %, dilated/k3d2
-  93 %, sam/up1 90 %).
+  vectors by 11 to 14 channels, at 0.93 to 1.03 of the time where rows are whole vectors (unet/up1 97 %, dilated/k3d2
+  97 %, sam/up1 94 %).
 - Pages. With rows of one channel together each of dilated/k3d2's 128 channels is in a page of its own; with all
   channels of a row together it took 0.96 of the time (`convt_tvm.layout.MANY_INPUTS`).
-- Memory. kernelbench/75 (57 %) and kernelbench/81 (48 %) write 50 MB, of which 7 and 9 % is time spent on rows of the
+- Memory. kernelbench/75 (67 %) and kernelbench/81 (57 %) write 50 MB, of which 7 and 9 % is time spent on rows of the
   bias alone. Through the caches seed/square took 22 ms, with lines asked for ahead 17, past the caches 14 where all
   rows of a task were copied in the end, and 13 beside the sums of the next rows: kernelbench/75 went from 8.6 to 7.9 ms
-  and kernelbench/81 from 5.6 to 5.0 by this. The copies still take 10 to 20 % of the samples, 6 cycles a line.
-- Everything but sums, where there are few: bilinear/depthwise (43 %) spends 47 % in multiply-adds, 26 % in interleaving
+  and kernelbench/81 from 5.6 to 5.0 by this. The copies still take 10 to 20 % of the samples, 6 cycles a line. From
+  registers they take 6.3 and 4.4. In a quiet hour seed/square is fastest through the caches, with lines asked for:
+  10.9 ms, 11.8 gathered, 12.5 from registers.
+- Everything but sums, where there are few: bilinear/depthwise (45 %) spends 47 % in multiply-adds, 26 % in interleaving
   and storing, 15 % in copying its window.
 - Parts. Sums of 8 to 14 accumulators stay in registers beside their parts; more go through the stack.
-- Loads. One channel has no other sum to share a vector of input with: fsrcnn/x3 (88 %) loads 7 vectors for 12
+- Loads. One channel has no other sum to share a vector of input with: fsrcnn/x3 (86 %) loads 7 vectors for 12
   multiply-adds.
 
 On an Emerald Rapids server (two multiply-adds a cycle) interleaving in registers, with code of its own for the last
