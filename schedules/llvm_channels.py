@@ -45,10 +45,10 @@ or none reaches beyond it, and what a tile reads side by side stays in the first
 What limits it on one core of a Zen 4 server (115 GFLOP/s; the share of that peak after the name; answers checked):
 
 - Nothing much: pose/2 99 %, dcgan/3 98 %, dcgan/4 97 %, pointpillars/up4 96 %, maskrcnn/mask 94 %, grouped/4 89 %.
-- Weights: dcgan/2 (95 %) and pose/1 (93 %) read 8 and 33 MB of them. Those of dcgan/2 stay in the last cache, which gives
-  24 bytes a cycle: read for each of its 4 rows, 64 channels by 4 columns, they took 0.46 ms, and 0.51 for two rows at a
-  time, 16 by 8. With 24 for it the estimate chose tiles for 30 layers that took 0.90 to 1.34 of the time, 0.99 as a
-  geometric mean.
+- Weights: dcgan/2 (95 %) and pose/1 (93 %) read 8 and 33 MB of them. Those of dcgan/2 stay in the last cache, which
+  gives 24 bytes a cycle: read for each of its 4 rows, in tiles of 64 channels by 4 columns, they took 0.46 ms, and 0.51
+  for two rows at a time, 16 channels by 2 x 4. With 24 for it the estimate chose tiles for 30 layers that took 0.90 to
+  1.34 of the time, 0.99 as a geometric mean.
 - Inputs: 24 positions of pose/1's 2,048 channels do not stay in the first cache; 24 by one vector took 12 % longer than
   12 by two, in hifigan/up1 (82 %) 16 positions 6 % longer than 13.
 - Stores: asking for cache lines before the sums gained 5 % for maskrcnn/mask, 3 % for pointpillars/up4.
