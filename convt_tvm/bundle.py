@@ -41,7 +41,8 @@ __all__ = ["Bundle", "Carried", "Entry", "make_bundle", "variants"]
 
 _PACKAGES = ("filelock",)
 """What the machine may lack, pure Python all of it. torch, numpy and apache-tvm-ffi it has, or wheels bring them."""
-_LEFT_OUT = ("__pycache__", ".lock", "bench", "numerics")
+_LEFT_OUT = ("__pycache__", "tuning_logs")
+"""Of the package. What was found by tuning is in the kernels that are carried."""
 _MAIN = '''"""Unpacks this bundle and runs it: see `python3 BUNDLE --help`."""
 import importlib.util, sys, tempfile, zipfile
 if sys.version_info < (3, 11):
@@ -303,10 +304,9 @@ def _carry_packages(site: Path, *, cuda: bool) -> None:
     package, here = site / "convt_tvm", Path(__file__).parent
     ignore = shutil.ignore_patterns(*_LEFT_OUT)
     shutil.copytree(here, package, ignore=ignore)
-    for name in ("schedules", "tuning_logs"):
-        # In a checkout these stand beside the package.
-        if not (package / name).is_dir():
-            shutil.copytree(here.parent / name, package / name, ignore=ignore)
+    # In a checkout these stand beside the package.
+    if not (package / "schedules").is_dir():
+        shutil.copytree(here.parent / "schedules", package / "schedules", ignore=ignore)
     (package / "lib").mkdir(exist_ok=True)
     runtime = find_runtime(here)
     for name in (RUNTIME_FILE, *([CUDA_RUNTIME_FILE] if cuda else [])):

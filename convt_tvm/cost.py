@@ -124,7 +124,7 @@ class Core:
         Cycles for adding a vector of partial sums to one of sums that is loaded from the stack and stored there.
     put_by
         Cycles for a vector of sums that is on the stack until those of all column phases are there, as their outputs
-        are stored together.
+        are stored together; none where it was not measured.
     streams
         Bytes that are read from the second cache in a cycle, beside multiply-adds (48 when a core does nothing else).
     reads, reads_in_order

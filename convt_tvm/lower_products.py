@@ -83,7 +83,7 @@ _LANES = (1, 2, 4, 8, 16)
 
 
 def asks_for_weights(spec: ConvTranspose2dSpec, layout: Layout, target: Target) -> bool:
-    """Whether there are too many weights for them to stay in the second cache until they are read again.
+    """Whether weights are asked for: where they are too many to stay in the second cache until they are read again.
 
     On a Zen 4 core not where each meets a single value and the last cache holds all: there to ask takes as long as to
     load (dcgan/1 and three others of 1 x 1 images, 2 to 10 MB, took 0.80 to 0.87 of the time without; 34 MB, with two
